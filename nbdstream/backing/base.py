@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the disk asks of a backing: the one interface of everything remote.
+
+A backing is read-only and does not change. It may be slow, and it may go away: a read
+waits, with retries and backoff, until the data is there or the backing timeout ends
+(invariant 7: an error is never data).
+"""
+
+import abc
+import enum
+from dataclasses import dataclass
+
+from nbdstream.extents import BackingExtent
+
+
+class Priority(enum.IntEnum):
+    """Why something is read; a smaller value goes first."""
+
+    DEMAND = 0  # a guest waits for it
+    READAHEAD = 1  # a guest that reads sequentially will want it next
+    PREFETCH = 2  # named by a boot profile, or asked for with NBD_CMD_CACHE
+    STREAM = 3  # the stream job: everything else
+
+
+@dataclass(frozen=True)
+class BackingStatistics:
+    """A snapshot of how the backing does, for ``status``, metrics and tests.
+
+    ``since`` is a POSIX time: when ``connected`` last changed. ``requests`` and
+    ``bytes`` count completed reads by priority.
+    """
+
+    connected: bool
+    since: float
+    connections: int
+    last_error: str
+    reconnects: int
+    retries: int
+    requests: dict[str, int]
+    bytes: dict[str, int]
+    in_flight: int
+    window: int
+    rate: float
+    base_rtt: float
+
+
+class Backing(abc.ABC):
+    """An open backing. All methods run in the event loop.
+
+    Attributes:
+        uri: as the user wrote it, for messages and for the leaf's own record.
+        size: bytes.
+    """
+
+    uri: str
+    size: int
+
+    @abc.abstractmethod
+    async def read(self, view: memoryview, offset: int, priority: Priority) -> None:
+        """Fill ``view`` with the backing's bytes at ``offset``.
+
+        Returns only with all of it read without error; waits for a lost backing.
+        Cancelled: nothing more is written to ``view`` after the call has returned.
+
+        Raises:
+            BackingGoneError: the backing timeout ended.
+            BackingMismatchError: what came back after a reconnect is another image.
+        """
+
+    @abc.abstractmethod
+    def promote(self, offset: int, length: int) -> None:
+        """A guest now waits for reads that were sent with a lower priority."""
+
+    @abc.abstractmethod
+    def known_zero(self, offset: int, length: int) -> bool:
+        """Whether the whole range is already known to read as zeroes; asks nobody."""
+
+    @abc.abstractmethod
+    async def extents(self, offset: int, length: int) -> list[BackingExtent]:
+        """What the backing reports of a range: at least one extent, starting at ``offset``.
+
+        May cover less than was asked for, never more. Neighbours may be alike. A
+        backing that cannot tell reports data. Raises as `read` does.
+        """
+
+    @abc.abstractmethod
+    async def wait_for_room(self, priority: Priority) -> int:
+        """Wait until background work of this priority may send another read.
+
+        Returns how many bytes the next read should ask for at the most: the unit of
+        work, chosen from the measured link. Demand never waits here.
+        """
+
+    @abc.abstractmethod
+    def set_speed(self, speed: int) -> None:
+        """Cap background reads at ``speed`` bytes per second; 0 means no cap."""
+
+    @abc.abstractmethod
+    def statistics(self) -> BackingStatistics:
+        """How things stand now."""
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Disconnect. Reads still waiting fail with BackingGoneError."""

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, as a tree split by what the caller can do about it.
+
+    NbdstreamError
+    ├── UsageError            the caller asked for something that makes no sense
+    ├── LeafError             the local image
+    │   ├── LeafFormatError       not what it claims to be, or damaged
+    │   ├── LeafUnsupportedError  well-formed, but uses a feature that we refuse by name
+    │   └── LeafInUseError        somebody else has it open
+    └── BackingError          the remote image
+        ├── BackingMismatchError  not the image that the leaf belongs to: never retried
+        ├── BackingReadError      the server answered this request with an error
+        └── BackingGoneError      the link is down, for longer than we are willing to wait
+
+Each message is one line that says what to do; the command line prints it behind
+``nbdstream: error:``. Plain ``OSError`` is left alone where the errno says it all
+(a full disk, a missing file): the server maps it to the NBD error of the same name.
+"""
+
+
+class NbdstreamError(Exception):
+    """Base of all errors that nbdstream raises on purpose."""
+
+
+class UsageError(NbdstreamError):
+    """An argument that makes no sense, alone or together with another one."""
+
+
+class LeafError(NbdstreamError):
+    """Trouble with the local image."""
+
+
+class LeafFormatError(LeafError):
+    """The image is not what it claims to be, or is damaged."""
+
+
+class LeafUnsupportedError(LeafError):
+    """The image is well-formed but uses a feature that is refused by name."""
+
+
+class LeafInUseError(LeafError):
+    """Another process holds the image's lock."""
+
+
+class BackingError(NbdstreamError):
+    """Trouble with the remote image."""
+
+
+class BackingMismatchError(BackingError):
+    """The backing is not the image that the leaf belongs to."""
+
+
+class BackingReadError(BackingError):
+    """The backing's server answered a request with an error; retried later."""
+
+
+class BackingGoneError(BackingError):
+    """The backing stayed out of reach for longer than the backing timeout."""
