@@ -1,0 +1,566 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The streamed disk: what a guest sees of a leaf and its backing together.
+
+It decides, for each request, what is local, what has to be fetched first, and what
+becomes of the rest. docs/concurrency.md walks through the races; in short:
+
+- Only the event loop changes the leaf, by plain calls; whatever looks at the leaf and
+  acts on what it saw does both without an await in between (``_atomically`` repeats
+  such a step as a whole when the leaf first needs something done). Hence a guest
+  write wins over any fetch (invariant 1), without locks.
+- After each await, what was known of the leaf is looked up anew.
+- Writes and zeroes of whole blocks need nothing from the backing (invariant 9). A
+  write that covers a part of a block first has that block made DATA; then it is an
+  overwrite in place.
+"""
+
+import enum
+import errno
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+import trio
+
+from nbdstream.backing.base import Backing, Priority
+from nbdstream.disk.fetch import Fetch, Fetcher
+from nbdstream.disk.flush import Flusher, run_checkpoints
+from nbdstream.disk.zeroes import is_zero, zeroes
+from nbdstream.extents import align_down, align_up
+from nbdstream.leaf.base import ALL_ZERO, ColdMetadata, FlushNeeded, Leaf, LeafExtent, State
+from nbdstream.server.export import Hit, StatusExtent
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Up to here a write to the page cache is quick enough for the event loop; larger ones
+# are cut, so that others get their turn in between.
+WRITE_PIECE = 1 << 20
+# What one call of Leaf.zero covers at the most.
+ZERO_PIECE = 32 << 20
+# How far one look at the leaf's extents goes.
+LOOK_PIECE = 256 << 20
+
+
+class DetectZeroes(enum.Enum):
+    """What to do with guest writes that hold only zeroes (QEMU's detect-zeroes)."""
+
+    OFF = "off"
+    ON = "on"
+    UNMAP = "unmap"
+
+
+@asynccontextmanager
+async def open_disk(
+    leaf: Leaf,
+    backing: Backing | None,
+    *,
+    copy_on_read: bool = True,
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF,
+) -> AsyncIterator["StreamedDisk"]:
+    """A disk over an open leaf and its backing, and the tasks that belong to it.
+
+    At the end, fetches under way are dropped, and what the leaf has is flushed; leaf and
+    backing stay open, they are the caller's. Raises OSError if that last flush fails.
+    """
+    async with trio.open_nursery() as nursery:
+        disk = StreamedDisk(
+            leaf, backing, nursery, copy_on_read=copy_on_read, detect_zeroes=detect_zeroes
+        )
+        if not leaf.read_only:
+            nursery.start_soon(run_checkpoints, leaf, disk.flush)
+        try:
+            yield disk
+        finally:
+            nursery.cancel_scope.cancel()
+    if not leaf.read_only:
+        with trio.CancelScope(shield=True):
+            await disk.flush()
+
+
+class StreamedDisk:
+    """Implements `nbdstream.server.export.Export` over a leaf and a backing.
+
+    Attributes:
+        copy_on_read: whether what a guest reads is kept; may be set at any time.
+        backing: None once everything is local, or if there never was one.
+    """
+
+    def __init__(
+        self,
+        leaf: Leaf,
+        backing: Backing | None,
+        nursery: trio.Nursery,
+        *,
+        copy_on_read: bool,
+        detect_zeroes: DetectZeroes,
+    ) -> None:
+        self.leaf = leaf
+        self.backing = backing
+        self.name = ""
+        self.description = ""
+        self.size = leaf.size
+        self.read_only = leaf.read_only
+        self.preferred_block_size = max(leaf.block_size, 4096)
+        self.copy_on_read = copy_on_read
+        self.demand_misses = 0
+        self.demand_bytes = 0
+        self.copy_on_write = 0
+        self._detect_zeroes = detect_zeroes
+        self._block_size = leaf.block_size
+        self._locate = leaf.locate
+        self._flusher = Flusher(leaf)
+        self._fetcher = (
+            Fetcher(leaf, backing, nursery, self._atomically) if backing is not None else None
+        )
+
+    # -- the hot path ----------------------------------------------------------------
+
+    def read_nowait(self, view: memoryview, offset: int) -> Hit:
+        """Answer a read from the page cache, or not at all."""
+        host = self._locate(offset, len(view))
+        if host >= 0:
+            try:
+                done = os.preadv(self.leaf.fd, (view,), host, os.RWF_NOWAIT)
+            except OSError:
+                return Hit.MISS  # not in the page cache (EAGAIN), or the slow path's to report
+            return Hit.DONE if done == len(view) else Hit.MISS
+        return Hit.ZERO if host == ALL_ZERO else Hit.MISS
+
+    def write_nowait(self, view: memoryview, offset: int) -> Hit:
+        """Write to the page cache if neither the backing nor metadata is in the way."""
+        length = len(view)
+        if length > WRITE_PIECE or self._detect_zeroes is not DetectZeroes.OFF:
+            return Hit.MISS
+        host = self._locate(offset, length)
+        if host >= 0:
+            return Hit.DONE if os.pwrite(self.leaf.fd, view, host) == length else Hit.MISS
+        try:
+            if self._obstacle(offset, length) is not None:
+                return Hit.MISS
+            self.leaf.write(offset, view)
+        except (ColdMetadata, FlushNeeded):
+            return Hit.MISS
+        return Hit.DONE
+
+    # -- reading ---------------------------------------------------------------------
+
+    async def read(self, view: memoryview, offset: int) -> list[tuple[int, int]]:
+        """Fill the view; see `Export.read`. Raises OSError, BackingError."""
+        fetched: list[Fetch] = []
+        while True:
+            plan = await self._atomically(self._read_plan, offset, len(view), fetched)
+            missing = [extent for extent, source in plan if source is None and _remote(extent)]
+            if not missing:
+                break
+            fetched += await self._demand(missing)
+        # No await since the plan was made: it still holds.
+        zero_ranges: list[tuple[int, int]] = []
+        cold: list[LeafExtent] = []
+        for extent, source in plan:
+            part = view[extent.offset - offset : extent.end - offset]
+            if source is not None:
+                part[:] = source.view(extent.offset, extent.length)
+            elif extent.state is State.ZERO:
+                part[:] = zeroes(extent.length)
+                zero_ranges.append((extent.offset, extent.length))
+            elif not self._read_hot(extent, part):
+                cold.append(extent)
+        for extent in cold:
+            await self._read_cold(extent, view[extent.offset - offset : extent.end - offset])
+        return zero_ranges
+
+    def _read_plan(
+        self, offset: int, length: int, fetched: list[Fetch]
+    ) -> list[tuple[LeafExtent, Fetch | None]]:
+        """The extents of a range, each with the fetch that has its data, if any.
+
+        What the backing is known to have as zeroes counts as ZERO.
+        """
+        plan: list[tuple[LeafExtent, Fetch | None]] = []
+        for extent in self.leaf.extents(offset, length):
+            if not _remote(extent):
+                plan.append((extent, None))
+            elif self._known_zero(extent):
+                plan.append((extent._replace(state=State.ZERO), None))
+            else:
+                plan += _by_fetch(extent, fetched)
+        return plan
+
+    async def _demand(self, missing: list[LeafExtent]) -> list[Fetch]:
+        """Fetch what a guest waits for."""
+        self.demand_misses += 1
+        fetches: list[Fetch] = []
+        for extent in missing:
+            self.demand_bytes += extent.length
+            fetches += self._start_fetch(extent, Priority.DEMAND, store=self.copy_on_read)
+        for fetch in fetches:
+            await fetch.wait()
+        return fetches
+
+    def _read_hot(self, extent: LeafExtent, view: memoryview) -> bool:
+        if extent.state is State.COMPRESSED:
+            return False
+        try:
+            return os.preadv(self.leaf.fd, [view], extent.host, os.RWF_NOWAIT) == len(view)
+        except OSError:
+            return False
+
+    async def _read_cold(self, extent: LeafExtent, view: memoryview) -> None:
+        """Read local data in a worker. Meanwhile the space may have been given back and
+        used for something else: then what was read is not ours, and is read again."""
+        await trio.to_thread.run_sync(self.leaf.read, extent, view)
+        now = await self._atomically(self._look, extent.offset, extent.length)
+        if not all(_same_place(part, extent) for part in now):
+            await self.read(view, extent.offset)
+
+    # -- writing ---------------------------------------------------------------------
+
+    async def write(self, view: memoryview, offset: int, *, fua: bool) -> None:
+        """Store data; see `Export.write`. Raises OSError, BackingError."""
+        for start in range(0, len(view), WRITE_PIECE):
+            piece = view[start : start + WRITE_PIECE]
+            await self._change(offset + start, len(piece), self._writer(offset + start, piece))
+            await trio.lowlevel.checkpoint()
+        if fua:
+            await self.flush()
+
+    def _writer(self, offset: int, view: memoryview) -> Callable[[], None]:
+        """The plain call that stores this data."""
+        if (
+            self._detect_zeroes is not DetectZeroes.OFF
+            and self._aligned(offset, len(view))
+            and is_zero(view)
+        ):
+            unmap = self._detect_zeroes is DetectZeroes.UNMAP
+            return partial(self.leaf.zero, offset, len(view), unmap=unmap)
+        return partial(self.leaf.write, offset, view)
+
+    async def zero(
+        self, offset: int, length: int, *, may_trim: bool, fast_only: bool, fua: bool
+    ) -> None:
+        """Make a range read as zeroes; see `Export.zero`. Raises OSError, BackingError."""
+        start, end = self._whole_blocks(offset, length)
+        if start < end:
+            edges = [(offset, start - offset), (end, offset + length - end)]
+        else:
+            edges = [(offset, length)]
+        if fast_only and await self._atomically(lambda: any(map(self._slow_to_zero, edges))):
+            raise OSError(errno.ENOTSUP, "a part of a block would have to be fetched first")
+        for at, size in edges:
+            if size and not await self._atomically(self._reads_zero, at, size):
+                await self.write(memoryview(zeroes(size)), at, fua=False)
+        await self._zero_blocks(start, end, unmap=may_trim)
+        if fua:
+            await self.flush()
+
+    async def trim(self, offset: int, length: int, *, fua: bool) -> None:
+        """Give back whole blocks; see `Export.trim`. Raises OSError."""
+        start, end = self._whole_blocks(offset, length)
+        await self._zero_blocks(start, end, unmap=True)
+        if fua:
+            await self.flush()
+
+    async def _zero_blocks(self, start: int, end: int, *, unmap: bool) -> None:
+        for offset in range(start, end, ZERO_PIECE):
+            length = min(ZERO_PIECE, end - offset)
+            zero = partial(self.leaf.zero, offset, length, unmap=unmap)
+            await self._change(offset, length, zero)
+            await trio.lowlevel.checkpoint()
+
+    async def _change(self, offset: int, length: int, change: Callable[[], None]) -> None:
+        """Clear what is in the way of a change of the leaf, then make it."""
+
+        def attempt() -> LeafExtent | None:
+            obstacle = self._obstacle(offset, length)
+            if obstacle is None:
+                change()
+            return obstacle
+
+        while (obstacle := await self._atomically(attempt)) is not None:
+            await self._clear(obstacle)
+
+    def _obstacle(self, offset: int, length: int) -> LeafExtent | None:
+        """What the leaf must have as DATA before it takes a write or zero of this range:
+        blocks that it covers in part, and compressed clusters that it covers in part."""
+        end = offset + length
+        first = align_down(offset, self._block_size)
+        last = align_down(end, self._block_size)
+        edges = set()
+        if first != offset:
+            edges.add(first)
+        if last != end and end != self.size:
+            edges.add(last)
+        for edge in edges:
+            for extent in self.leaf.extents(edge, min(self._block_size, self.size - edge)):
+                if extent.state is not State.DATA:
+                    return extent
+        for extent in self.leaf.extents(offset, length):
+            if extent.state is State.COMPRESSED:
+                cluster, size = self._cluster(extent.offset)
+                if cluster < offset or cluster + size > end:
+                    return extent
+        return None
+
+    async def _clear(self, obstacle: LeafExtent) -> None:
+        """Make DATA of (at least) one obstacle, contents unchanged."""
+        if obstacle.state is State.COMPRESSED:
+            await self._expand(obstacle)
+        elif obstacle.state is State.ZERO or self._known_zero(obstacle):
+
+            def fill() -> None:
+                if self._holds_zero(obstacle):
+                    self.leaf.write(obstacle.offset, memoryview(zeroes(obstacle.length)))
+
+            await self._atomically(fill)
+        else:
+            self.copy_on_write += 1
+            for fetch in self._start_fetch(obstacle, Priority.DEMAND, store=True):
+                await fetch.wait()
+                if fetch.store_error is not None:
+                    raise fetch.store_error
+
+    async def _expand(self, extent: LeafExtent) -> None:
+        """Replace a compressed cluster by its plain content."""
+        offset, length = self._cluster(extent.offset)
+
+        before = await self._atomically(self._look, offset, length)
+        data = memoryview(bytearray(length))
+        await self.read(data, offset)
+
+        def store() -> None:
+            if self._look(offset, length) == before:
+                self.leaf.write(offset, data)
+
+        await self._atomically(store)
+
+    async def flush(self) -> None:
+        """See `Export.flush`. Raises OSError."""
+        if not self.read_only:
+            await self._flusher.flush()
+
+    # -- making it local -------------------------------------------------------------
+
+    async def cache(self, offset: int, length: int) -> None:
+        """See `Export.cache`. Raises OSError, BackingError."""
+        await self.populate(offset, length, Priority.PREFETCH)
+
+    async def populate(self, offset: int, length: int, priority: Priority) -> int:
+        """Make everything in a range allocated; returns how many bytes were not before.
+
+        Raises BackingError, and OSError where the leaf would not take the data (ENOSPC).
+        """
+        done = 0
+        while missing := await self._atomically(self._unallocated, offset, length):
+            fetches: list[Fetch] = []
+            for extent in missing:
+                if self._known_zero(extent):
+                    await self.fill_zero(extent.offset, extent.length)
+                else:
+                    fetches += self._start_fetch(extent, priority, store=True)
+            for fetch in fetches:
+                await fetch.wait()
+                if fetch.store_error is not None:
+                    raise fetch.store_error
+            done += sum(extent.length for extent in missing)
+        return done
+
+    async def fill_zero(self, offset: int, length: int) -> None:
+        """Mark as zero the unallocated whole blocks of a range that is a hole in the
+        backing. Raises OSError."""
+        start, end = self._whole_blocks(offset, length)
+
+        def fill(at: int, size: int) -> None:
+            for extent in self._unallocated(at, size):
+                self.leaf.zero(extent.offset, extent.length, unmap=True)
+
+        for at in range(start, end, ZERO_PIECE):
+            await self._atomically(fill, at, min(ZERO_PIECE, end - at))
+            await trio.lowlevel.checkpoint()
+
+    async def next_unallocated(self, offset: int) -> LeafExtent | None:
+        """The first unallocated extent at or after ``offset`` (there may be more behind
+        it), or None if all is allocated from there on."""
+        while offset < self.size:
+            length = min(LOOK_PIECE, self.size - offset)
+            found = await self._atomically(self._first_unallocated, offset, length)
+            if found is not None:
+                return found
+            offset += length
+            await trio.lowlevel.checkpoint()
+        return None
+
+    async def complete(self, *, keep_backing: bool) -> None:
+        """Everything is allocated: make that durable and let go of the backing.
+
+        Raises OSError; ValueError if something is still unallocated.
+        """
+        if await self.next_unallocated(0) is not None:
+            raise ValueError("the leaf still has unallocated clusters")
+        if keep_backing or self.leaf.backing is None:
+            await self.flush()
+        else:
+            await self._flusher.flush_then(self.leaf.drop_backing)
+        self.backing = None
+        self._fetcher = None
+
+    # -- looking at it ---------------------------------------------------------------
+
+    async def block_status(self, offset: int, length: int, limit: int) -> list[StatusExtent]:
+        """See `Export.block_status`. Raises BackingError."""
+        length = min(length, LOOK_PIECE)
+        result: list[StatusExtent] = []
+        for extent in await self._atomically(self._some_extents, offset, length, limit):
+            for status in await self._status(extent):
+                if result and result[-1][2:] == status[2:]:
+                    joined = result[-1].length + status.length
+                    result[-1] = result[-1]._replace(length=joined)
+                elif len(result) == limit:
+                    return result
+                else:
+                    result.append(status)
+        return result
+
+    async def _status(self, extent: LeafExtent) -> list[StatusExtent]:
+        backing = self.backing
+        if not _remote(extent) or backing is None:
+            zero = extent.state is State.ZERO
+            return [
+                StatusExtent(
+                    extent.offset, extent.length, local=True, zero=zero, hole=zero, depth=1
+                )
+            ]
+        result: list[StatusExtent] = []
+        offset = extent.offset
+        while offset < extent.end:
+            for part in await backing.extents(offset, extent.end - offset):
+                hole = part.zero
+                depth = 0 if hole else 2
+                status = StatusExtent(*part[:2], local=False, zero=hole, hole=hole, depth=depth)
+                result.append(status)
+                offset = part.end
+        return result
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the disk was opened, in bytes where the name says so."""
+        fetcher = self._fetcher
+        return {
+            "demand_misses": self.demand_misses,
+            "demand_bytes": self.demand_bytes,
+            "copy_on_write": self.copy_on_write,
+            "flushes": self._flusher.flushes,
+            "fetches_in_flight": fetcher.in_flight if fetcher else 0,
+            "fetched_bytes": fetcher.fetched_bytes if fetcher else 0,
+            "stored_bytes": fetcher.stored_bytes if fetcher else 0,
+            "zero_bytes": fetcher.zero_bytes if fetcher else 0,
+            "store_failures": fetcher.store_failures if fetcher else 0,
+        }
+
+    # -- helpers ---------------------------------------------------------------------
+
+    async def _atomically(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a plain step on the leaf, as a whole and anew until it goes through.
+
+        There is no await between the step's end and the return.
+        """
+        while True:
+            try:
+                return step(*args, **kwargs)
+            except ColdMetadata as cold:
+                await trio.to_thread.run_sync(cold.warm)
+            except FlushNeeded:
+                await self.flush()
+
+    def _start_fetch(self, extent: LeafExtent, priority: Priority, *, store: bool) -> list[Fetch]:
+        if self._fetcher is None:
+            raise OSError(errno.EIO, "unallocated data, but no backing to fetch it from")
+        store = store and not self.read_only
+        return self._fetcher.start(extent.offset, extent.length, priority, store=store)
+
+    def _known_zero(self, extent: LeafExtent) -> bool:
+        return self.backing is not None and self.backing.known_zero(extent.offset, extent.length)
+
+    def _look(self, offset: int, length: int) -> list[LeafExtent]:
+        return list(self.leaf.extents(offset, length))
+
+    def _unallocated(self, offset: int, length: int) -> list[LeafExtent]:
+        return [extent for extent in self.leaf.extents(offset, length) if _remote(extent)]
+
+    def _first_unallocated(self, offset: int, length: int) -> LeafExtent | None:
+        return next(filter(_remote, self.leaf.extents(offset, length)), None)
+
+    def _some_extents(self, offset: int, length: int, limit: int) -> list[LeafExtent]:
+        """Up to ``limit`` extents that differ, or a few more."""
+        found: list[LeafExtent] = []
+        different = 0
+        for extent in self.leaf.extents(offset, length):
+            if not found or found[-1].state is not extent.state:
+                different += 1
+            if different > limit:
+                break
+            found.append(extent)
+        return found
+
+    def _holds_zero(self, extent: LeafExtent) -> bool:
+        """Whether it is (still) without data, and reads as zeroes."""
+        return all(
+            part.state is State.ZERO or (_remote(part) and self._known_zero(part))
+            for part in self.leaf.extents(extent.offset, extent.length)
+        )
+
+    def _reads_zero(self, offset: int, length: int) -> bool:
+        return self._holds_zero(LeafExtent(offset, length, State.ZERO))
+
+    def _slow_to_zero(self, edge: tuple[int, int]) -> bool:
+        return edge[1] > 0 and any(
+            part.state is State.COMPRESSED or (_remote(part) and not self._known_zero(part))
+            for part in self.leaf.extents(*edge)
+        )
+
+    def _aligned(self, offset: int, length: int) -> bool:
+        return self._whole_blocks(offset, length) == (offset, offset + length)
+
+    def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
+        """The (start, end) of the whole blocks in a range; the disk's last block counts
+        as whole, however short. Empty: start is not below end."""
+        end = offset + length
+        start = align_up(offset, self._block_size)
+        return start, end if end == self.size else align_down(end, self._block_size)
+
+    def _cluster(self, offset: int) -> tuple[int, int]:
+        """The (offset, length) of the cluster around an offset, within the disk."""
+        start = align_down(offset, self.leaf.cluster_size)
+        return start, min(self.leaf.cluster_size, self.size - start)
+
+
+def _remote(extent: LeafExtent) -> bool:
+    return extent.state is State.UNALLOCATED
+
+
+def _by_fetch(
+    extent: LeafExtent, fetched: list[Fetch]
+) -> Iterator[tuple[LeafExtent, Fetch | None]]:
+    """Cut an unallocated extent by the fetches that have its data."""
+    offset = extent.offset
+    while offset < extent.end:
+        source: Fetch | None = None
+        end = extent.end
+        for fetch in fetched:
+            if fetch.covers(offset, 1):
+                source, end = fetch, min(end, fetch.offset + fetch.length)
+                break
+            if offset < fetch.offset < end:
+                end = fetch.offset
+        yield LeafExtent(offset, end - offset, State.UNALLOCATED), source
+        offset = end
+
+
+def _same_place(part: LeafExtent, extent: LeafExtent) -> bool:
+    """Whether a part of an extent is still where the extent had it."""
+    if extent.state is State.COMPRESSED:
+        return part.state is State.COMPRESSED and part.host == extent.host
+    return part.state is State.DATA and part.host - extent.host == part.offset - extent.offset

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fetches: how unallocated clusters come from the backing, each one once.
+
+A fetch claims whole clusters while it is under way. Whoever misses one of them
+meanwhile joins the fetch instead of sending another (invariant 4); a guest that joins
+one which was sent for the stream job promotes it. What came back is stored only
+where the leaf is *still* unallocated at that moment (invariant 1), by plain calls with
+no await between looking and storing; a fetch that failed stores nothing (invariant 7).
+
+A fetch is a task of the disk, not of the request that caused it: a client that goes
+away takes no data from the others that wait. Those who wait use the leaf for what is
+allocated by then, and the fetched bytes for what is not (copy on read is off, or the
+leaf is full).
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+
+import trio
+
+from nbdstream.backing.base import Backing, Priority
+from nbdstream.disk.zeroes import zero_runs
+from nbdstream.errors import BackingError, BackingGoneError
+from nbdstream.extents import align_up
+from nbdstream.leaf.base import Leaf, State
+
+log = logging.getLogger(__name__)
+
+# The most that one read of the backing asks for: what a miss within it waits for.
+MAX_FETCH = 1 << 20
+
+
+class Fetch:
+    """One read of the backing, under way or done.
+
+    ``error``: the read failed; ``store_error``: it did not, but the leaf would not take
+    the data. Both are final once ``done`` is set.
+    """
+
+    def __init__(self, offset: int, length: int, priority: Priority, *, store: bool) -> None:
+        self.offset = offset
+        self.length = length
+        self.priority = priority
+        self.store = store
+        self.data = bytearray(length)
+        self.done = trio.Event()
+        self.error: BackingError | None = None
+        self.store_error: OSError | None = None
+
+    def covers(self, offset: int, length: int) -> bool:
+        """Whether the fetched bytes include the range."""
+        return self.offset <= offset and offset + length <= self.offset + self.length
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The fetched bytes of a range of the disk."""
+        start = offset - self.offset
+        return memoryview(self.data)[start : start + length]
+
+    async def wait(self) -> None:
+        """Wait until it is done. Raises BackingError if the read failed."""
+        await self.done.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class Fetcher:
+    """The fetches of one disk that are under way, by cluster."""
+
+    def __init__(
+        self,
+        leaf: Leaf,
+        backing: Backing,
+        nursery: trio.Nursery,
+        settle: Callable[[Callable[[], None]], Awaitable[None]],
+    ) -> None:
+        """``settle`` runs a plain call on the leaf until the leaf has what the call needs."""
+        self._leaf = leaf
+        self._backing = backing
+        self._nursery = nursery
+        self._settle = settle
+        self._by_cluster: dict[int, Fetch] = {}
+        self.fetched_bytes = 0
+        self.stored_bytes = 0
+        self.zero_bytes = 0
+        self.store_failures = 0
+
+    @property
+    def in_flight(self) -> int:
+        """How many fetches are under way."""
+        return len(set(self._by_cluster.values()))
+
+    def start(self, offset: int, length: int, priority: Priority, *, store: bool) -> list[Fetch]:
+        """Have every cluster that the range touches fetched; return the fetches to wait for.
+
+        ``store``: put the data into the leaf.
+        """
+        size = self._leaf.cluster_size
+        fetches: list[Fetch] = []
+        missing: list[int] = []
+        for cluster in range(offset // size, align_up(offset + length, size) // size):
+            fetch = self._by_cluster.get(cluster)
+            if fetch is None:
+                missing.append(cluster)
+            elif not fetches or fetches[-1] is not fetch:
+                self._join(fetch, priority, store=store)
+                fetches.append(fetch)
+        for first, last in _runs(missing, max(MAX_FETCH // size, 1)):
+            fetches.append(self._send(first, last, priority, store=store))
+        return fetches
+
+    def _join(self, fetch: Fetch, priority: Priority, *, store: bool) -> None:
+        fetch.store = fetch.store or store
+        if priority < fetch.priority:
+            fetch.priority = priority
+            self._backing.promote(fetch.offset, fetch.length)
+
+    def _send(self, first: int, last: int, priority: Priority, *, store: bool) -> Fetch:
+        """Claim the clusters ``first`` to ``last`` and start to fetch what they lack."""
+        size = self._leaf.cluster_size
+        offset = first * size
+        end = min((last + 1) * size, self._leaf.size)
+        fetch = Fetch(offset, end - offset, priority, store=store)
+        for cluster in range(first, last + 1):
+            self._by_cluster[cluster] = fetch
+        self._nursery.start_soon(self._run, fetch, range(first, last + 1))
+        return fetch
+
+    async def _run(self, fetch: Fetch, clusters: range) -> None:
+        # If anything but an answer ends this task (shutdown), those who wait must not
+        # take the buffer's content for data.
+        fetch.error = BackingGoneError("the disk was closed before the backing answered")
+        try:
+            await self._backing.read(memoryview(fetch.data), fetch.offset, fetch.priority)
+            fetch.error = None
+            self.fetched_bytes += fetch.length
+            if fetch.store:
+                await self._settle(lambda: self._store(fetch))
+        except BackingError as error:
+            fetch.error = error
+        except OSError as error:
+            fetch.store_error = error
+            self.store_failures += 1
+            log.warning("%s: cannot keep what was read: %s", self._leaf.path, error)
+        finally:
+            for cluster in clusters:
+                del self._by_cluster[cluster]
+            fetch.done.set()
+
+    def _store(self, fetch: Fetch) -> None:
+        """Put into the leaf what it still lacks. One step: no await, a guest write wins."""
+        leaf = self._leaf
+        for extent in list(leaf.extents(fetch.offset, fetch.length)):
+            if extent.state is not State.UNALLOCATED:
+                continue
+            data = fetch.view(extent.offset, extent.length)
+            for start, length, zero in zero_runs(data, leaf.cluster_size):
+                if zero:
+                    leaf.zero(extent.offset + start, length, unmap=True)
+                    self.zero_bytes += length
+                else:
+                    leaf.write(extent.offset + start, data[start : start + length])
+                    self.stored_bytes += length
+
+
+def _runs(clusters: Iterable[int], limit: int) -> Iterable[tuple[int, int]]:
+    """Sorted numbers as (first, last) runs of consecutive ones, at most ``limit`` long."""
+    first = last = -1
+    for cluster in clusters:
+        if first >= 0 and cluster == last + 1 and cluster - first < limit:
+            last = cluster
+            continue
+        if first >= 0:
+            yield first, last
+        first = last = cluster
+    if first >= 0:
+        yield first, last
