@@ -21,6 +21,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import islice
 from typing import ParamSpec, TypeVar
 
 import trio
@@ -30,7 +31,7 @@ from nbdstream.disk.fetch import Fetch, Fetcher
 from nbdstream.disk.flush import Flusher, run_checkpoints
 from nbdstream.disk.zeroes import is_zero, zeroes
 from nbdstream.extents import align_down, align_up
-from nbdstream.leaf.base import ALL_ZERO, ColdMetadata, FlushNeeded, Leaf, LeafExtent, State
+from nbdstream.leaf.base import ALL_ZERO, ColdMetadata, FlushNeeded, Leaf, LeafExtent, State, joined
 from nbdstream.server.export import Hit, StatusExtent
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ class StreamedDisk:
         What the backing is known to have as zeroes counts as ZERO.
         """
         plan: list[tuple[LeafExtent, Fetch | None]] = []
-        for extent in self.leaf.extents(offset, length):
+        for extent in joined(self.leaf.extents(offset, length)):
             if not _remote(extent):
                 plan.append((extent, None))
             elif self._known_zero(extent):
@@ -485,25 +486,16 @@ class StreamedDisk:
         return self.backing is not None and self.backing.known_zero(extent.offset, extent.length)
 
     def _look(self, offset: int, length: int) -> list[LeafExtent]:
-        return list(self.leaf.extents(offset, length))
+        return list(joined(self.leaf.extents(offset, length)))
 
     def _unallocated(self, offset: int, length: int) -> list[LeafExtent]:
-        return [extent for extent in self.leaf.extents(offset, length) if _remote(extent)]
+        return [extent for extent in joined(self.leaf.extents(offset, length)) if _remote(extent)]
 
     def _first_unallocated(self, offset: int, length: int) -> LeafExtent | None:
-        return next(filter(_remote, self.leaf.extents(offset, length)), None)
+        return next(filter(_remote, joined(self.leaf.extents(offset, length))), None)
 
     def _some_extents(self, offset: int, length: int, limit: int) -> list[LeafExtent]:
-        """Up to ``limit`` extents that differ, or a few more."""
-        found: list[LeafExtent] = []
-        different = 0
-        for extent in self.leaf.extents(offset, length):
-            if not found or found[-1].state is not extent.state:
-                different += 1
-            if different > limit:
-                break
-            found.append(extent)
-        return found
+        return list(islice(joined(self.leaf.extents(offset, length)), limit))
 
     def _holds_zero(self, extent: LeafExtent) -> bool:
         """Whether it is (still) without data, and reads as zeroes."""

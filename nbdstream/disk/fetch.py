@@ -22,7 +22,7 @@ from nbdstream.backing.base import Backing, Priority
 from nbdstream.disk.zeroes import zero_runs
 from nbdstream.errors import BackingError, BackingGoneError
 from nbdstream.extents import align_up
-from nbdstream.leaf.base import Leaf, State
+from nbdstream.leaf.base import Leaf, State, joined
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Fetcher:
     def _store(self, fetch: Fetch) -> None:
         """Put into the leaf what it still lacks. One step: no await, a guest write wins."""
         leaf = self._leaf
-        for extent in list(leaf.extents(fetch.offset, fetch.length)):
+        for extent in list(joined(leaf.extents(fetch.offset, fetch.length))):
             if extent.state is not State.UNALLOCATED:
                 continue
             data = fetch.view(extent.offset, extent.length)

@@ -28,7 +28,7 @@ way while the leaf is open, so allocation is never durable before its data
 import abc
 import enum
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -248,6 +248,28 @@ class Leaf(abc.ABC):
     def describe(self) -> dict[str, object]:
         """Format-specific facts for ``nbdstream info``, by QEMU's names where it has them."""
         return {}
+
+
+def joined(extents: Iterable[LeafExtent]) -> Iterator[LeafExtent]:
+    """Join neighbours that are alike: the longest extents that tile the same range."""
+    pending: LeafExtent | None = None
+    for extent in extents:
+        if pending is not None and _continues(pending, extent):
+            pending = pending._replace(length=pending.length + extent.length)
+        else:
+            if pending is not None:
+                yield pending
+            pending = extent
+    if pending is not None:
+        yield pending
+
+
+def _continues(first: LeafExtent, second: LeafExtent) -> bool:
+    if first.state is not second.state or first.end != second.offset:
+        return False
+    if first.state is State.DATA:
+        return first.host + first.length == second.host
+    return first.state is not State.COMPRESSED
 
 
 def read_exactly(fd: int, view: memoryview, offset: int) -> None:
