@@ -197,6 +197,30 @@ async def test_partial_write_beside_zeroes_does_not_resurrect_the_backing() -> N
         assert backing.reads == []
 
 
+async def test_a_write_that_slips_in_while_a_zero_block_is_filled_survives() -> None:
+    async with gated_disk() as (disk, leaf, _backing):
+        await disk.trim(0, 512, fua=False)
+        calls = 0
+
+        def cold_once_at_the_fill() -> None:
+            # Calls: the look for obstacles (edge), the look whether it still holds zeroes,
+            # then the fill itself: by then everything has been looked at.
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                assert leaf.states[0] is State.ZERO
+                leaf.signal = lambda: None
+                trio.lowlevel.spawn_system_task(slip_in)
+                raise leaf.cold()
+
+        async def slip_in() -> None:
+            assert disk.write_nowait(memoryview(b"s" * 512), 0) is Hit.DONE
+
+        leaf.signal = cold_once_at_the_fill
+        await disk.write(memoryview(b"p" * 10), 100, fua=False)
+        assert await read(disk, 0, 512) == b"s" * 100 + b"p" * 10 + b"s" * 402
+
+
 async def test_the_short_last_block() -> None:
     async with gated_disk() as (disk, _leaf, backing):
         tail = SIZE - SIZE % 512
