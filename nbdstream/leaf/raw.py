@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The raw leaf: guest offset = file offset, with an allocation map while it has a backing.
+
+``disk.raw`` holds the data; ``disk.raw.map`` (see `nbdstream.leaf.raw_map`) says which
+blocks of it count. Without a map everything counts: a plain disk.
+
+Crash order (invariants 2 and 3). Three things reach the disk: data, bits, and the names
+of the two files.
+
+- *Data before bits.* A flush syncs the data file, and only then writes the bits that
+  were set before it began. Without that barrier a crash could leave a bit whose block
+  holds what the file system found there. A crash between the two loses bits only: these
+  blocks are unallocated again, whatever their bytes, and are fetched or written anew.
+- *Bits before the flush returns*, hence the second sync. A flush without new bits needs
+  just the first.
+- Data written over allocated blocks, and zeroes punched into them, are under the bits'
+  protection already: the first sync makes them durable.
+- *An unmarked block may hold anything* (a write that a crash kept from being flushed), so
+  zeroing one always goes to the file, though it may look like a hole.
+- *The map goes last.* When nothing is unallocated any more it is unlinked and the
+  directory synced. Before that the leaf has map and backing; after it, neither is needed.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+from nbdstream.errors import LeafError, LeafFormatError, UsageError
+from nbdstream.leaf import MAP_SUFFIX, files
+from nbdstream.leaf.base import (
+    SCATTERED,
+    BackingReference,
+    CheckResult,
+    Leaf,
+    LeafExtent,
+    State,
+    write_exactly,
+)
+from nbdstream.leaf.locking import open_locked
+from nbdstream.leaf.pages import write_pages
+from nbdstream.leaf.raw_map import (
+    BLOCK_SIZE,
+    AllocationMap,
+    MapHeader,
+    create_map,
+    is_cluster_size,
+)
+
+DEFAULT_CLUSTER_SIZE = 65536
+
+
+class RawLeaf(Leaf):
+    """See `nbdstream.leaf.base.Leaf`."""
+
+    format = "raw"
+    block_size = BLOCK_SIZE
+
+    def __init__(self, path: str, *, read_only: bool) -> None:
+        """Open a raw image, and the map beside it if there is one (may block).
+
+        Raises LeafInUseError, LeafFormatError, LeafUnsupportedError, OSError.
+        """
+        self.path = path
+        self.read_only = read_only
+        self.fd = open_locked(path, read_only=read_only)
+        self._map: AllocationMap | None = None
+        self._closed = False
+        try:
+            self.size = os.fstat(self.fd).st_size
+            self._open_map()
+        except BaseException:
+            os.close(self.fd)
+            raise
+        header = self._map.header if self._map else None
+        self.cluster_size = header.cluster_size if header else DEFAULT_CLUSTER_SIZE
+        self.backing = header.backing if header else None
+
+    def _open_map(self) -> None:
+        try:
+            allocation = AllocationMap(self.path + MAP_SUFFIX, read_only=self.read_only)
+        except FileNotFoundError:
+            return
+        if allocation.header.size != self.size:
+            allocation.close()
+            raise LeafFormatError(
+                f"{self.path} is {self.size} bytes long, but its map belongs to a disk of"
+                f" {allocation.header.size} bytes"
+            )
+        self._map = allocation
+
+    # -- where things are ------------------------------------------------------------
+
+    def locate(self, offset: int, length: int) -> int:
+        allocation = self._map
+        if allocation is None or allocation.allocated(offset, length):
+            return offset
+        return SCATTERED
+
+    def extents(self, offset: int, length: int) -> Iterator[LeafExtent]:
+        if self._map is None:
+            yield from files.stored_extents(self.fd, offset, length, offset, BLOCK_SIZE)
+            return
+        for start, stop, allocated in self._map.runs(offset, length):
+            if allocated:
+                yield from files.stored_extents(self.fd, start, stop - start, start, BLOCK_SIZE)
+            else:
+                yield LeafExtent(start, stop - start, State.UNALLOCATED)
+
+    # -- changes ---------------------------------------------------------------------
+
+    def write(self, offset: int, view: memoryview) -> None:
+        allocation = self._map
+        if allocation is None or allocation.allocated(offset, len(view)):
+            write_exactly(self.fd, view, offset)
+            return
+        claims = allocation.claim(offset, len(view))
+        write_exactly(self.fd, view, offset)
+        allocation.mark(claims)
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        allocation = self._map
+        claims = None
+        if allocation is not None and not allocation.allocated(offset, length):
+            claims = allocation.claim(offset, length)
+        files.zero_range(self.fd, offset, length, unmap=unmap)
+        if allocation is not None and claims is not None:
+            allocation.mark(claims)
+
+    # -- durability ------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        return self._map is not None and self._map.cache.dirty
+
+    def begin_flush(self) -> Callable[[], None]:
+        allocation = self._map
+        snapshot = allocation.cache.begin_flush() if allocation else {}
+
+        def flush() -> None:
+            os.fdatasync(self.fd)
+            if allocation is not None and snapshot:
+                write_pages(allocation.fd, snapshot.items())
+                os.fdatasync(allocation.fd)
+
+        return flush
+
+    def end_flush(self, *, ok: bool) -> None:
+        if self._map is not None:
+            self._map.cache.end_flush(ok=ok)
+
+    def drop_backing(self) -> None:
+        allocation = self._map
+        if allocation is None:
+            return
+        # The one step that cannot be undone, so it does not rely on anybody's word.
+        if not allocation.complete():
+            raise LeafError(f"{self.path} still needs its backing: not all of it is allocated")
+        os.unlink(self.path + MAP_SUFFIX)  # noqa: PTH108 - beside the other os calls
+        files.sync_directory(self.path)
+        self._map = None
+        self.backing = None
+        allocation.close()
+
+    def record_backing(self, backing: BackingReference) -> None:
+        if self._map is None:
+            raise LeafError(f"{self.path} has no allocation map, so it cannot have a backing")
+        self._map.write_header(backing)
+        self.backing = backing
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.dirty:
+                self.begin_flush()()
+                self.end_flush(ok=True)
+        finally:
+            if self._map is not None:
+                self._map.close()
+            os.close(self.fd)
+
+    # -- looking at it ---------------------------------------------------------------
+
+    def check(self, *, repair: bool) -> CheckResult:
+        """Leaks are blocks that are stored but do not count, left by a crash; a repair punches
+        them out. What could be an error is found when the leaf is opened."""
+        leaks = 0
+        for extent in self.extents(0, self.size):
+            if extent.state is not State.UNALLOCATED:
+                continue
+            for stored in files.stored_extents(
+                self.fd, extent.offset, extent.length, extent.offset, BLOCK_SIZE
+            ):
+                if stored.state is State.DATA:
+                    leaks += -(-stored.length // BLOCK_SIZE)
+                    if repair:
+                        files.zero_range(self.fd, stored.offset, stored.length, unmap=True)
+        messages = (f"{leaks} blocks are stored but not allocated",) if leaks else ()
+        return CheckResult(leaks=leaks, repaired=leaks if repair else 0, messages=messages)
+
+    def describe(self) -> dict[str, object]:
+        return {"map": self.path + MAP_SUFFIX} if self._map is not None else {}
+
+
+def open_image(path: str, *, read_only: bool) -> RawLeaf:
+    """See `nbdstream.leaf.open_leaf`."""
+    return RawLeaf(path, read_only=read_only)
+
+
+def create(
+    path: str, *, size: int, cluster_size: int | None, backing: BackingReference | None
+) -> None:
+    """Make a new sparse raw image, with a map beside it if it has a backing, both durably.
+
+    Raises UsageError, LeafError, OSError (a file is there already; a full disk).
+    """
+    if cluster_size is None:
+        cluster_size = DEFAULT_CLUSTER_SIZE
+    if not is_cluster_size(cluster_size):
+        raise UsageError(
+            f"cluster size {cluster_size}: a raw leaf needs a power of two from 4k to 64M"
+        )
+    if backing is not None:
+        create_map(path + MAP_SUFFIX, MapHeader(size, cluster_size, backing))
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)

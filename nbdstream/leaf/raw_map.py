@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The allocation map of a raw leaf, ``disk.raw.map``: which blocks the leaf has.
+
+    0     header slot 0     one page each; the valid one with the higher generation
+    4096  header slot 1     counts, so that a torn update leaves the older one
+    8192  one bit per block of 4 KiB, the least significant bit of a byte first
+
+Bits only ever go from 0 to 1. Any sector of a bit page that a crash leaves behind, old or
+new, is therefore true of the data as it was at some flush: bits need no checksum, no
+order among themselves, and no journal. The one order that matters is that data is
+synced before its bits are written, and `RawLeaf` sees to that.
+
+The file has its full length from the start, but is sparse: what nobody has touched is a
+hole, and costs nothing. One page of bits stands for 128 MiB of disk.
+"""
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nbdstream.errors import LeafError, LeafFormatError
+from nbdstream.extents import align_up
+from nbdstream.leaf.base import BackingReference, read_exactly, write_exactly
+from nbdstream.leaf.pages import FULL_PAGE, PAGE_SIZE, ZERO_PAGE, PageCache
+
+BLOCK_SIZE = 4096
+BLOCK_SHIFT = 12
+MIN_CLUSTER_SIZE = BLOCK_SIZE
+MAX_CLUSTER_SIZE = 64 << 20
+
+_MAGIC = b"nbdsmap\n"
+_VERSION = 1
+_SLOTS = 2
+FIRST_PAGE = _SLOTS  # the page number of the first page of bits
+SPAN_SHIFT = BLOCK_SHIFT + 15  # log2 of the disk range that one page of bits stands for
+SPAN = 1 << SPAN_SHIFT
+_BIT_MASK = (1 << 15) - 1
+
+# magic, version, length of the header with its strings, generation, disk size, block size,
+# cluster size, backing size, lengths of URI, format and identity, CRC-32 of the whole header
+# with this field zero; little-endian. The strings (UTF-8) follow.
+_HEADER = struct.Struct("<8sIIQQIIQHHHxxI")
+
+_NOT_ONES = re.compile(rb"[^\xff]")
+_NOT_ZEROES = re.compile(rb"[^\0]")
+
+
+@dataclass(frozen=True)
+class MapHeader:
+    """What the map says of the leaf as a whole; sizes in bytes."""
+
+    size: int
+    cluster_size: int
+    backing: BackingReference
+    generation: int = 1
+
+    def pack(self) -> bytes:
+        """The header's page. Raises LeafError if the strings do not fit in."""
+        strings = [
+            text.encode() for text in (self.backing.uri, self.backing.format, self.backing.identity)
+        ]
+        length = _HEADER.size + sum(map(len, strings))
+        if length > PAGE_SIZE:
+            room = PAGE_SIZE - _HEADER.size
+            raise LeafError(f"the backing's URI is too long: the map has room for {room} bytes")
+        fields = (
+            _MAGIC,
+            _VERSION,
+            length,
+            self.generation,
+            self.size,
+            BLOCK_SIZE,
+            self.cluster_size,
+            self.backing.size,
+            *map(len, strings),
+        )
+        checksum = zlib.crc32(b"".join([_HEADER.pack(*fields, 0), *strings]))
+        return b"".join([_HEADER.pack(*fields, checksum), *strings]).ljust(PAGE_SIZE, b"\0")
+
+    @classmethod
+    def unpack(cls, page: bytes) -> "MapHeader":
+        """The header in a page. Raises LeafFormatError, saying what is wrong with it."""
+        (magic, version, length, generation, size, block_size, cluster_size, backing_size,
+         *lengths, checksum) = _HEADER.unpack_from(page)  # fmt: skip
+        if magic != _MAGIC:
+            raise LeafFormatError("bad magic")
+        if version != _VERSION:
+            raise LeafFormatError(f"version {version} is not known")
+        if length != _HEADER.size + sum(lengths) or length > PAGE_SIZE:
+            raise LeafFormatError(f"header length {length} is wrong")
+        fields = _HEADER.pack(*_HEADER.unpack_from(page)[:-1], 0)
+        if zlib.crc32(fields + page[_HEADER.size : length]) != checksum:
+            raise LeafFormatError("header checksum mismatch")
+        if block_size != BLOCK_SIZE or not is_cluster_size(cluster_size) or size >= 1 << 63:
+            raise LeafFormatError(f"sizes make no sense: {size}, {block_size}, {cluster_size}")
+        strings = []
+        position = _HEADER.size
+        for text_length in lengths:
+            strings.append(page[position : position + text_length])
+            position += text_length
+        try:
+            uri, backing_format, identity = (text.decode() for text in strings)
+        except UnicodeDecodeError as error:
+            raise LeafFormatError("header strings are not UTF-8") from error
+        backing = BackingReference(uri, backing_format, backing_size, identity)
+        return cls(size, cluster_size, backing, generation)
+
+
+def is_cluster_size(value: int) -> bool:
+    """Whether a raw leaf can fetch in units of ``value`` bytes."""
+    return MIN_CLUSTER_SIZE <= value <= MAX_CLUSTER_SIZE and value & (value - 1) == 0
+
+
+def create_map(path: str, header: MapHeader) -> None:
+    """Make a new map without a bit set, durably. Raises LeafError, OSError."""
+    page = header.pack()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        os.ftruncate(fd, _file_length(header.size))
+        write_exactly(fd, memoryview(page), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _file_length(size: int) -> int:
+    return FIRST_PAGE * PAGE_SIZE + align_up(align_up(size, BLOCK_SIZE) // BLOCK_SIZE, 8) // 8
+
+
+class AllocationMap:
+    """An open map. Ranges are guest bytes; all methods but those marked run in the loop.
+
+    Attributes:
+        fd: of the map file; closed by `close`.
+        header: as last read or written.
+        cache: the pages of bits, among them `FULL_PAGE` where all blocks are allocated.
+    """
+
+    def __init__(self, path: str, *, read_only: bool) -> None:
+        """Open a map (may block). Raises LeafFormatError, OSError."""
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        self.fd = os.open(path, flags | os.O_CLOEXEC)
+        try:
+            self.header = _read_header(self.fd, path)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.cache = PageCache(self.fd)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def allocated(self, offset: int, length: int) -> bool:
+        """Whether every block that the range touches is known, from memory, to be allocated."""
+        last_byte = offset + length - 1
+        span = offset >> SPAN_SHIFT
+        if last_byte >> SPAN_SHIFT != span:
+            middle = (span + 1) << SPAN_SHIFT
+            rest = offset + length - middle
+            return self.allocated(offset, middle - offset) and self.allocated(middle, rest)
+        page = self.cache.pages.get(span + FIRST_PAGE)
+        if page is FULL_PAGE:
+            return True
+        if page is None:
+            return False
+        first = (offset >> BLOCK_SHIFT) & _BIT_MASK
+        last = (last_byte >> BLOCK_SHIFT) & _BIT_MASK
+        if first == last:
+            return page[first >> 3] >> (first & 7) & 1 == 1
+        wanted = (1 << (last - first + 1)) - 1
+        bits = int.from_bytes(page[first >> 3 : (last >> 3) + 1], "little") >> (first & 7)
+        return bits & wanted == wanted
+
+    def runs(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """Tile the range with (offset, end, allocated). Raises ColdMetadata."""
+        position, end = offset, offset + length
+        while position < end:
+            span = position >> SPAN_SHIFT
+            page = self.cache.pages.get(span + FIRST_PAGE, ZERO_PAGE)
+            if page is ZERO_PAGE:  # not loaded, or nothing in it: skip as far as possible
+                limit = ((end - 1) >> SPAN_SHIFT) + 1 + FIRST_PAGE
+                used = self.cache.next_used(span + FIRST_PAGE, limit) - FIRST_PAGE
+                if used > span:
+                    stop = min(used << SPAN_SHIFT, end)
+                    yield position, stop, False
+                    position = stop
+                    continue
+                page = self.cache.load(span + FIRST_PAGE)
+            first = (position >> BLOCK_SHIFT) & _BIT_MASK
+            run, value = _run(page, first)
+            stop = min((span << SPAN_SHIFT) + ((first + run) << BLOCK_SHIFT), end)
+            yield position, stop, value
+            position = stop
+
+    def claim(self, offset: int, length: int) -> list[tuple[bytearray, int, int]]:
+        """Get ready to mark the blocks that the range covers whole: hand over to `mark`.
+
+        Changes nothing that anybody sees. Raises ColdMetadata, FlushNeeded.
+        """
+        first = (offset + BLOCK_SIZE - 1) >> BLOCK_SHIFT
+        end = offset + length
+        # The disk's last block may be shorter than the others.
+        stop = (end + BLOCK_SIZE - 1 if end == self.header.size else end) >> BLOCK_SHIFT
+        claims = []
+        while first < stop:
+            page_stop = min((first | _BIT_MASK) + 1, stop)
+            page = self.cache.writable((first >> 15) + FIRST_PAGE)
+            claims.append((page, first & _BIT_MASK, page_stop - first))
+            first = page_stop
+        return claims
+
+    @staticmethod
+    def mark(claims: list[tuple[bytearray, int, int]]) -> None:
+        """Set the bits of claimed blocks: page, first bit, how many."""
+        for page, first, count in claims:
+            start, stop = first >> 3, (first + count + 7) >> 3
+            bits = int.from_bytes(page[start:stop], "little") | ((1 << count) - 1) << (first & 7)
+            page[start:stop] = bits.to_bytes(stop - start, "little")
+
+    def write_header(self, backing: BackingReference) -> None:
+        """Worker: record another backing, durably. Raises LeafError, OSError."""
+        header = replace(self.header, backing=backing, generation=self.header.generation + 1)
+        slot = header.generation % _SLOTS  # the older one: a torn write costs nothing
+        write_exactly(self.fd, memoryview(header.pack()), slot * PAGE_SIZE)
+        os.fdatasync(self.fd)
+        self.header = header
+
+    def complete(self) -> bool:
+        """Worker: whether the *file* has every block of the disk allocated."""
+        blocks = align_up(self.header.size, BLOCK_SIZE) // BLOCK_SIZE
+        buffer = memoryview(bytearray(256 * PAGE_SIZE))
+        ones = b"\xff" * len(buffer)
+        for position in range(0, blocks // 8, len(buffer)):
+            piece = buffer[: min(len(buffer), blocks // 8 - position)]
+            read_exactly(self.fd, piece, FIRST_PAGE * PAGE_SIZE + position)
+            if piece != ones[: len(piece)]:
+                return False
+        wanted = (1 << blocks % 8) - 1
+        last = os.pread(self.fd, 1, FIRST_PAGE * PAGE_SIZE + blocks // 8) or b"\0"
+        return last[0] & wanted == wanted
+
+
+def _read_header(fd: int, path: str) -> MapHeader:
+    """The newer of the valid headers. Raises LeafFormatError with the trouble of both."""
+    headers = []
+    troubles = []
+    for slot in range(_SLOTS):
+        page = os.pread(fd, PAGE_SIZE, slot * PAGE_SIZE)
+        try:
+            headers.append(MapHeader.unpack(page.ljust(PAGE_SIZE, b"\0")))
+        except LeafFormatError as error:
+            troubles.append(str(error))
+    if not headers:
+        raise LeafFormatError(f"{path} is damaged, or not an allocation map: {troubles[0]}")
+    header = max(headers, key=lambda header: header.generation)
+    expected = _file_length(header.size)
+    actual = os.fstat(fd).st_size
+    if actual != expected:
+        raise LeafFormatError(f"{path} is damaged: {actual} bytes long instead of {expected}")
+    return header
+
+
+def _run(page: bytes | bytearray, first: int) -> tuple[int, bool]:
+    """How many bits from ``first`` on are alike, and whether they are set."""
+    value = page[first >> 3] >> (first & 7) & 1
+    uniform = 0xFF if value else 0
+    # The rest of the first byte, then whole bytes at the speed of C, then the last byte.
+    byte = (page[first >> 3] ^ uniform) >> (first & 7)
+    if byte:
+        return (byte & -byte).bit_length() - 1, bool(value)
+    match = (_NOT_ONES if value else _NOT_ZEROES).search(page, (first >> 3) + 1)
+    if match is None:
+        return (PAGE_SIZE << 3) - first, bool(value)
+    byte = page[match.start()] ^ uniform
+    return (match.start() << 3) + (byte & -byte).bit_length() - 1 - first, bool(value)
