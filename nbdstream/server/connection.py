@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One client's connection, from the greeting to the end: the trio side of the codec.
+
+One task receives, answers what can be answered at once, and sends; each request that
+has to wait for something gets a task of its own, so that replies leave in the order in
+which they become ready. What happens at the end depends on how it comes:
+
+- NBD_CMD_DISC, or the server stops: every request in flight is finished and answered.
+- The client is gone: reads in flight are cancelled, changes are finished.
+- The client breaks the protocol: the same, and one line in the log.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import trio
+
+from nbdstream.server.execute import execute
+from nbdstream.server.export import Export
+from nbdstream.server.handshake import Agreement, Handshake, ProtocolError
+from nbdstream.server.requests import is_change
+from nbdstream.server.transmission import SlowRequest, Transmission
+from nbdstream.server.wire import Wire
+
+logger = logging.getLogger(__name__)
+
+# Seconds that a client may take for its whole handshake.
+HANDSHAKE_TIMEOUT = 10.0
+# Seconds after which a busy connection lets other tasks run.
+TURN = 0.001
+
+
+class Connection:
+    """Serves one client; ``peer`` names it in the log."""
+
+    def __init__(self, wire: Wire, peer: str, exports: Sequence[Export]) -> None:
+        self._wire = wire
+        self._peer = peer
+        self._exports = exports
+        self._stopping = False
+        self._finished = trio.lowlevel.ParkingLot()  # unparked by every slow request's end
+
+    def stop(self) -> None:
+        """Take no further requests, finish those in flight, and end."""
+        self._stopping = True
+        self._wire.stop_receiving()
+
+    async def run(self) -> None:
+        """Serve the client until the connection ends. The caller closes the socket.
+
+        A cancelled call leaves the connection in the middle of anything.
+        """
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT):
+                handshake = await self._shake_hands()
+        except (ProtocolError, OSError, trio.TooSlowError) as error:
+            self._log_end(error)
+            return
+        if isinstance(handshake.outcome, Agreement):
+            await self._serve(handshake.outcome, handshake.unconsumed)
+
+    async def _shake_hands(self) -> Handshake:
+        handshake = Handshake(self._exports)
+        room = memoryview(bytearray(4096))
+        await self._wire.send(handshake.greeting())
+        while not handshake.outcome:
+            length = self._wire.receive_nowait(room)
+            if length is None:
+                await self._wire.readable()
+            elif length:
+                await self._wire.send(handshake.receive(bytes(room[:length])))
+            else:
+                break
+        return handshake
+
+    async def _serve(self, agreement: Agreement, unconsumed: bytes) -> None:
+        transmission = Transmission(agreement, unconsumed)
+        async with trio.open_nursery() as changes, trio.open_nursery() as queries:
+
+            def start(slow: SlowRequest) -> None:
+                nursery = changes if is_change(slow.request) else queries
+                nursery.start_soon(self._execute, slow, transmission, agreement)
+
+            try:
+                finish_all = await self._transmit(transmission, start)
+            except (ProtocolError, OSError) as error:
+                self._log_end(error)
+                finish_all = False
+            if not finish_all:
+                # A cancelled task may leave half a reply behind: nothing may follow it.
+                self._wire.hang_up()
+                queries.cancel_scope.cancel()
+
+    async def _transmit(
+        self, transmission: Transmission, start: Callable[[SlowRequest], None]
+    ) -> bool:
+        """Serve requests until no more come; return whether those in flight still matter."""
+        turn_end = time.perf_counter() + TURN
+        while not self._stopping:
+            hungry = transmission.process()
+            for slow in transmission.slow:
+                start(slow)
+            transmission.slow.clear()
+            replies = transmission.take_replies()
+            if replies:
+                await self._wire.send(replies)
+            if transmission.disconnected:
+                return True
+            if transmission.saturated:
+                await self._finished.park()
+            elif hungry:
+                length = self._wire.receive_nowait(transmission.room())
+                if length is None:
+                    await self._wire.readable()
+                    turn_end = time.perf_counter() + TURN
+                elif length:
+                    transmission.received(length)
+                else:
+                    return self._stopping
+            if time.perf_counter() > turn_end:
+                await trio.lowlevel.checkpoint()
+                turn_end = time.perf_counter() + TURN
+        return True
+
+    async def _execute(
+        self, slow: SlowRequest, transmission: Transmission, agreement: Agreement
+    ) -> None:
+        """Carry out one slow request, and send its reply."""
+        try:
+            parts = await execute(slow.request, slow.payload, agreement)
+            await self._wire.send(*parts)
+        except OSError:
+            self._wire.hang_up()  # and the receiving task says why
+        finally:
+            transmission.finished(slow)
+            self._finished.unpark_all()
+
+    def _log_end(self, error: Exception) -> None:
+        """One line; a client that went away without a word is nothing to warn of."""
+        if isinstance(error, OSError):
+            logger.info("client %s: connection lost: %s", self._peer, error)
+        elif isinstance(error, trio.TooSlowError):
+            logger.warning("client %s: no handshake in %g s", self._peer, HANDSHAKE_TIMEOUT)
+        else:
+            logger.warning("client %s: %s; closing its connection", self._peer, error)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out one request with the export's async methods, from request to reply.
+
+Whatever the export raises becomes the reply; nothing but cancellation gets past.
+"""
+
+from collections.abc import Awaitable
+
+from nbdstream.server.constants import Command, CommandFlag
+from nbdstream.server.handshake import Agreement
+from nbdstream.server.replies import (
+    MAX_DESCRIPTORS,
+    Buffer,
+    block_status,
+    failure,
+    read_data,
+    refusal_of,
+    success,
+)
+from nbdstream.server.requests import Request
+
+
+async def execute(request: Request, payload: memoryview, agreement: Agreement) -> list[Buffer]:
+    """Serve a request that `refusal` let pass; return the parts of its reply.
+
+    A cancelled call leaves behind what a cancelled call of the export's method does.
+    """
+    try:
+        if request.command == Command.READ:
+            return await _read(request, agreement)
+        if request.command == Command.BLOCK_STATUS:
+            return await _block_status(request, agreement)
+        await _change(request, payload, agreement)
+        return [success(request)]
+    except Exception as error:
+        refused = refusal_of(error, request)
+        return [failure(request, refused, structured=agreement.structured)]
+
+
+async def _read(request: Request, agreement: Agreement) -> list[Buffer]:
+    data = memoryview(bytearray(request.length))
+    zeroes = await agreement.export.read(data, request.offset)
+    return read_data(request, data, zeroes, structured=agreement.structured)
+
+
+async def _block_status(request: Request, agreement: Agreement) -> list[Buffer]:
+    # Also with NBD_CMD_FLAG_REQ_ONE: neighbouring extents may be one in every context.
+    extents = await agreement.export.block_status(request.offset, request.length, MAX_DESCRIPTORS)
+    return [block_status(request, agreement.contexts, extents)]
+
+
+def _change(request: Request, payload: memoryview, agreement: Agreement) -> Awaitable[None]:
+    """The requests whose reply has no data."""
+    export = agreement.export
+    _, command, _, offset, length = request
+    fua = bool(request.flags & CommandFlag.FUA)
+    if command == Command.WRITE:
+        return export.write(payload, offset, fua=fua)
+    if command == Command.WRITE_ZEROES:
+        may_trim = not request.flags & CommandFlag.NO_HOLE
+        fast_only = bool(request.flags & CommandFlag.FAST_ZERO)
+        return export.zero(offset, length, may_trim=may_trim, fast_only=fast_only, fua=fua)
+    if command == Command.TRIM:
+        return export.trim(offset, length, fua=fua)
+    if command == Command.CACHE:
+        return export.cache(offset, length)
+    assert command == Command.FLUSH, request
+    return export.flush()

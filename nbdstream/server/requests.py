@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request of the transmission phase, and whether it makes sense ("Request types").
+
+`refusal` is the only place that judges requests; what it lets pass keeps the promises
+that `Export` is given: a range that is non-empty and within the export.
+"""
+
+from typing import NamedTuple
+
+from nbdstream.server.constants import MAX_PAYLOAD, Command, CommandFlag, Error
+from nbdstream.server.handshake import Agreement
+
+
+class Request(NamedTuple):
+    """The fields of the header. ``command`` may be a number that is no `Command`."""
+
+    flags: int
+    command: int
+    cookie: int
+    offset: int
+    length: int
+
+
+class Refusal(NamedTuple):
+    """An error for the client; ``offset`` where it is about one place in the range."""
+
+    error: Error
+    message: str
+    offset: int | None = None
+
+
+_KNOWN_FLAGS = {
+    # FUA is "valid for all commands"; it means nothing to those that write nothing.
+    Command.READ: CommandFlag.FUA | CommandFlag.DF,
+    Command.WRITE: CommandFlag.FUA,
+    Command.FLUSH: CommandFlag.FUA,
+    Command.TRIM: CommandFlag.FUA,
+    Command.CACHE: CommandFlag.FUA,
+    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
+    Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
+}
+_CHANGING = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
+
+
+def is_change(request: Request) -> bool:
+    """Whether the request would change the disk, or waits for changes to be durable."""
+    return request.command in _CHANGING or request.command == Command.FLUSH
+
+
+def refusal(request: Request, agreement: Agreement) -> Refusal | None:
+    """Why the request cannot be served at all, or None."""
+    known_flags = _KNOWN_FLAGS.get(request.command)  # type: ignore[call-overload]
+    if known_flags is None:
+        return Refusal(Error.EINVAL, f"unknown command {request.command}")
+    if request.command == Command.READ and not agreement.structured:
+        known_flags &= ~CommandFlag.DF
+    if request.flags & ~known_flags:
+        name = Command(request.command).name
+        return Refusal(Error.EINVAL, f"flags {request.flags:#x} are not valid for {name}")
+    if request.command in _CHANGING and agreement.export.read_only:
+        return Refusal(Error.EPERM, "the export is read-only")
+    if request.command == Command.FLUSH:
+        if request.offset or request.length:
+            return Refusal(Error.EINVAL, "a flush has neither offset nor length")
+        return None
+    if request.command == Command.BLOCK_STATUS and not agreement.contexts:
+        return Refusal(Error.EINVAL, "no metadata context was negotiated")
+    return _range_refusal(request, agreement)
+
+
+def _range_refusal(request: Request, agreement: Agreement) -> Refusal | None:
+    size = agreement.export.size
+    if request.length == 0:
+        return Refusal(Error.EINVAL, "the length is 0")
+    if request.offset + request.length > size:
+        beyond = request.command in (Command.WRITE, Command.WRITE_ZEROES)
+        return Refusal(
+            Error.ENOSPC if beyond else Error.EINVAL,
+            f"offset {request.offset} + length {request.length} is beyond the end at {size}",
+            max(request.offset, size),
+        )
+    if request.command in (Command.READ, Command.WRITE) and request.length > MAX_PAYLOAD:
+        # "The server SHOULD NOT return NBD_EOVERFLOW except ... in response to
+        # NBD_CMD_READ when NBD_CMD_FLAG_DF is supported".
+        overflow = request.command == Command.READ and agreement.structured
+        return Refusal(
+            Error.EOVERFLOW if overflow else Error.EINVAL,
+            f"length {request.length} is beyond the maximum payload of {MAX_PAYLOAD}",
+        )
+    return None
