@@ -171,7 +171,7 @@ class RawLeaf(Leaf):
             return
         self._closed = True
         try:
-            if self.dirty:
+            if not self.read_only:
                 self.begin_flush()()
                 self.end_flush(ok=True)
         finally:

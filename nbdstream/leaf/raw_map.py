@@ -127,7 +127,7 @@ def create_map(path: str, header: MapHeader) -> None:
 
 
 def _file_length(size: int) -> int:
-    return FIRST_PAGE * PAGE_SIZE + align_up(align_up(size, BLOCK_SIZE) // BLOCK_SIZE, 8) // 8
+    return (FIRST_PAGE + align_up(size, SPAN) // SPAN) * PAGE_SIZE
 
 
 class AllocationMap:

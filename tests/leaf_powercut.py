@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A leaf under power cuts: a busy life is recorded, then cut at every point.
+
+Every image that may be left is opened and held to invariants 2 and 3 of the design:
+each sector that a guest sees is what the last completed flush made durable or something
+newer, and nothing else: no other sector's bytes, no other cluster's, no zeroes that nobody
+wrote. What is unallocated shows the backing, whose content the leaf started from, so
+"flushed data became unallocated" fails the same test. Then the leaf has to check clean,
+to take new writes, and to keep all the rest while it does.
+"""
+
+import random
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from nbdstream.leaf.base import ColdMetadata, FlushNeeded, Leaf, State
+from tests.leaf_support import (
+    BACKING,
+    SECTOR,
+    ImageKind,
+    drive,
+    extents,
+    flush,
+    pattern,
+    qemu_check,
+    read,
+    sector_content,
+    write,
+    zero,
+)
+from tests.powercut import Disk, Journal, recording
+
+ZEROES = bytes(SECTOR)
+QEMU_CHECK_EVERY = 400  # qemu-img takes longer than all the rest of a cut
+
+
+@dataclass(frozen=True)
+class Change:
+    """From here in the journal on, these sectors may hold this content."""
+
+    position: int
+    first: int
+    contents: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Flushed:
+    """At ``position`` of the journal a flush had completed that covers the first
+    ``covered`` changes."""
+
+    position: int
+    covered: int
+
+
+@dataclass
+class Life:
+    """What a leaf went through, with the journal of what that did to its files."""
+
+    kind: ImageKind
+    size: int
+    windows: tuple[tuple[int, int], ...]
+    journal: Journal
+    changes: list[Change] = field(default_factory=list)
+    flushes: list[Flushed] = field(default_factory=list)
+
+
+def backing_of(size: int) -> bytes:
+    """The backing's content: sectors of version 0."""
+    return pattern(0, size)
+
+
+class _Player:
+    """Does at random to a leaf what a disk does, and takes notes."""
+
+    def __init__(self, life: Life, leaf: Leaf, rng: random.Random, path: Path) -> None:
+        self.life = life
+        self.leaf = leaf
+        self.rng = rng
+        self.path = path
+        self.version = 0
+        self.backing = backing_of(life.size)
+
+    def note(self, offset: int, data: bytes) -> None:
+        contents = tuple(data[at : at + SECTOR] for at in range(0, len(data), SECTOR))
+        position = len(self.life.journal.operations)
+        self.life.changes.append(Change(position, offset // SECTOR, contents))
+
+    def some_blocks(self) -> tuple[int, int]:
+        """A range of whole blocks within one of the windows."""
+        unit = self.leaf.block_size
+        start, length = self.rng.choice(self.life.windows)
+        blocks = -(-length // unit)
+        first = self.rng.randrange(blocks)
+        count = min(self.rng.choice((1, 1, 2, 3, 7)), blocks - first)
+        offset = start + first * unit
+        return offset, min(count * unit, self.life.size - offset)
+
+    def plain_call(self) -> None:
+        """One call that changes the leaf; or ColdMetadata, FlushNeeded, and then none."""
+        changes = len(self.life.changes)
+        try:
+            self.change_something()
+        except (ColdMetadata, FlushNeeded):
+            del self.life.changes[changes:]
+            raise
+
+    def change_something(self) -> None:
+        offset, length = self.some_blocks()
+        kind = self.rng.choice(("write", "write", "write", "fetch", "patch", "zero", "discard"))
+        if kind == "fetch":
+            self.fetch(offset, length)
+        elif kind == "write":
+            self.version += 1
+            data = pattern(offset, length, self.version)
+            self.note(offset, data)
+            self.leaf.write(offset, memoryview(data))
+        elif kind == "patch":
+            self.patch(offset, length)
+        else:
+            self.note(offset, bytes(length))
+            self.leaf.zero(offset, length, unmap=kind == "discard")
+
+    def fetch(self, offset: int, length: int) -> None:
+        """Copy on read: the backing's content, where the leaf has nothing yet."""
+        for extent in self.leaf.extents(offset, length):
+            if extent.state is State.UNALLOCATED:
+                data = self.backing[extent.offset : extent.end]
+                self.note(extent.offset, data)
+                self.leaf.write(extent.offset, memoryview(data))
+                break  # one change a call
+
+    def patch(self, offset: int, length: int) -> None:
+        """A small write into data that is there already."""
+        sectors = length // SECTOR
+        first = self.rng.randrange(sectors)
+        at = offset + first * SECTOR
+        size = min(self.rng.choice((1, 3)), sectors - first) * SECTOR
+        if all(extent.state is State.DATA for extent in self.leaf.extents(at, size)):
+            self.version += 1
+            data = pattern(at, size, self.version)
+            self.note(at, data)
+            self.leaf.write(at, memoryview(data))
+
+    def interrupt(self) -> None:
+        """What the event loop may do while a flush is under way in a worker."""
+        if self.rng.random() < 0.4:
+            try:
+                self.plain_call()
+            except (ColdMetadata, FlushNeeded):
+                pass  # the disk would wait for the flush to end
+
+    def step(self) -> None:
+        action = self.rng.random()
+        if action < 0.75:
+            self.attempt()
+        elif action < 0.95:
+            self.flush()
+        else:
+            self.reopen()
+
+    def attempt(self) -> None:
+        while True:
+            try:
+                return self.plain_call()
+            except ColdMetadata as cold:
+                cold.warm()
+            except FlushNeeded:
+                self.flush()
+
+    def flush(self) -> None:
+        journal = self.life.journal
+        covered = len(self.life.changes)
+        rest = self.leaf.begin_flush()
+        journal.interrupt = self.interrupt
+        rest()
+        journal.interrupt = None
+        self.leaf.end_flush(ok=True)
+        self.life.flushes.append(Flushed(len(journal.operations), covered))
+
+    def reopen(self) -> None:
+        journal = self.life.journal
+        covered = len(self.life.changes)
+        self.leaf.close()
+        self.life.flushes.append(Flushed(len(journal.operations), covered))
+        self.leaf = self.life.kind.open(self.path)
+
+    def finish(self) -> None:
+        """The stream ends: everything becomes allocated, and the backing is dropped."""
+        unit = self.leaf.cluster_size
+        while missing := [e for e in extents(self.leaf) if e.state is State.UNALLOCATED]:
+            for extent in missing:
+                drive(self.leaf, partial(self.fetch, extent.offset, min(unit, extent.length)))
+        self.flush()
+        self.leaf.drop_backing()
+
+
+def live(
+    kind: ImageKind,
+    directory: Path,
+    *,
+    seed: int,
+    size: int,
+    windows: tuple[tuple[int, int], ...],
+    steps: int,
+    finish: bool = False,
+) -> Life:
+    """Let a new leaf live through ``steps`` random actions, all within ``windows``, ranges of
+    whole blocks; with ``finish``, to the end of its stream."""
+    path = directory / "disk"
+    kind.make(path, size, BACKING)
+    with recording(directory) as journal:
+        life = Life(kind, size, windows, journal)
+        player = _Player(life, kind.open(path), random.Random(seed), path)
+        for _ in range(steps):
+            player.step()
+        if finish:
+            player.finish()
+        player.leaf.close()
+    return life
+
+
+# -- cutting --------------------------------------------------------------------------------
+
+
+class _Admissible:
+    """What each sector may show at a cut."""
+
+    def __init__(self, life: Life) -> None:
+        self._life = life
+        self._begun = 0  # how many of the changes had begun
+        self._covered = 0  # how many of them the last completed flush covers
+        self._flushes = 0
+        self._base: dict[int, bytes] = {}  # by that flush, where it is not the backing's
+
+    def advance(self, position: int) -> None:
+        changes, flushes = self._life.changes, self._life.flushes
+        while self._begun < len(changes) and changes[self._begun].position <= position:
+            self._begun += 1
+        while self._flushes < len(flushes) and flushes[self._flushes].position <= position:
+            covered = flushes[self._flushes].covered
+            for change in changes[self._covered : covered]:
+                self._set(change)
+            self._covered = covered
+            self._flushes += 1
+
+    def _set(self, change: Change) -> None:
+        for index, content in enumerate(change.contents):
+            self._base[change.first + index] = content
+
+    def sets(self) -> dict[int, set[bytes]]:
+        """The contents allowed for each sector that ever changed."""
+        allowed = {sector: {content} for sector, content in self._base.items()}
+        for change in self._life.changes[self._covered : self._begun]:
+            for index, content in enumerate(change.contents):
+                sector = change.first + index
+                if sector not in allowed:
+                    allowed[sector] = {sector_content(0, sector)}
+                allowed[sector].add(content)
+        return allowed
+
+
+def cut_everywhere(
+    life: Life, directory: Path, *, seed: int, variants: int, every: int = 1
+) -> int:
+    """Cut the power at every operation of the journal (or each ``every``-th), ``variants``
+    times each, and judge what is left in ``directory``. Returns how many were judged."""
+    rng = random.Random(seed)
+    disk = Disk(life.journal)
+    admissible = _Admissible(life)
+    judged = 0
+    operations = life.journal.operations
+    for position in range(len(operations) + 1):
+        if position:
+            disk.advance(operations[position - 1])
+        if position % every:
+            continue
+        admissible.advance(position)
+        allowed = admissible.sets()
+        for variant in range(variants):
+            state = rng.getstate()
+            left = disk.survivors(rng)
+            for old in directory.iterdir():
+                old.unlink()
+            for name, content in left.items():
+                (directory / name).write_bytes(content)
+            try:
+                _judge(life, directory / "disk", allowed, rng, judged)
+            except Exception as error:
+                error.add_note(f"cut at {position} of {len(operations)}, variant {variant}")
+                error.add_note(f"operations: {[_brief(o) for o in operations[:position][-12:]]}")
+                rng.setstate(state)
+                raise
+            judged += 1
+    return judged
+
+
+def _brief(operation: object) -> str:
+    data = getattr(operation, "data", None)
+    if data is None:
+        return repr(operation)
+    return f"Write({operation.inode}, {operation.offset}, {len(data)} bytes)"  # type: ignore[attr-defined]
+
+
+def _judge(
+    life: Life, path: Path, allowed: dict[int, set[bytes]], rng: random.Random, judged: int
+) -> None:
+    leaf = life.kind.open(path)
+    backing = backing_of(life.size)
+    try:
+        assert leaf.backing is not None or not _unallocated(leaf)
+        seen = {window: read(leaf, *window, backing) for window in life.windows}
+        for (start, _), content in seen.items():
+            for at in range(0, len(content), SECTOR):
+                sector = (start + at) // SECTOR
+                found = content[at : at + SECTOR]
+                expected = allowed.get(sector) or {sector_content(0, sector)}
+                assert found in expected, (
+                    f"sector {sector} shows {_name(found)},"
+                    f" not one of {[_name(content) for content in expected]}"
+                )
+        result = leaf.check(repair=False)
+        assert result.errors == 0, result
+        _live_on(life, leaf, path, seen, backing, rng)
+    finally:
+        leaf.close()
+    if judged % QEMU_CHECK_EVERY == 0:
+        qemu_check(path, life.kind.format)
+
+
+def _live_on(
+    life: Life,
+    leaf: Leaf,
+    path: Path,
+    seen: dict[tuple[int, int], bytes],
+    backing: bytes,
+    rng: random.Random,
+) -> None:
+    """New writes must not disturb what survived, now or after a reopen."""
+    version = 1 << 30
+    expected = {window: bytearray(content) for window, content in seen.items()}
+    for _ in range(3):
+        (start, length), content = rng.choice(list(expected.items()))
+        block = rng.randrange(-(-length // leaf.block_size)) * leaf.block_size
+        size = min(leaf.block_size, length - block)
+        version += 1
+        if rng.random() < 0.75:
+            data = pattern(start + block, size, version)
+            write(leaf, start + block, data)
+        else:
+            data = bytes(size)
+            zero(leaf, start + block, size)
+        content[block : block + size] = data
+    flush(leaf)
+    for window, content in expected.items():
+        assert read(leaf, *window, backing) == content
+    leaf.close()
+    again = life.kind.open(path, read_only=True)
+    try:
+        for window, content in expected.items():
+            assert read(again, *window, backing) == content
+        assert again.check(repair=False).errors == 0
+    finally:
+        again.close()
+
+
+def _unallocated(leaf: Leaf) -> bool:
+    return any(extent.state is State.UNALLOCATED for extent in extents(leaf))
+
+
+def _name(content: bytes) -> str:
+    """A sector's content in words."""
+    if content == ZEROES:
+        return "zeroes"
+    word = int.from_bytes(content[:8], "little")
+    if content == content[:8] * (SECTOR // 8) and word >> 63:
+        return f"version {word >> 32 & 0x7FFFFFFF} of sector {word & 0xFFFFFFFF}"
+    return f"garbage {content[:16].hex()}…"

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Power cuts at every point of a leaf's life: thousands of images, each opened and judged."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.leaf_powercut import cut_everywhere, live
+from tests.leaf_support import ImageKind, ours
+
+KINDS = [ours("raw"), ours("raw", 4096)]
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory, where there is one: thousands of images are written to it."""
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as directory:
+        for name in ("life", "cut"):
+            (Path(directory) / name).mkdir()
+        yield Path(directory)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("finish", [False, True], ids=["cut", "finish"])
+def test_power_cut(kind: ImageKind, seed: int, finish: bool, memory: Path) -> None:
+    size = (1 << 20) + 512
+    windows = ((0, 16 * 4096), ((1 << 20) - 8 * 4096, 8 * 4096 + 512))
+    if finish:
+        size = 256 * 1024
+        windows = ((0, size),)
+    life = live(
+        kind, memory / "life", seed=seed, size=size, windows=windows, steps=120, finish=finish
+    )
+    judged = cut_everywhere(life, memory / "cut", seed=seed, variants=3)
+    assert judged >= 3 * len(life.journal.operations)
