@@ -1,1 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The command line: ``nbdstream COMMAND …``.
+
+Each module here holds a few commands and nothing that another program could not do
+with the package: parse, call, print. Errors go to stderr as one line, ``nbdstream:
+error: …``, with exit status 1; bad usage ends with status 2, as click has it.
+"""
+
+import importlib
+import logging
+import os
+import signal
+import sys
+
+import click
+
+import nbdstream
+from nbdstream.errors import NbdstreamError, UsageError
+
+# Imported only when asked for: `nbdstream info` should not wait for QEMU's or
+# Prometheus' modules to load.
+_COMMANDS = {
+    "create": "nbdstream.cli.images",
+    "info": "nbdstream.cli.images",
+    "map": "nbdstream.cli.images",
+    "check": "nbdstream.cli.images",
+    "serve": "nbdstream.cli.serve",
+    "boot": "nbdstream.cli.boot",
+    "status": "nbdstream.cli.steer",
+    "watch": "nbdstream.cli.steer",
+    "pause": "nbdstream.cli.steer",
+    "resume": "nbdstream.cli.steer",
+    "speed": "nbdstream.cli.steer",
+    "cancel": "nbdstream.cli.steer",
+    "stream": "nbdstream.cli.steer",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(_COMMANDS[cmd_name])
+        command: click.Command = getattr(module, cmd_name.replace("map", "map_"))
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(nbdstream.__version__, prog_name="nbdstream")
+@click.option("-v", "--verbose", count=True, help="Say more on stderr; twice: debugging.")
+def cli(verbose: int) -> None:
+    """Boot virtual machines at once from disk images that live far away.
+
+    An NBD server that presents a local leaf image (qcow2, QED or raw), pulls what it
+    lacks on demand from a slow remote backing export, and streams the rest in the
+    background, until the disk is wholly local.
+    """
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(format="nbdstream: %(levelname)s: %(message)s", level=level)
+    for number, name in (
+        (logging.WARNING, "warning"),
+        (logging.ERROR, "error"),
+        (logging.CRITICAL, "error"),
+    ):
+        logging.addLevelName(number, name)
+
+
+def main() -> None:
+    """The ``nbdstream`` program."""
+    try:
+        cli(prog_name="nbdstream")
+    except* BrokenPipeError:
+        # Whoever read our output has gone (`nbdstream map … | head`): end as quietly as
+        # other programs do. Python would complain once more while it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except* UsageError as group:
+        _fail(group, 2)
+    except* (NbdstreamError, OSError) as group:
+        _fail(group, 1)
+
+
+def _fail(error: BaseException, status: int) -> None:
+    """Print the first of the errors (trio wraps them in groups) in one line, and exit."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    click.echo(f"nbdstream: error: {describe(error)}", err=True)
+    sys.exit(status)
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line for a person."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backing below a larger leaf: what lies past its end reads as zeroes, as in QEMU."""
+
+from nbdstream.backing.base import Backing, BackingStatistics, Priority
+from nbdstream.extents import BackingExtent
+
+
+class PaddedBacking(Backing):
+    """``backing`` followed by zeroes, up to ``size`` bytes. Closes ``backing`` when closed."""
+
+    def __init__(self, backing: Backing, size: int) -> None:
+        self.uri = backing.uri
+        self.size = size
+        self._backing = backing
+
+    async def read(self, view: memoryview, offset: int, priority: Priority) -> None:
+        """See `Backing.read`."""
+        inside = self._inside(offset, len(view))
+        if inside:
+            await self._backing.read(view[:inside], offset, priority)
+        view[inside:] = bytes(len(view) - inside)
+
+    def promote(self, offset: int, length: int) -> None:
+        """See `Backing.promote`."""
+        if inside := self._inside(offset, length):
+            self._backing.promote(offset, inside)
+
+    def known_zero(self, offset: int, length: int) -> bool:
+        """See `Backing.known_zero`."""
+        inside = self._inside(offset, length)
+        return not inside or self._backing.known_zero(offset, inside)
+
+    async def extents(self, offset: int, length: int) -> list[BackingExtent]:
+        """See `Backing.extents`."""
+        if inside := self._inside(offset, length):
+            return await self._backing.extents(offset, inside)
+        return [BackingExtent(offset, length, zero=True)]
+
+    async def wait_for_room(self, priority: Priority) -> int:
+        """See `Backing.wait_for_room`."""
+        return await self._backing.wait_for_room(priority)
+
+    def set_speed(self, speed: int) -> None:
+        """See `Backing.set_speed`."""
+        self._backing.set_speed(speed)
+
+    def statistics(self) -> BackingStatistics:
+        """See `Backing.statistics`."""
+        return self._backing.statistics()
+
+    async def aclose(self) -> None:
+        """See `Backing.aclose`."""
+        await self._backing.aclose()
+
+    def _inside(self, offset: int, length: int) -> int:
+        """How many bytes of a range the backing itself has."""
+        return max(0, min(length, self._backing.size - offset))

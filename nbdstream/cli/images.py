@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""create, info, map, check: commands on a leaf that nobody is serving."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import trio
+
+from nbdstream.cli.params import FORMAT, LEAF, SIZE
+from nbdstream.cli.picture import svg_map
+from nbdstream.errors import UsageError
+from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
+from nbdstream.leaf.base import Leaf, LeafExtent, State
+from nbdstream.leaf.map import shares, walk
+from nbdstream.service import describe_backing
+from nbdstream.units import format_size
+
+_NAMES = {
+    State.DATA: "local",
+    State.COMPRESSED: "local, compressed",
+    State.ZERO: "local, zero",
+    State.UNALLOCATED: "remote",
+}
+
+
+@contextmanager
+def _opened(path: str, *, read_only: bool = True) -> Iterator[Leaf]:
+    leaf = open_leaf(path, read_only=read_only)
+    try:
+        yield leaf
+    finally:
+        leaf.close()
+
+
+@click.command()
+@click.argument("leaf", type=LEAF)
+@click.option("-b", "--backing", metavar="URI", help="The remote image below the leaf.")
+@click.option("-f", "--format", "image_format", type=FORMAT, help="Default: by LEAF's suffix.")
+@click.option("--size", type=SIZE, help="Virtual size. Default: the backing's.")
+@click.option("--cluster-size", type=SIZE, help="Unit of allocation (raw: of fetching).")
+def create(
+    leaf: str,
+    backing: str | None,
+    image_format: str | None,
+    size: int | None,
+    cluster_size: int | None,
+) -> None:
+    """Create a leaf image.
+
+    With -b, the backing is contacted: its size and its identity are recorded in the
+    leaf, which from then on belongs to it. Without, the leaf is a plain local disk of
+    --size bytes. An existing file is never overwritten.
+    """
+    if backing is None and size is None:
+        raise UsageError("give --size, or the backing to take it from (-b URI)")
+    reference = None
+    if backing is not None:
+        if os.path.lexists(leaf):
+            raise UsageError(f"{leaf} exists already; choose another name or remove it")
+        reference = trio.run(describe_backing, backing)
+        size = reference.size if size is None else size
+    create_leaf(
+        leaf,
+        format=image_format or format_from_suffix(leaf),
+        size=size or 0,
+        cluster_size=cluster_size,
+        backing=reference,
+    )
+
+
+@click.command()
+@click.argument("leaf", type=LEAF)
+@click.option("--json", "as_json", is_flag=True, help="For programs; names as qemu-img's.")
+def info(leaf: str, as_json: bool) -> None:
+    """Show what an image is, and how much of it is local."""
+    with _opened(leaf) as image:
+        facts = _facts(image)
+    if as_json:
+        click.echo(json.dumps(facts, indent=4))
+        return
+    local = facts["nbdstream"]
+    assert isinstance(local, dict)
+    lines = [
+        ("image", leaf),
+        ("file format", facts["format"]),
+        ("virtual size", _both(facts["virtual-size"])),
+        ("disk size", format_size(_integer(facts["actual-size"]))),
+        ("cluster size", facts["cluster-size"]),
+        ("block size", local["block-size"]),
+    ]
+    if "backing-filename" in facts:
+        lines.append(("backing file", facts["backing-filename"]))
+        lines.append(("backing file format", facts["backing-filename-format"]))
+        lines.append(("backing size", _both(local["backing-size"])))
+        lines.append(("backing identity", local["backing-identity"] or "not recorded yet"))
+    else:
+        lines.append(("backing file", "none: wholly local"))
+    for name in ("local", "zero", "remote"):
+        share = 100 * _integer(local[name]) / (image.size or 1)
+        lines.append((name, f"{format_size(_integer(local[name]))} ({share:.1f} %)"))
+    for name, value in image.describe().items():
+        lines.append((name, value))
+    for name, value in lines:
+        click.echo(f"{name}: {value}")
+
+
+def _facts(image: Leaf) -> dict[str, object]:
+    """What `info` knows: qemu-img's names where it has one, ours under "nbdstream"."""
+    count = shares(image)
+    facts: dict[str, object] = {
+        "filename": image.path,
+        "format": image.format,
+        "virtual-size": image.size,
+        "actual-size": Path(image.path).stat().st_blocks * 512,
+        "cluster-size": image.cluster_size,
+    }
+    ours: dict[str, object] = {
+        "block-size": image.block_size,
+        "local": count.data,
+        "zero": count.zero,
+        "remote": count.remote,
+    }
+    if image.backing is not None:
+        facts["backing-filename"] = image.backing.uri
+        facts["backing-filename-format"] = image.backing.format
+        ours["backing-size"] = image.backing.size
+        ours["backing-identity"] = image.backing.identity
+    if details := image.describe():
+        facts["format-specific"] = {"type": image.format, "data": details}
+    facts["nbdstream"] = ours
+    return facts
+
+
+def _both(size: object) -> str:
+    return f"{format_size(_integer(size))} ({size} bytes)"
+
+
+def _integer(value: object) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+@click.command(name="map")
+@click.argument("leaf", type=LEAF)
+@click.option("--json", "as_json", is_flag=True, help="For programs; names as qemu-img's.")
+@click.option(
+    "--svg", type=click.Path(dir_okay=False), help="Draw it into this file ('-': stdout)."
+)
+def map_(leaf: str, as_json: bool, svg: str | None) -> None:
+    """Show which parts of an image are local, zero, or still remote."""
+    with _opened(leaf) as image:
+        if svg is not None:
+            picture = svg_map(walk(image), image.size, os.path.basename(leaf))
+            if svg == "-":
+                click.echo(picture, nl=False)
+            else:
+                Path(svg).write_text(picture)
+        elif as_json:
+            _print_json(walk(image))
+        else:
+            for extent in walk(image):
+                click.echo(f"{extent.offset:>16} {extent.length:>16}  {_NAMES[extent.state]}")
+
+
+def _print_json(extents: Iterator[LeafExtent]) -> None:
+    """As ``qemu-img map --output=json`` prints it, one extent a line."""
+    separator = "["
+    for extent in extents:
+        local = extent.state is not State.UNALLOCATED
+        item: dict[str, object] = {
+            "start": extent.offset,
+            "length": extent.length,
+            "depth": 0 if local else 1,
+            "present": local,
+            "zero": extent.state is State.ZERO,
+            "data": extent.state in (State.DATA, State.COMPRESSED),
+            "compressed": extent.state is State.COMPRESSED,
+        }
+        if extent.state is State.DATA:
+            item["offset"] = extent.host
+        click.echo(f"{separator}{json.dumps(item)}", nl=False)
+        separator = ",\n"
+    click.echo("]")
+
+
+@click.command()
+@click.argument("leaf", type=LEAF)
+@click.option("--repair", is_flag=True, help="Repair what can be repaired.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def check(leaf: str, repair: bool, as_json: bool) -> None:
+    """Check an image's metadata.
+
+    Exit status, as qemu-img's: 0 clean (or repaired), 1 the check could not be made,
+    2 errors, 3 leaks only (space that nothing refers to; harmless).
+    """
+    with _opened(leaf, read_only=not repair) as image:
+        result = image.check(repair=repair)
+    if as_json:
+        facts = {
+            "filename": leaf,
+            "format": image.format,
+            "check-errors": 0,
+            "corruptions": result.errors,
+            "leaks": result.leaks,
+            "repaired": result.repaired,
+            "messages": list(result.messages),
+        }
+        click.echo(json.dumps(facts, indent=4))
+    else:
+        for message in result.messages:
+            click.echo(message)
+        if not (result.errors or result.leaks):
+            click.echo("No errors were found on the image.")
+        else:
+            click.echo(f"{result.errors} errors, {result.leaks} leaks.")
+        if result.repaired:
+            click.echo(f"{result.repaired} repaired.")
+    if result.errors:
+        sys.exit(2)
+    if result.leaks:
+        sys.exit(3)

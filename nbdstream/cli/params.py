@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of values that options take."""
+
+from collections.abc import Callable
+
+import click
+
+from nbdstream.errors import UsageError
+from nbdstream.units import parse_duration, parse_rate, parse_size
+
+
+class _Parsed(click.ParamType[int | float]):
+    """A value that a function of ours parses, raising UsageError."""
+
+    def __init__(self, name: str, parse: Callable[[str], int | float]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        if isinstance(value, (int, float)):
+            return value
+        try:
+            return self._parse(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = _Parsed("size", parse_size)
+RATE = _Parsed("rate", parse_rate)
+DURATION = _Parsed("duration", parse_duration)
+ON_OFF = click.Choice(["on", "off"])
+FORMAT = click.Choice(["qcow2", "qed", "raw"])
+LEAF = click.Path(dir_okay=False)

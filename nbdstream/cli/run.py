@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a service from the command line: when it ends, and how.
+
+It ends by a signal, when the command given with --run ends, or, where that was asked
+for, when everything is local. The first SIGTERM or SIGINT is a request to finish
+what is in flight; the second one ends the process at once, which the leaf survives
+as it survives a crash.
+"""
+
+import os
+import signal
+import subprocess
+
+import trio
+
+from nbdstream.service import Service
+
+# What a shell reports of a process that a signal ended.
+SIGNALLED = 128
+
+
+async def stop_on_signals(
+    service: Service, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Stop the service at the first signal, the process at the second."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        stopping = False
+        async for number in signals:
+            if stopping:
+                os._exit(SIGNALLED + number)
+            stopping = True
+            service.stop()
+
+
+async def stop_when_complete(service: Service) -> None:
+    """Stop the service once everything is local."""
+    if service.opened.job is not None:
+        await service.opened.job.completed.wait()
+    service.stop()
+
+
+async def run_command(service: Service, command: str) -> int:
+    """Run a shell command against the export, as ``nbdkit --run`` does; return its status.
+
+    It finds the export in the variables ``uri``, ``nbd`` (QEMU's old syntax for the same),
+    ``unixsocket`` and ``port``, those that apply.
+    """
+    listener = service.listeners[0]
+    address = listener.socket.getsockname()
+    variables = {"uri": listener.uri(service.opened.disk.name)}
+    if isinstance(address, str):
+        variables |= {"unixsocket": address, "nbd": f"nbd:unix:{address}"}
+    else:
+        variables |= {"port": str(address[1]), "nbd": f"nbd:{address[0]}:{address[1]}"}
+    # The command may read the terminal; it gets SIGINT from there by itself.
+    done: subprocess.CompletedProcess[bytes] = await trio.run_process(
+        command, shell=True, check=False, stdin=None, env=os.environ | variables
+    )
+    service.stop()
+    return done.returncode if done.returncode >= 0 else SIGNALLED - done.returncode

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""serve: the server."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import trio
+
+from nbdstream.cli.params import DURATION, LEAF, ON_OFF, RATE
+from nbdstream.cli.run import run_command, stop_on_signals, stop_when_complete
+from nbdstream.disk import DetectZeroes
+from nbdstream.errors import UsageError
+from nbdstream.server.listeners import (
+    Listener,
+    close_all,
+    from_systemd,
+    listen_tcp,
+    listen_unix,
+    parse_address,
+)
+from nbdstream.service import ServeOptions, open_service
+
+# Where an NBD server without further words is expected (IANA); nobody but this host gets in.
+DEFAULT_ADDRESS = "localhost:10809"
+
+
+@click.command()
+@click.argument("leaf", type=LEAF)
+@click.option("-b", "--backing", metavar="URI", help="The remote image. Default: the leaf's own.")
+@click.option(
+    "-U", "--unix", "socket", metavar="SOCKET", help="Listen on a Unix socket ('-': a new one)."
+)
+@click.option("--listen", metavar="HOST:PORT", help=f"Listen on TCP.  [default: {DEFAULT_ADDRESS}]")
+@click.option("-e", "--export", default="", metavar="NAME", help="The export's name.")
+@click.option("--read-only", is_flag=True, help="Change nothing: neither by guests nor by us.")
+@click.option("--copy-on-read", type=ON_OFF, default="on", help="Keep what guests read.")
+@click.option(
+    "--stream",
+    type=click.Choice(["on", "off", "paused"]),
+    default="on",
+    help="Fetch the rest in the background.",
+)
+@click.option("--speed", type=RATE, default=0, help="Cap the streaming, bytes per second.")
+@click.option(
+    "--detect-zeroes",
+    type=click.Choice([mode.value for mode in DetectZeroes]),
+    default="off",
+    help="Turn guest writes of zeroes into zeroes that take no space.",
+)
+@click.option(
+    "--backing-timeout",
+    type=DURATION,
+    help="Fail reads when the backing is gone for so long.  [default: wait for ever]",
+)
+@click.option("--control", metavar="SOCKET", help="Speak QMP on this Unix socket.")
+@click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics over HTTP.")
+@click.option("--exit-when-complete", is_flag=True, help="End once everything is local.")
+@click.option("--keep-backing", is_flag=True, help="Name the backing even when complete.")
+@click.option("--run", "command", metavar="COMMAND", help="Run COMMAND, end when it ends.")
+def serve(
+    leaf: str,
+    backing: str | None,
+    socket: str | None,
+    listen: str | None,
+    export: str,
+    read_only: bool,
+    copy_on_read: str,
+    stream: str,
+    speed: int,
+    detect_zeroes: str,
+    backing_timeout: float | None,
+    control: str | None,
+    metrics: str | None,
+    exit_when_complete: bool,
+    keep_backing: bool,
+    command: str | None,
+) -> None:
+    """Serve a leaf image over NBD.
+
+    What the leaf does not have comes on demand from its backing, while the rest is
+    streamed. A LEAF that does not exist is created (with -b), in the format that its
+    suffix says. Prints the export's NBD URI once it accepts connections.
+    """
+    options = ServeOptions(
+        leaf=leaf,
+        backing=backing,
+        export=export,
+        read_only=read_only,
+        copy_on_read=copy_on_read == "on",
+        stream=stream,
+        speed=speed,
+        detect_zeroes=DetectZeroes(detect_zeroes),
+        backing_timeout=backing_timeout,
+        keep_backing=keep_backing,
+    )
+    with listening(socket, listen, private=command is not None) as listeners:
+        sys.exit(
+            trio.run(
+                lambda: serve_until_done(
+                    options,
+                    listeners,
+                    control=control,
+                    metrics=metrics,
+                    exit_when_complete=exit_when_complete,
+                    command=command,
+                )
+            )
+        )
+
+
+@contextmanager
+def listening(socket: str | None, listen: str | None, *, private: bool) -> Iterator[list[Listener]]:
+    """The listeners that the options ask for. ``private``: where they ask for none, a Unix
+    socket that only our own child will use."""
+    inherited = from_systemd(os.environ)
+    if sum(map(bool, (inherited, socket, listen))) > 1:
+        raise UsageError("give one of -U, --listen, or sockets by systemd's socket activation")
+    with tempfile.TemporaryDirectory(prefix="nbdstream-") as directory:
+        if inherited:
+            listeners = inherited
+        elif socket == "-" or (private and not socket and not listen):
+            listeners = [listen_unix(Path(directory) / "nbd.sock")]
+        elif socket:
+            listeners = [listen_unix(Path(socket))]
+        else:
+            listeners = listen_tcp(*parse_address(listen or DEFAULT_ADDRESS))
+        try:
+            yield listeners
+        finally:
+            close_all(listeners)
+
+
+async def serve_until_done(
+    options: ServeOptions,
+    listeners: list[Listener],
+    *,
+    control: str | None,
+    metrics: str | None,
+    exit_when_complete: bool,
+    command: str | None,
+) -> int:
+    """Serve until something ends it; return the exit status."""
+    status = 0
+    async with open_service(options, listeners) as service, trio.open_nursery() as nursery:
+        await nursery.start(stop_on_signals, service)
+        if exit_when_complete:
+            nursery.start_soon(stop_when_complete, service)
+        if command is None:
+            for uri in service.uris:
+                click.echo(uri)
+            await service.finished.wait()
+        else:
+            status = await run_command(service, command)
+            await service.finished.wait()
+        nursery.cancel_scope.cancel()
+    return status

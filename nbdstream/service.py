@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that serves one leaf, put together: leaf, backing, disk, job, server.
+
+The order matters twice. On the way up, whatever can fail for a reason that the user can
+mend (a socket in use, a backing that is not there, or another one than the leaf's) comes
+before anything is created or changed. On the way down, clients first: what they have in
+flight is finished, then the disk is flushed, then the leaf closed clean.
+"""
+
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import trio
+
+from nbdstream.backing import open_backing
+from nbdstream.backing.base import Backing
+from nbdstream.backing.identity import fingerprint
+from nbdstream.backing.padded import PaddedBacking
+from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk
+from nbdstream.errors import BackingMismatchError, UsageError
+from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
+from nbdstream.leaf.base import BackingReference, Leaf
+from nbdstream.server.listeners import Listener
+from nbdstream.server.server import Server
+from nbdstream.streamer.job import StreamJob
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `open_service` is asked for; ``nbdstream serve --help`` explains each.
+
+    ``stream`` is "on", "off" or "paused"; ``speed`` in bytes per second, 0 for no cap;
+    ``backing_timeout`` in seconds, None to wait for a lost backing for ever.
+    """
+
+    leaf: str
+    backing: str | None = None
+    export: str = ""
+    read_only: bool = False
+    copy_on_read: bool = True
+    stream: str = "on"
+    speed: int = 0
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    backing_timeout: float | None = None
+    keep_backing: bool = False
+
+
+@dataclass
+class Opened:
+    """A leaf that is ready for use. ``job`` is None where there is nothing to stream."""
+
+    leaf: Leaf
+    backing: Backing | None
+    disk: StreamedDisk
+    job: StreamJob | None
+
+
+@dataclass
+class Service:
+    """A leaf being served; ``finished`` is set once all clients are gone after `stop`."""
+
+    opened: Opened
+    server: Server
+    listeners: Sequence[Listener]
+    finished: trio.Event
+
+    @property
+    def uris(self) -> list[str]:
+        """Where clients find the export."""
+        return [listener.uri(self.opened.disk.name) for listener in self.listeners]
+
+    def stop(self) -> None:
+        """Begin a clean end: no new clients, finish what is in flight."""
+        self.server.stop()
+
+
+async def describe_backing(uri: str) -> BackingReference:
+    """Contact a backing and return what a new leaf must record of it. Raises BackingError."""
+    async with open_backing(uri) as backing:
+        return await _reference(backing)
+
+
+async def _reference(backing: Backing) -> BackingReference:
+    identity = await fingerprint(backing)
+    return BackingReference(backing.uri, "raw", backing.size, identity)
+
+
+@asynccontextmanager
+async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
+    """Open a leaf with its backing, and run its stream job. A leaf that does not exist is
+    created.
+
+    Raises what opening leaf and backing raises (NbdstreamError, OSError).
+    """
+    async with _open_images(options) as (leaf, backing):
+        async with open_disk(
+            leaf, backing, copy_on_read=options.copy_on_read, detect_zeroes=options.detect_zeroes
+        ) as disk:
+            disk.name = options.export
+            job = _job(options, disk)
+            async with trio.open_nursery() as nursery:
+                if job is not None:
+                    nursery.start_soon(job.run)
+                yield Opened(leaf, backing, disk, job)
+                nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_service(
+    options: ServeOptions,
+    listeners: Sequence[Listener],
+    *,
+    clients_changed: Callable[[int], None] | None = None,
+) -> AsyncIterator[Service]:
+    """Serve a leaf on listeners, which accept connections already and get closed.
+
+    The body runs while clients are served; for a clean end it calls `Service.stop` and
+    waits for ``finished`` before it is left. Raises as `open_stream` does.
+    """
+    async with open_stream(options) as opened, trio.open_nursery() as nursery:
+        server = Server([opened.disk], clients_changed=clients_changed)
+        service = Service(opened, server, listeners, trio.Event())
+        nursery.start_soon(_serve, service)
+        yield service
+        nursery.cancel_scope.cancel()
+
+
+async def _serve(service: Service) -> None:
+    try:
+        await service.server.run(service.listeners)
+    finally:
+        service.finished.set()
+
+
+def _job(options: ServeOptions, disk: StreamedDisk) -> StreamJob | None:
+    if disk.backing is None or disk.read_only:
+        return None
+    job = StreamJob(disk, job_id=options.export or "stream", keep_backing=options.keep_backing)
+    job.set_speed(options.speed)
+    if options.stream != "off":
+        job.start(paused=options.stream == "paused")
+    return job
+
+
+@asynccontextmanager
+async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backing | None]]:
+    """Open the leaf and the backing that belongs to it; check that they do (invariant 6)."""
+    exists = os.path.lexists(options.leaf)  # noqa: ASYNC240 - nobody is served yet
+    if not exists and options.backing is None:
+        raise UsageError(f"{options.leaf} does not exist; to create it, name its backing (-b URI)")
+    if exists:
+        async with _open_leaf(options) as leaf:
+            if leaf.backing is None:
+                if options.backing is not None:
+                    log.warning("%s is wholly local: the backing is not used", leaf.path)
+                yield leaf, None
+                return
+            uri = options.backing or leaf.backing.uri
+            async with open_backing(uri, timeout=options.backing_timeout) as backing:
+                backing.expect(await _check_belongs(leaf, backing))
+                yield leaf, _fitted(backing, leaf)
+        return
+    assert options.backing is not None
+    async with open_backing(options.backing, timeout=options.backing_timeout) as backing:
+        reference = await _reference(backing)
+        backing.expect(reference.identity)
+        create_leaf(
+            options.leaf,
+            format=format_from_suffix(options.leaf),
+            size=backing.size,
+            cluster_size=None,
+            backing=reference,
+        )
+        async with _open_leaf(options) as leaf:
+            yield leaf, backing
+
+
+@asynccontextmanager
+async def _open_leaf(options: ServeOptions) -> AsyncIterator[Leaf]:
+    """Open and lock the leaf; close it clean at the end, whatever happens."""
+    leaf = await trio.to_thread.run_sync(
+        lambda: open_leaf(options.leaf, read_only=options.read_only)
+    )
+    try:
+        yield leaf
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(leaf.close)
+
+
+def _fitted(backing: Backing, leaf: Leaf) -> Backing:
+    """The backing, made as long as the leaf if it is shorter."""
+    return PaddedBacking(backing, leaf.size) if backing.size < leaf.size else backing
+
+
+async def _check_belongs(leaf: Leaf, backing: Backing) -> str:
+    """Refuse a backing that is not the leaf's; record what the leaf does not know yet.
+    Returns the identity that they agree on.
+
+    Raises BackingMismatchError.
+    """
+    known = leaf.backing
+    assert known is not None
+    if known.size and known.size != backing.size:
+        raise BackingMismatchError(
+            f"{backing.uri} is not the backing of {leaf.path}: it has {backing.size} bytes,"
+            f" the leaf was made for one of {known.size} bytes"
+        )
+    found = await _reference(backing)
+    if known.identity and known.identity != found.identity:
+        raise BackingMismatchError(
+            f"{backing.uri} is not the backing of {leaf.path}: same size, but other content"
+            f" ({found.identity[:19]}…, the leaf was made for {known.identity[:19]}…)"
+        )
+    # QEMU may name the same image in another way (a file below qemu-nbd): keep its words.
+    wanted = replace(known, size=found.size, identity=found.identity)
+    if known.uri != backing.uri and known.format == "raw":
+        wanted = replace(wanted, uri=backing.uri)
+    if wanted != known and not leaf.read_only:
+        await trio.to_thread.run_sync(leaf.record_backing, wanted)
+    return found.identity
