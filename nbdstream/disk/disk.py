@@ -88,6 +88,7 @@ class StreamedDisk:
 
     Attributes:
         copy_on_read: whether what a guest reads is kept; may be set at any time.
+        detect_zeroes: what becomes of guest writes of zeroes.
         backing: None once everything is local, or if there never was one.
     """
 
@@ -111,7 +112,7 @@ class StreamedDisk:
         self.demand_misses = 0
         self.demand_bytes = 0
         self.copy_on_write = 0
-        self._detect_zeroes = detect_zeroes
+        self.detect_zeroes = detect_zeroes
         self._block_size = leaf.block_size
         self._locate = leaf.locate
         self._flusher = Flusher(leaf)
@@ -132,10 +133,21 @@ class StreamedDisk:
             return Hit.DONE if done == len(view) else Hit.MISS
         return Hit.ZERO if host == ALL_ZERO else Hit.MISS
 
+    def read_from_any_thread(self, view: memoryview, offset: int) -> Hit:
+        """`read_nowait` for threads other than the event loop's.
+
+        The lookup only reads what the loop changes in single steps. That it gives the same
+        place before and after the read proves that the space was not given back in
+        between: before space is used anew there is a flush.
+        """
+        host = self._locate(offset, len(view))
+        hit = self.read_nowait(view, offset)
+        return hit if host == self._locate(offset, len(view)) else Hit.MISS
+
     def write_nowait(self, view: memoryview, offset: int) -> Hit:
         """Write to the page cache if neither the backing nor metadata is in the way."""
         length = len(view)
-        if length > WRITE_PIECE or self._detect_zeroes is not DetectZeroes.OFF:
+        if length > WRITE_PIECE or self.detect_zeroes is not DetectZeroes.OFF:
             return Hit.MISS
         host = self._locate(offset, length)
         if host >= 0:
@@ -233,11 +245,11 @@ class StreamedDisk:
     def _writer(self, offset: int, view: memoryview) -> Callable[[], None]:
         """The plain call that stores this data."""
         if (
-            self._detect_zeroes is not DetectZeroes.OFF
+            self.detect_zeroes is not DetectZeroes.OFF
             and self._aligned(offset, len(view))
             and is_zero(view)
         ):
-            unmap = self._detect_zeroes is DetectZeroes.UNMAP
+            unmap = self.detect_zeroes is DetectZeroes.UNMAP
             return partial(self.leaf.zero, offset, len(view), unmap=unmap)
         return partial(self.leaf.write, offset, view)
 
@@ -407,7 +419,6 @@ class StreamedDisk:
         else:
             await self._flusher.flush_then(self.leaf.drop_backing)
         self.backing = None
-        self._fetcher = None
 
     # -- looking at it ---------------------------------------------------------------
 
@@ -425,6 +436,11 @@ class StreamedDisk:
                 else:
                     result.append(status)
         return result
+
+    async def leaf_extents(self, offset: int, length: int, limit: int) -> list[LeafExtent]:
+        """At least one and at most ``limit`` of the leaf's extents from ``offset`` on; may
+        cover less than asked. Never asks the backing, so its loss is no obstacle."""
+        return await self._atomically(self._some_extents, offset, min(length, LOOK_PIECE), limit)
 
     async def _status(self, extent: LeafExtent) -> list[StatusExtent]:
         backing = self.backing
@@ -477,7 +493,7 @@ class StreamedDisk:
                 await self.flush()
 
     def _start_fetch(self, extent: LeafExtent, priority: Priority, *, store: bool) -> list[Fetch]:
-        if self._fetcher is None:
+        if self._fetcher is None or self.backing is None:
             raise OSError(errno.EIO, "unallocated data, but no backing to fetch it from")
         store = store and not self.read_only
         return self._fetcher.start(extent.offset, extent.length, priority, store=store)
