@@ -10,7 +10,7 @@ to take new writes, and to keep all the rest while it does.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -154,8 +154,12 @@ class _Player:
         action = self.rng.random()
         if action < 0.75:
             self.attempt()
-        elif action < 0.95:
+        elif action < 0.93:
             self.flush()
+        elif action < 0.96:
+            self.version += 1
+            self.flush()
+            self.leaf.record_backing(replace(BACKING, identity=f"version {self.version}"))
         else:
             self.reopen()
 
@@ -260,9 +264,7 @@ class _Admissible:
         return allowed
 
 
-def cut_everywhere(
-    life: Life, directory: Path, *, seed: int, variants: int, every: int = 1
-) -> int:
+def cut_everywhere(life: Life, directory: Path, *, seed: int, variants: int, every: int = 1) -> int:
     """Cut the power at every operation of the journal (or each ``every``-th), ``variants``
     times each, and judge what is left in ``directory``. Returns how many were judged."""
     rng = random.Random(seed)
@@ -308,7 +310,10 @@ def _judge(
     leaf = life.kind.open(path)
     backing = backing_of(life.size)
     try:
-        assert leaf.backing is not None or not _unallocated(leaf)
+        if leaf.backing is None:
+            assert not _unallocated(leaf)
+        else:
+            assert leaf.backing.uri == BACKING.uri and leaf.backing.identity
         seen = {window: read(leaf, *window, backing) for window in life.windows}
         for (start, _), content in seen.items():
             for at in range(0, len(content), SECTOR):

@@ -165,12 +165,12 @@ def recording(directory: Path) -> Iterator[Journal]:
 
     def link(source: Any, target: Any) -> None:
         real["link"](source, target)
-        journal.add(Name(Path(target).name, os.stat(target).st_ino))
+        journal.add(Name(Path(target).name, Path(target).stat().st_ino))
 
     def replace(source: Any, target: Any) -> None:
         real["replace"](source, target)
         assert Path(target).parent == directory
-        journal.add(Name(Path(target).name, os.stat(target).st_ino))
+        journal.add(Name(Path(target).name, Path(target).stat().st_ino))
         if Path(source).parent == directory:
             journal.add(Name(Path(source).name, None))
 

@@ -28,7 +28,7 @@ def memory() -> Iterator[Path]:
 @pytest.mark.parametrize("finish", [False, True], ids=["cut", "finish"])
 def test_power_cut(kind: ImageKind, seed: int, finish: bool, memory: Path) -> None:
     size = (1 << 20) + 512
-    windows = ((0, 16 * 4096), ((1 << 20) - 8 * 4096, 8 * 4096 + 512))
+    windows: tuple[tuple[int, int], ...] = ((0, 16 * 4096), ((1 << 20) - 8 * 4096, 8 * 4096 + 512))
     if finish:
         size = 256 * 1024
         windows = ((0, size),)

@@ -55,7 +55,7 @@ class MapHeader:
     size: int
     cluster_size: int
     backing: BackingReference
-    generation: int = 1
+    generation: int = 0
 
     def pack(self) -> bytes:
         """The header's page. Raises LeafError if the strings do not fit in."""
@@ -91,8 +91,8 @@ class MapHeader:
             raise LeafFormatError(f"version {version} is not known")
         if length != _HEADER.size + sum(lengths) or length > PAGE_SIZE:
             raise LeafFormatError(f"header length {length} is wrong")
-        fields = _HEADER.pack(*_HEADER.unpack_from(page)[:-1], 0)
-        if zlib.crc32(fields + page[_HEADER.size : length]) != checksum:
+        covered = page[: _HEADER.size - 4] + bytes(4) + page[_HEADER.size : length]
+        if zlib.crc32(covered) != checksum:
             raise LeafFormatError("header checksum mismatch")
         if block_size != BLOCK_SIZE or not is_cluster_size(cluster_size) or size >= 1 << 63:
             raise LeafFormatError(f"sizes make no sense: {size}, {block_size}, {cluster_size}")
