@@ -16,7 +16,7 @@ from nbdstream.cli.picture import svg_map
 from nbdstream.errors import UsageError
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import Leaf, LeafExtent, State
-from nbdstream.leaf.map import shares, walk
+from nbdstream.leaf.map import image_info, map_entry, shares, walk
 from nbdstream.service import describe_backing
 from nbdstream.units import format_size
 
@@ -112,13 +112,7 @@ def info(leaf: str, as_json: bool) -> None:
 def _facts(image: Leaf) -> dict[str, object]:
     """What `info` knows: qemu-img's names where it has one, ours under "nbdstream"."""
     count = shares(image)
-    facts: dict[str, object] = {
-        "filename": image.path,
-        "format": image.format,
-        "virtual-size": image.size,
-        "actual-size": Path(image.path).stat().st_blocks * 512,
-        "cluster-size": image.cluster_size,
-    }
+    facts = image_info(image)
     ours: dict[str, object] = {
         "block-size": image.block_size,
         "local": count.data,
@@ -126,12 +120,8 @@ def _facts(image: Leaf) -> dict[str, object]:
         "remote": count.remote,
     }
     if image.backing is not None:
-        facts["backing-filename"] = image.backing.uri
-        facts["backing-filename-format"] = image.backing.format
         ours["backing-size"] = image.backing.size
         ours["backing-identity"] = image.backing.identity
-    if details := image.describe():
-        facts["format-specific"] = {"type": image.format, "data": details}
     facts["nbdstream"] = ours
     return facts
 
@@ -171,19 +161,7 @@ def _print_json(extents: Iterator[LeafExtent]) -> None:
     """As ``qemu-img map --output=json`` prints it, one extent a line."""
     separator = "["
     for extent in extents:
-        local = extent.state is not State.UNALLOCATED
-        item: dict[str, object] = {
-            "start": extent.offset,
-            "length": extent.length,
-            "depth": 0 if local else 1,
-            "present": local,
-            "zero": extent.state is State.ZERO,
-            "data": extent.state in (State.DATA, State.COMPRESSED),
-            "compressed": extent.state is State.COMPRESSED,
-        }
-        if extent.state is State.DATA:
-            item["offset"] = extent.host
-        click.echo(f"{separator}{json.dumps(item)}", nl=False)
+        click.echo(f"{separator}{json.dumps(map_entry(extent))}", nl=False)
         separator = ",\n"
     click.echo("]")
 

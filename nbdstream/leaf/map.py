@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A leaf's map as a whole: what ``nbdstream map``, ``info`` and the control socket show."""
+"""A leaf as a whole: what ``nbdstream map``, ``info`` and the control socket show."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,3 +43,37 @@ def shares(leaf: Leaf) -> Shares:
         zero=count[State.ZERO],
         remote=count[State.UNALLOCATED],
     )
+
+
+def image_info(leaf: Leaf) -> dict[str, object]:
+    """What a leaf is, by the names of QEMU's ImageInfo (qapi/block-core.json)."""
+    info: dict[str, object] = {
+        "filename": leaf.path,
+        "format": leaf.format,
+        "virtual-size": leaf.size,
+        "actual-size": os.fstat(leaf.fd).st_blocks * 512,
+        "cluster-size": leaf.cluster_size,
+    }
+    if leaf.backing is not None:
+        info["backing-filename"] = leaf.backing.uri
+        info["backing-filename-format"] = leaf.backing.format
+    if details := leaf.describe():
+        info["format-specific"] = {"type": leaf.format, "data": details}
+    return info
+
+
+def map_entry(extent: LeafExtent) -> dict[str, object]:
+    """An extent as ``qemu-img map --output=json`` has it (QEMU's MapEntry)."""
+    local = extent.state is not State.UNALLOCATED
+    entry: dict[str, object] = {
+        "start": extent.offset,
+        "length": extent.length,
+        "depth": 0 if local else 1,
+        "present": local,
+        "zero": extent.state is State.ZERO,
+        "data": extent.state in (State.DATA, State.COMPRESSED),
+        "compressed": extent.state is State.COMPRESSED,
+    }
+    if extent.state is State.DATA:
+        entry["offset"] = extent.host
+    return entry

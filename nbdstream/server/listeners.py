@@ -124,12 +124,17 @@ def _bind_tcp(family: int, address: tuple[object, ...]) -> socket.socket:
     return sock
 
 
-def listen_unix(path: Path) -> Listener:
-    """Listen on a Unix socket; one that a dead server left behind is replaced."""
+def listen_unix(path: Path, *, mode: int | None = None) -> Listener:
+    """Listen on a Unix socket; one that a dead server left behind is replaced.
+
+    ``mode`` narrows who may connect, from the first moment on; None leaves that to the umask.
+    """
     if len(os.fsencode(path)) > _MAX_PATH:
         raise UsageError(f"the path of the Unix socket '{path}' is longer than {_MAX_PATH} bytes")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        if mode is not None:
+            os.fchmod(sock.fileno(), mode)  # Linux gives the file the mode of the socket
         try:
             sock.bind(os.fspath(path))
         except OSError as error:

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QMP commands for the disk: query-block as QEMU has it, and nbdstream's own.
+
+``x-nbdstream-stream`` is the stepwise interface that was argued out in 2010 ("stream
+DEVICE OFFSET", which tells how much was streamed), ``x-nbdstream-copy-on-read`` the
+switch that it wanted to be a runtime option.
+"""
+
+import trio
+
+from nbdstream.control.api import ControlledDisk, ControlledJob
+from nbdstream.control.jobs import NOTHING_TO_STREAM, non_negative
+from nbdstream.control.report import statistics
+from nbdstream.control.table import command
+from nbdstream.leaf.base import LeafExtent, joined
+from nbdstream.leaf.map import image_info, map_entry
+from nbdstream.qmp import DeviceNotFound, GenericError, JSONObject
+
+# Extents in one answer to x-nbdstream-map: asked for by default, and at the most.
+MAP_LIMIT = 1024
+MAP_MAXIMUM = 65536
+
+# QEMU's BlockDeviceInfo has these whether or not they are in use.
+_NO_THROTTLING = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+
+
+class DiskCommands:
+    """Describes the disk ``device`` and changes what can be changed while it is served."""
+
+    def __init__(self, disk: ControlledDisk, job: ControlledJob | None, device: str) -> None:
+        self._disk = disk
+        self._job = job
+        self._device = device
+
+    @command("query-block")
+    async def query_block(self) -> list[JSONObject]:
+        disk, leaf = self._disk, self._disk.leaf
+        inserted: JSONObject = {
+            "file": leaf.path,
+            "drv": leaf.format,
+            "ro": disk.read_only,
+            "encrypted": False,
+            "detect_zeroes": disk.detect_zeroes.value,
+            "cache": {"writeback": True, "direct": False, "no-flush": False},
+            "write_threshold": 0,
+            "backing_file_depth": 0,
+            "image": image_info(leaf) | {"dirty-flag": leaf.dirty},
+        }
+        if leaf.backing is not None:
+            inserted |= {"backing_file": leaf.backing.uri, "backing_file_depth": 1}
+        return [
+            {
+                "device": self._device,
+                "type": "unknown",
+                "locked": False,
+                "removable": False,
+                "inserted": inserted | _NO_THROTTLING,
+            }
+        ]
+
+    @command("x-nbdstream-stats")
+    async def stats(self) -> JSONObject:
+        return statistics(self._disk, self._job)
+
+    @command("x-nbdstream-map")
+    async def map(
+        self, offset: int = 0, length: int | None = None, limit: int = MAP_LIMIT
+    ) -> JSONObject:
+        """What is local, from ``offset`` on. ``next``: where to ask for the rest."""
+        self._check_offset(offset)
+        if not 1 <= limit <= MAP_MAXIMUM:
+            raise GenericError(f"Parameter 'limit' expects a value from 1 to {MAP_MAXIMUM}")
+        rest = self._disk.size - offset
+        length = rest if length is None else min(non_negative("length", length), rest)
+        if length == 0:
+            return {"extents": []}
+        extents = await _longest(self._disk, offset, offset + length, limit)
+        answer: JSONObject = {"extents": [map_entry(extent) for extent in extents]}
+        end = extents[-1].end
+        return answer | ({"next": end} if end < offset + length else {})
+
+    @command("x-nbdstream-stream")
+    async def stream(self, device: str, offset: int, length: int = 0) -> JSONObject:
+        """Make the cluster at ``offset`` local, and those that ``length`` reaches.
+
+        ``streamed``: bytes that were not local before. ``next``: the first offset behind
+        the piece that is still remote, if there is one; so a loop over ``next`` streams
+        the disk.
+        """
+        if device != self._device:
+            raise DeviceNotFound(f"Cannot find device='{device}'")
+        if self._job is None:
+            raise GenericError(NOTHING_TO_STREAM)
+        self._check_offset(offset)
+        streamed = await self._job.step(offset, non_negative("length", length))
+        answer: JSONObject = {"streamed": streamed}
+        following = await self._disk.next_unallocated(offset)
+        return answer | ({"next": following.offset} if following is not None else {})
+
+    @command("x-nbdstream-copy-on-read")
+    async def copy_on_read(self, enable: bool) -> None:
+        self._disk.copy_on_read = enable
+
+    def _check_offset(self, offset: int) -> None:
+        if not 0 <= offset < self._disk.size:
+            raise GenericError(
+                f"Parameter 'offset' is {offset}, which is not on a disk of {self._disk.size} bytes"
+            )
+
+
+async def _longest(disk: ControlledDisk, offset: int, end: int, limit: int) -> list[LeafExtent]:
+    """The first ``limit`` of the longest extents that tile the range."""
+    found: list[LeafExtent] = []
+    # One more than asked for shows that the last one is as long as it can be.
+    while offset < end and len(found) <= limit:
+        more = await disk.leaf_extents(offset, end - offset, limit + 1)
+        tail = [found.pop()] if found else []
+        found += joined(tail + more)
+        offset = found[-1].end
+        await trio.lowlevel.checkpoint()
+    return found[:limit]

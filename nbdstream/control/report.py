@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One look at everything that is counted: what `x-nbdstream-stats` returns.
+
+The progress line, ``nbdstream status`` and the metrics are all made from this. Names are
+spelled as QMP spells them; sizes are bytes, rates bytes per second, times seconds.
+"""
+
+from dataclasses import asdict
+
+from nbdstream.backing.base import BackingStatistics
+from nbdstream.control.api import ControlledDisk, ControlledJob
+from nbdstream.qmp import JSONObject
+from nbdstream.streamer.job import JobStatus
+
+
+def statistics(disk: ControlledDisk, job: ControlledJob | None) -> JSONObject:
+    """The disk, its job and its backing as they are now.
+
+    ``backing`` is missing once there is none (everything is local), ``job`` where there
+    never was anything to stream; it describes the last run where its status is "null".
+    """
+    report: JSONObject = {
+        "size": disk.size,
+        "copy-on-read": disk.copy_on_read,
+        "disk": {_spell(name): value for name, value in disk.statistics().items()},
+    }
+    if job is not None:
+        report["job"] = _job(disk, job)
+    if disk.backing is not None:
+        report["backing"] = _backing(disk.backing.uri, disk.backing.statistics())
+    return report
+
+
+def _job(disk: ControlledDisk, job: ControlledJob) -> JSONObject:
+    report: JSONObject = {
+        "id": job.id,
+        "status": job.status.value,
+        "length": job.length,
+        # A disk without a backing is local as a whole, whether or not a job made it so.
+        "offset": job.offset if disk.backing is not None else disk.size,
+        "remaining": job.remaining if disk.backing is not None else 0,
+        "speed": job.speed,
+        "rate": job.rate if job.status is JobStatus.RUNNING else 0.0,
+        "io-status": job.io_status,
+    }
+    if job.status is JobStatus.RUNNING and job.eta is not None:
+        report["eta"] = job.eta
+    if job.error:
+        report["error"] = job.error
+    return report
+
+
+def _backing(uri: str, statistics: BackingStatistics) -> JSONObject:
+    return {"uri": uri} | {_spell(name): value for name, value in asdict(statistics).items()}
+
+
+def _spell(name: str) -> str:
+    return name.replace("_", "-")
