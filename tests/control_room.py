@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A control socket over a real disk and job, whose leaf and backing tests can steer."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from nbdstream.control import control_server, listen_control
+from nbdstream.control.server import ControlServer
+from nbdstream.disk import StreamedDisk, open_disk
+from nbdstream.guest.qmp import QMPClient
+from nbdstream.streamer.job import StreamJob
+from tests.doubles import GatedBacking, MemoryLeaf
+
+SIZE = 64 * 1024 + 300  # the last block is a short one
+CONTENT = bytes(1 + i * 7 % 251 for i in range(SIZE))
+DEVICE = "disk0"
+
+
+class Room:
+    """What a control socket is about; ``stopped`` is set when a client said ``quit``."""
+
+    def __init__(self, path: Path, leaf: MemoryLeaf, backing: GatedBacking | None) -> None:
+        self.path = path
+        self.leaf = leaf
+        self.backing_double = backing
+        self.stopped = trio.Event()
+        self.disk: StreamedDisk
+        self.job: StreamJob | None = None
+        self.server: ControlServer
+
+    @property
+    def backing(self) -> GatedBacking:
+        assert self.backing_double is not None
+        return self.backing_double
+
+    @property
+    def stream(self) -> StreamJob:
+        assert self.job is not None
+        return self.job
+
+
+@asynccontextmanager
+async def control_room(
+    directory: Path, *, gated: bool = False, backing: bool = True, more: tuple[object, ...] = ()
+) -> AsyncIterator[Room]:
+    """A room with a control socket. ``backing``: False for a plain local disk, without a job."""
+    leaf = MemoryLeaf(SIZE)
+    double = GatedBacking(CONTENT, gated=gated) if backing else None
+    if double is None:
+        leaf.drop_backing()
+    room = Room(directory / "control.sock", leaf, double)
+    async with open_disk(leaf, double) as room.disk, trio.open_nursery() as nursery:
+        if double is not None:
+            room.job = StreamJob(room.disk, job_id=DEVICE)
+            nursery.start_soon(room.job.run)
+        room.server = control_server(
+            room.disk, room.job, device=DEVICE, stop=room.stopped.set, more=more
+        )
+        listener = listen_control(room.path)
+        nursery.start_soon(room.server.serve, listener)
+        yield room
+        nursery.cancel_scope.cancel()
+    leaf.close()
+
+
+async def ask(room: Room, command: str, /, **arguments: Any) -> Any:
+    """One command on a connection of its own; ``_`` in names stands for ``-``."""
+    async with QMPClient.connect(room.path) as qmp:
+        return await qmp.execute(command, spelled(arguments))
+
+
+def spelled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as QMP spells them."""
+    return {name.replace("_", "-"): value for name, value in arguments.items()}

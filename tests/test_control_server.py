@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control socket: who may connect, what clients of every kind get, what events do."""
+
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from nbdstream.control import listen_control
+from nbdstream.control.server import BACKLOG_LIMIT
+from nbdstream.errors import UsageError
+from nbdstream.guest.qmp import QMPClient
+from nbdstream.qmp import COMMAND_LIMIT
+from tests.control_room import DEVICE, Room, control_room
+
+NEGOTIATE = b'{"execute":"qmp_capabilities"}\n'
+
+
+class RawClient:
+    """A client that sends bytes as they are and takes the replies apart."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self._buffer = b""
+
+    async def send(self, data: bytes) -> None:
+        await self.stream.send_all(data)
+
+    async def message(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            data = await self.stream.receive_some()
+            assert data, "the server hung up"
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    async def rest(self) -> bytes:
+        """Everything up to the end of the connection."""
+        data = self._buffer
+        while more := await self.stream.receive_some():
+            data += more
+        return data
+
+
+Connect = Callable[..., Awaitable[RawClient]]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Connects to rooms; what it connected is closed at the test's end."""
+    async with AsyncExitStack() as stack:
+
+        async def connect(room: Room, *, negotiate: bool = True) -> RawClient:
+            stream = await trio.open_unix_socket(str(room.path))
+            client = RawClient(await stack.enter_async_context(stream))
+            assert "QMP" in await client.message()
+            if negotiate:
+                await client.send(NEGOTIATE)
+                assert await client.message() == {"return": {}}
+            return client
+
+        yield connect
+
+
+# -- the socket ------------------------------------------------------------------------------
+
+
+async def test_only_the_owner_may_connect_and_the_socket_goes_away(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        assert room.path.stat().st_mode & 0o777 == 0o600
+    assert not room.path.exists()
+
+
+async def test_a_socket_that_a_dead_server_left_is_replaced(
+    tmp_path: Path, connect: Connect
+) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "control.sock"))
+    async with control_room(tmp_path) as room:
+        await connect(room)
+
+
+async def test_a_socket_where_somebody_listens_is_left_alone(
+    tmp_path: Path, connect: Connect
+) -> None:
+    async with control_room(tmp_path) as room:
+        with pytest.raises(UsageError, match="another server listens"):
+            listen_control(room.path)
+        await connect(room)
+
+
+async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("precious")
+    with pytest.raises(UsageError, match="not a socket"):
+        listen_control(path)
+    assert path.read_text() == "precious"
+
+
+# -- sessions --------------------------------------------------------------------------------
+
+
+async def test_commands_wait_for_the_negotiation_and_ids_come_back(
+    tmp_path: Path, connect: Connect
+) -> None:
+    async with control_room(tmp_path) as room:
+        client = await connect(room, negotiate=False)
+        await client.send(b'{"execute":"query-version","id":7}\n')
+        refusal = await client.message()
+        assert refusal["error"]["class"] == "CommandNotFound" and refusal["id"] == 7
+        await client.send(NEGOTIATE)
+        assert await client.message() == {"return": {}}
+        await client.send(b'{"execute":"query-block-jobs","id":{"any":["thing"]}}\n')
+        assert await client.message() == {"return": [], "id": {"any": ["thing"]}}
+
+
+async def test_bytes_may_come_one_by_one_and_commands_in_a_heap(
+    tmp_path: Path, connect: Connect
+) -> None:
+    async with control_room(tmp_path) as room:
+        client = await connect(room)
+        for byte in b'{"execute":"query-jobs","id":"slow"}\r\n':
+            await client.send(bytes([byte]))
+        assert await client.message() == {"return": [], "id": "slow"}
+        await client.send(b"".join(b'{"execute":"query-jobs","id":%d}\n' % i for i in range(500)))
+        assert [(await client.message())["id"] for _ in range(500)] == list(range(500))
+
+
+async def test_commands_may_end_with_the_end_of_the_stream(
+    tmp_path: Path, connect: Connect
+) -> None:
+    async with control_room(tmp_path) as room:
+        client = await connect(room)
+        await client.send(b'{"execute":"query-jobs","id":1}\n{"execute":"query-jobs","id":2}\n{"ha')
+        await client.stream.send_eof()
+        replies = [json.loads(line) for line in (await client.rest()).splitlines()]
+        assert replies == [{"return": [], "id": 1}, {"return": [], "id": 2}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"}{",
+        b"[]",
+        b"null",
+        b'"quit"',
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b"9" * 100_000,
+        b'{"execute":1}',
+        b'{"execute":"query-jobs","arguments":[]}',
+        b'{"execute":"query-jobs","arguments":{"extra":1}}',
+        b'{"execute":"query-jobs","oops":1}',
+        b'{"execute":"\\ud800"}',
+        b'{"return":{}}',
+    ],
+)
+async def test_nonsense_costs_an_error_reply_and_no_more(
+    tmp_path: Path, connect: Connect, line: bytes
+) -> None:
+    async with control_room(tmp_path) as room:
+        client = await connect(room)
+        await client.send(line + b"\n" + b'{"execute":"query-jobs","id":1}\n')
+        reply = await client.message()
+        assert reply["error"]["class"] in ("GenericError", "CommandNotFound")
+        assert "Traceback" not in reply["error"]["desc"]
+        assert await client.message() == {"return": [], "id": 1}
+
+
+async def test_an_endless_line_is_cut_off_and_others_do_not_notice(
+    tmp_path: Path, connect: Connect
+) -> None:
+    async with control_room(tmp_path) as room:
+        other = await connect(room)
+        client = await connect(room)
+        with pytest.raises(trio.BrokenResourceError):
+            for _ in range(100):
+                await client.send(b"x" * (COMMAND_LIMIT // 4))
+        await other.send(b'{"execute":"query-jobs"}\n')
+        assert await other.message() == {"return": []}
+
+
+async def test_a_client_may_vanish_in_the_middle_of_a_command(
+    tmp_path: Path, connect: Connect
+) -> None:
+    async with control_room(tmp_path, gated=True) as room:
+        client = await connect(room)
+        step = {"execute": "x-nbdstream-stream", "arguments": {"device": DEVICE, "offset": 0}}
+        await client.send(json.dumps(step).encode() + b"\n")
+        await trio.testing.wait_all_tasks_blocked()
+        await client.stream.aclose()
+        (read,) = room.backing.reads
+        read.gate.set()
+        other = await connect(room)
+        await other.send(b'{"execute":"query-jobs"}\n')
+        assert await other.message() == {"return": []}
+
+
+async def test_a_slow_command_delays_its_own_client_alone(tmp_path: Path, connect: Connect) -> None:
+    async with control_room(tmp_path, gated=True) as room:
+        slow, quick = await connect(room), await connect(room)
+        step = {"execute": "x-nbdstream-stream", "arguments": {"device": DEVICE, "offset": 0}}
+        await slow.send(json.dumps(step).encode() + b'\n{"execute":"query-jobs","id":2}\n')
+        await trio.testing.wait_all_tasks_blocked()
+        await quick.send(b'{"execute":"query-jobs"}\n')
+        assert await quick.message() == {"return": []}
+        room.backing.reads[0].gate.set()
+        assert (await slow.message())["return"]["streamed"] == 2048
+        assert await slow.message() == {"return": [], "id": 2}
+
+
+async def test_quit_is_answered_before_the_server_ends(tmp_path: Path, connect: Connect) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def serve(task_status: trio.TaskStatus[Room]) -> None:
+            async with control_room(tmp_path) as room:
+                task_status.started(room)
+                await room.stopped.wait()
+
+        room = await nursery.start(serve)
+        client = await connect(room)
+        await client.send(b'{"execute":"quit","id":"last"}\n')
+        assert await client.message() == {"return": {}, "id": "last"}
+        assert await client.rest() == b""
+
+
+async def test_a_client_that_reads_nothing_does_not_hold_up_the_end(
+    tmp_path: Path, connect: Connect
+) -> None:
+    with trio.fail_after(20):
+        async with control_room(tmp_path) as room:
+            client = await connect(room)
+            fill_up(room, BACKLOG_LIMIT - 1000)
+            await trio.testing.wait_all_tasks_blocked()
+    assert (await client.rest()).count(b"\n") > 0
+
+
+# -- events ----------------------------------------------------------------------------------
+
+
+def fill_up(room: Room, size: int) -> None:
+    """Emit events of so many bytes in all, with no chance for anybody to send them."""
+    for _ in range(size // 1000):
+        room.server.emit("X_FILL", {"blob": "x" * 900})
+
+
+async def test_all_negotiated_clients_get_events_and_others_none(
+    tmp_path: Path, connect: Connect
+) -> None:
+    async with control_room(tmp_path) as room:
+        clients = [await connect(room) for _ in range(3)]
+        silent = await connect(room, negotiate=False)
+        room.server.emit("X_TEST", {"number": 5})
+        for client in clients:
+            event = await client.message()
+            assert event["event"] == "X_TEST" and event["data"] == {"number": 5}
+            assert event["timestamp"].keys() == {"seconds", "microseconds"}
+        await silent.send(NEGOTIATE)
+        assert await silent.message() == {"return": {}}
+
+
+async def test_events_of_a_command_come_before_its_reply(tmp_path: Path, connect: Connect) -> None:
+    async with control_room(tmp_path, gated=True) as room:
+        client = await connect(room)
+        request = {"execute": "block-stream", "arguments": {"device": DEVICE}}
+        await client.send(json.dumps(request).encode() + b"\n")
+        got = [await client.message() for _ in range(3)]
+        assert [message.get("data", {}).get("status") for message in got] == [
+            "created",
+            "running",
+            None,
+        ]
+        assert got[2] == {"return": {}}
+
+
+async def test_a_client_that_does_not_read_its_events_is_dropped(
+    tmp_path: Path, connect: Connect
+) -> None:
+    async with control_room(tmp_path) as room, QMPClient.connect(room.path) as attentive:
+        deaf = await connect(room)
+        heard = 0
+        with attentive.events() as events:
+            while heard < 8 * BACKLOG_LIMIT // 1000:
+                # In pieces, so that one who reads can keep up.
+                fill_up(room, BACKLOG_LIMIT // 4)
+                for _ in range(BACKLOG_LIMIT // 4 // 1000):
+                    await events.wait("X_FILL")
+                    heard += 1
+        await deaf.rest()  # comes to an end, though the server goes on
+        assert await attentive.execute("query-jobs") == []
+
+
+async def test_a_client_that_reads_no_replies_stalls_itself_alone(
+    tmp_path: Path, connect: Connect
+) -> None:
+    count = 20_000
+    async with control_room(tmp_path) as room, trio.open_nursery() as nursery:
+        greedy, other = await connect(room), await connect(room)
+        sent = trio.Event()
+
+        async def ask_much() -> None:
+            for number in range(count):
+                await greedy.send(b'{"execute":"query-commands","id":%d}\n' % number)
+            sent.set()
+
+        nursery.start_soon(ask_much)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not sent.is_set(), "the server took in more than it should"
+        await other.send(b'{"execute":"query-jobs"}\n')
+        assert await other.message() == {"return": []}
+        for number in range(count):
+            assert (await greedy.message())["id"] == number
