@@ -181,8 +181,14 @@ def qemu_check(path: Path, format_name: str) -> dict[str, object]:
     """
     if format_name == "raw":
         return {}
+    # Without the backing, which is not there (and is not what is checked).
+    options = {
+        "driver": format_name,
+        "backing": None,
+        "file": {"driver": "file", "filename": str(path)},
+    }
     done = subprocess.run(
-        [binary("QEMU_IMG"), "check", "-f", format_name, "--output=json", str(path)],
+        [binary("QEMU_IMG"), "check", "--output=json", f"json:{json.dumps(options)}"],
         capture_output=True,
         text=True,
     )

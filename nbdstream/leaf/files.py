@@ -49,6 +49,14 @@ def zero_range(fd: int, offset: int, length: int, *, unmap: bool) -> None:
             write_exactly(fd, _ZEROES[: length - start], offset + start)
 
 
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give back the space of a range that nobody will read, if the file system can."""
+    try:
+        fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+    except OSError:
+        pass  # then it stays in use: nothing but space is lost
+
+
 def read_cached(fd: int, offset: int, length: int) -> bytes:
     """Read a range from the page cache; what lies past the file's end reads as zeroes.
 

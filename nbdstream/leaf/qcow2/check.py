@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check an image as ``qemu-img check`` does, and repair what can be repaired for certain.
+
+Refcounts are compared with the references that the tables hold: less than that is an
+error (the next allocation would overwrite data), more is a leak. Both are repaired by
+writing what was counted; refcount blocks that cannot be used are replaced. The copied
+flags of L1 and L2 entries follow the refcounts. Tables that refer to where nothing can
+be are reported only: what they meant is lost.
+
+A repair runs with the dirty bit set (the caller clears it), so it may be cut off at any
+point and is then simply done again.
+"""
+
+import os
+from functools import lru_cache
+
+from nbdstream.errors import LeafFormatError
+from nbdstream.leaf.base import CheckResult, write_exactly
+from nbdstream.leaf.qcow2.header import Header, store_fields
+from nbdstream.leaf.qcow2.layout import COMPRESSED, COPIED, OFFSET, store_words
+from nbdstream.leaf.qcow2.refcounts import (
+    Refcounts,
+    load_table,
+    saturated_entries,
+    unpack_entries,
+)
+from nbdstream.leaf.qcow2.references import MANY, Walk
+from nbdstream.leaf.qcow2.space import Metadata, RefcountEvent, Space
+
+
+def check_image(
+    fd: int, header: Header, *, repair: bool, strict: bool = False
+) -> tuple[CheckResult, Header]:
+    """Check, and with ``repair`` repair, an image that nobody uses meanwhile (may block).
+
+    With ``strict``, damage that no repair can undo is raised as LeafFormatError before
+    anything is written. Returns the header as well, since a repair may move the refcount
+    table. Raises LeafFormatError where the image cannot even be walked through, OSError.
+    """
+    check = _Check(fd, header)
+    if strict and check.walk.errors:
+        raise LeafFormatError(
+            f"the image is damaged: {check.walk.messages[0]}; try: qemu-img check -r all"
+        )
+    if repair:
+        check.forget_bad_blocks()
+    check.compare()
+    if repair:
+        check.repair()
+    check.check_copied(repair=repair)
+    return check.result(), check.header
+
+
+class _Check:
+    """One check: the walk, the comparison, the repair."""
+
+    def __init__(self, fd: int, header: Header) -> None:
+        self.header = header
+        self._fd = fd
+        self._geometry = header.geometry
+        self.walk = Walk(fd, header)
+        self.walk.run()
+        self._table = load_table(fd, header)
+        structural = self.walk.errors
+        self._bad = self.walk.run_refcount_blocks(self._table)
+        self._bad_errors = self.walk.errors - structural
+        self._clusters = max(
+            self.walk.references.clusters, self._geometry.clusters(os.fstat(fd).st_size)
+        )
+        self._too_low = self._too_high = self._copied = self._repaired = 0
+        self._events: list[RefcountEvent] = []
+        self._stored = lru_cache(16)(self._read_block)
+
+    def result(self) -> CheckResult:
+        messages = list(self.walk.messages)
+        for count, text in (
+            (self._too_low, "cluster with a refcount below its references"),
+            (self._copied, "entry whose copied flag contradicts the refcount"),
+            (self._too_high, "leaked cluster"),
+        ):
+            if count:
+                messages.append(f"{text} ({count}x)")
+        return CheckResult(
+            errors=self.walk.errors + self._too_low + self._copied,
+            leaks=self._too_high,
+            repaired=self._repaired,
+            messages=tuple(messages),
+        )
+
+    # -- refcounts -----------------------------------------------------------------------
+
+    def _read_block(self, index: int) -> bytes:
+        """The stored refcounts of one block, a byte each, `MANY` for that or more."""
+        entries = self._geometry.refcount_block_entries
+        if index >= len(self._table) or not self._table[index]:
+            return bytes(entries)
+        data = os.pread(self._fd, self._geometry.cluster_size, self._table[index])
+        return saturated_entries(
+            data.ljust(self._geometry.cluster_size, b"\0"), self._geometry.refcount_order
+        )
+
+    def _exact(self, index: int, entry: int) -> int:
+        """One stored refcount, however large."""
+        bits = self._geometry.refcount_bits
+        at = self._table[index] + entry * bits // 8
+        data = os.pread(self._fd, bits // 8, at)
+        return unpack_entries(data, self._geometry.refcount_order)[0]
+
+    def compare(self) -> None:
+        """Find all refcounts that differ from the references."""
+        per_block = self._geometry.refcount_block_entries
+        for index in range(-(-self._clusters // per_block)):
+            first = index * per_block
+            count = min(per_block, self._clusters - first)
+            stored = self._stored(index)[:count]
+            counted = self.walk.references.window(first, count)
+            if stored == counted and MANY not in counted:
+                continue
+            for entry, (was, should) in enumerate(zip(stored, counted, strict=True)):
+                if was == MANY or should == MANY:
+                    was = self._exact(index, entry) if was == MANY else was
+                    should = self.walk.references.get(first + entry)
+                if was != should:
+                    self._differs(first + entry, was, should)
+
+    def _differs(self, cluster: int, was: int, should: int) -> None:
+        if was < should:
+            self._too_low += 1
+        else:
+            self._too_high += 1
+        if self._events:
+            last = self._events[-1]
+            if last.value == should and last.first + last.clusters == cluster:
+                self._events[-1] = last._replace(clusters=last.clusters + 1)
+                return
+        self._events.append(RefcountEvent(cluster, 1, should))
+
+    def forget_bad_blocks(self) -> None:
+        """Before `compare`: do without the refcount blocks that cannot be used."""
+        for index, counted in self._bad:
+            if counted:
+                self.walk.references.add(self._table[index] >> self._geometry.cluster_bits, 1, -1)
+            self._table[index] = 0
+
+    def repair(self) -> None:
+        """Write what was counted. Raises LeafFormatError, OSError."""
+        highest = max((event.value for event in self._events), default=0)
+        if highest >= 1 << self._geometry.refcount_bits:
+            raise LeafFormatError(f"a cluster with {highest} references does not fit a refcount")
+        if not self._events and not self._bad:
+            return
+        if self.header.version >= 3 and not self.header.dirty:
+            self.header = self.header.marked(dirty=True)
+            store_fields(self._fd, self.header)
+            os.fdatasync(self._fd)
+        for index, _ in self._bad:
+            write_exactly(
+                self._fd, memoryview(bytes(8)), self.header.refcount_table_offset + 8 * index
+            )
+        space = Space(self._fd, self._geometry)
+        refcounts = Refcounts(
+            self._fd, self._geometry, self.header, space, Metadata(self._geometry)
+        )
+        space.events += self._events
+        for plan in refcounts.take_plans(everything=True):
+            self.header = plan.apply(self._fd, self.header)
+        if refcounts.lost:
+            raise LeafFormatError("there is no room for the refcounts of this image")
+        space.trim_file()
+        os.fdatasync(self._fd)
+        self._repaired += self._too_low + self._too_high + self._bad_errors
+        self._table = load_table(self._fd, self.header)
+        self._stored.cache_clear()
+
+    # -- copied flags ----------------------------------------------------------------------
+
+    def check_copied(self, *, repair: bool) -> None:
+        """Compare the flags in the active tables with the stored refcounts."""
+        header = self.header
+        l1 = self.walk.read_words(header.l1_table_offset, header.l1_size * 8)
+        for index, entry in enumerate(l1):
+            table = entry & OFFSET
+            if not table or table % self._geometry.cluster_size:
+                continue
+            if self._wrong(entry):
+                self._fix(header.l1_table_offset + 8 * index, entry, repair=repair)
+            self._check_copied_table(table, repair=repair)
+        if repair:
+            os.fdatasync(self._fd)
+
+    def _check_copied_table(self, table: int, *, repair: bool) -> None:
+        words = self.walk.read_words(table, self._geometry.cluster_size)
+        step = self._geometry.words
+        for index in range(0, len(words), step):
+            entry = words[index]
+            if entry and not entry & COMPRESSED and entry & OFFSET and self._wrong(entry):
+                self._fix(table + 8 * index, entry, repair=repair)
+
+    def _wrong(self, entry: int) -> bool:
+        cluster = (entry & OFFSET) >> self._geometry.cluster_bits
+        index, position = divmod(cluster, self._geometry.refcount_block_entries)
+        return (self._stored(index)[position] == 1) != bool(entry & COPIED)
+
+    def _fix(self, place: int, entry: int, *, repair: bool) -> None:
+        self._copied += 1
+        if repair:
+            write_exactly(self._fd, memoryview(store_words([entry ^ COPIED])), place)
+            self._repaired += 1

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The qcow2 leaf: open, locate, flush, close.
+
+**Crash order.** A flush (`begin_flush` and the worker function that it returns) goes:
+
+1. The dirty bit is set in the header (once per open), with the data of the guest's writes
+   still in the page cache. Then both are *synced*: data, so that no table can show a
+   cluster before its content is there (invariant 3); the dirty bit, because from here on
+   clusters are in use that the refcounts in the file do not know, and after a crash
+   somebody has to count anew before he allocates.
+2. New L2 tables and changed slices of old ones are written. If there are new tables, they
+   are *synced* before step 3: an L1 entry must not point to what was there before.
+3. The L1 entries of new tables are written, and all is *synced*. Now the flush is durable
+   (invariant 2), and what the tables let go of is free to be used again; before, the
+   tables in the file still led there, and a crash would have shown one cluster's new
+   bytes in the place of another.
+4. Now and then, refcounts (unordered: the dirty bit stands).
+
+An entry of 8 or 16 bytes lies within one sector, so that it is torn by no power cut. A
+close flushes, writes the remaining refcounts, *syncs*, and clears the dirty bit, last.
+
+**Open** for writing checks all that can be checked without reading the L2 tables before
+it writes anything; rebuilds the refcounts if the image was not closed; upgrades version
+2 (which has no dirty bit) to 3; drops persistent dirty bitmaps, which our writes would
+not be recorded in; and clears the bits that stand for whatever else we would not maintain.
+"""
+
+import logging
+import os
+from array import array
+from collections.abc import Callable, Iterator
+
+from nbdstream.errors import LeafFormatError, UsageError
+from nbdstream.leaf import files
+from nbdstream.leaf.base import (
+    ALL_ZERO,
+    SCATTERED,
+    BackingReference,
+    CheckResult,
+    Leaf,
+    LeafExtent,
+    State,
+    read_exactly,
+    write_exactly,
+)
+from nbdstream.leaf.qcow2.changes import Changes
+from nbdstream.leaf.qcow2.check import check_image
+from nbdstream.leaf.qcow2.compressed import unpack
+from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, Header, install, store_fields
+from nbdstream.leaf.qcow2.layout import COMPRESSED, LOW_32, OFFSET, ZERO
+from nbdstream.leaf.qcow2.refcounts import RefcountPlan, Refcounts
+from nbdstream.leaf.qcow2.space import Dropped, Metadata, Space
+from nbdstream.leaf.qcow2.tables import Tables, TableSnapshot, load_l1, write_tables
+
+log = logging.getLogger(__name__)
+
+FLAGGED = COMPRESSED | ZERO
+
+
+class Qcow2Leaf(Leaf):
+    """An open qcow2 image; see the module's docstring for what is durable when."""
+
+    format = "qcow2"
+
+    def __init__(self, path: str, fd: int, header: Header, *, read_only: bool) -> None:
+        """Take over ``fd``. Raises LeafFormatError, OSError; then ``fd`` stays open."""
+        self.path = path
+        self.fd = fd
+        self.read_only = read_only
+        self.backing = header.backing
+        self._header = header
+        self._in_flush: tuple[list[Dropped], list[RefcountPlan]] | None = None
+        self._refcounts_ok = True
+        self._load()
+
+    def _load(self) -> None:
+        """Read the tables of the first level, and find free space (may block)."""
+        header, fd = self._header, self.fd
+        self._geometry = geometry = header.geometry
+        self.size = geometry.size
+        self.cluster_size = geometry.cluster_size
+        self.block_size = geometry.block_size
+        metadata = Metadata(geometry)
+        metadata.add(0, geometry.cluster_size)
+        metadata.add(
+            header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits
+        )
+        if header.l1_size:
+            metadata.add(header.l1_table_offset, header.l1_size * 8)
+        self._space = space = Space(fd, geometry)
+        l1 = load_l1(fd, geometry, header.l1_table_offset, metadata, space.end)
+        self._refcounts: Refcounts | None = None
+        if not self.read_only:
+            self._refcounts = Refcounts(fd, geometry, header, space, metadata)
+            for offset, clusters in self._refcounts.free_runs():
+                if metadata.within(offset, clusters << geometry.cluster_bits):
+                    raise LeafFormatError(
+                        f"a table near {offset:#x} is marked as free space; "
+                        "try: qemu-img check -r all"
+                    )
+                space.add_free(offset, clusters)
+        self._tables = Tables(
+            fd,
+            geometry,
+            l1,
+            metadata,
+            lambda: space.end,
+            self._refcounts.get if self._refcounts is not None else None,
+        )
+        self._changes = Changes(fd, geometry, self._tables, space)
+        # What `locate` needs, within reach.
+        self._slice = self._tables.young.get
+        self._slice_bits = geometry.slice_bits
+        self._slice_mask = geometry.slice_entries - 1
+        self._cluster_bits = geometry.cluster_bits
+        self._cluster_mask = geometry.cluster_size - 1
+        self._block_bits = geometry.block_size.bit_length() - 1
+        self._extended = geometry.extended
+
+    # -- where things are --------------------------------------------------------------
+
+    def locate(self, offset: int, length: int) -> int:
+        """See `Leaf.locate`; answers from slices that were asked for recently."""
+        entries = self._slice(offset >> self._slice_bits)
+        if entries is None:
+            return SCATTERED
+        index = (offset >> self._cluster_bits) & self._slice_mask
+        inside = offset & self._cluster_mask
+        last = inside + length - 1
+        if last > self._cluster_mask:
+            return self._locate_long(offset, length)
+        if self._extended:
+            entry = entries[2 * index]
+            bitmap = entries[2 * index + 1]
+            mask = (2 << (last >> self._block_bits)) - (1 << (inside >> self._block_bits))
+            if bitmap & mask == mask:
+                return (entry & OFFSET) + inside
+            if (bitmap >> 32) & mask == mask:
+                return ALL_ZERO
+            if self.backing is None and not bitmap & mask and not entry & COMPRESSED:
+                return ALL_ZERO
+            return SCATTERED
+        entry = entries[index]
+        if not entry & FLAGGED:
+            if entry:
+                return (entry & OFFSET) + inside
+            return ALL_ZERO if self.backing is None else SCATTERED
+        return SCATTERED if entry & COMPRESSED else ALL_ZERO
+
+    def _locate_long(self, offset: int, length: int) -> int:
+        """`locate` for a range of several clusters: the same for each, and in a row."""
+        end = offset + length
+        stop = (offset | self._cluster_mask) + 1
+        host = self.locate(offset, stop - offset)
+        while stop < end and host != SCATTERED:
+            start, stop = stop, min(end, stop + self._cluster_mask + 1)
+            expected = host + start - offset if host >= 0 else host
+            if self.locate(start, stop - start) != expected:
+                return SCATTERED
+        return host
+
+    def extents(self, offset: int, length: int) -> Iterator[LeafExtent]:
+        """See `Leaf.extents`. Raises LeafFormatError where an L2 table is damaged."""
+        end = offset + length
+        hole = State.ZERO if self.backing is None else State.UNALLOCATED
+        while offset < end:
+            entries = self._tables.load(offset)
+            if entries is None:
+                stop = min(end, self._tables.next_table(offset))
+                yield LeafExtent(offset, stop - offset, hole)
+            else:
+                stop = min(end, ((offset >> self._slice_bits) + 1) << self._slice_bits)
+                yield from self._slice_extents(entries, offset, stop, hole)
+            offset = stop
+
+    def _slice_extents(
+        self, entries: "array[int]", offset: int, end: int, hole: State
+    ) -> Iterator[LeafExtent]:
+        """The extents of a range within one slice, neighbours joined."""
+        start, state, host = offset, hole, -1
+        while offset < end:
+            for length, now, place in self._cluster_extents(entries, offset, end, hole):
+                joins = now is state and (
+                    place == host + offset - start
+                    if now is State.DATA
+                    else now is not State.COMPRESSED
+                )
+                if not joins:
+                    if offset > start:
+                        yield LeafExtent(start, offset - start, state, host)
+                    start, state, host = offset, now, place
+                offset += length
+        yield LeafExtent(start, end - start, state, host)
+
+    def _cluster_extents(
+        self, entries: "array[int]", offset: int, end: int, hole: State
+    ) -> list[tuple[int, State, int]]:
+        """(length, state, host) of the pieces of one cluster from ``offset`` on, or of
+        several clusters that are alike throughout and in a row."""
+        geometry = self._geometry
+        index = ((offset >> self._cluster_bits) & self._slice_mask) * geometry.words
+        inside = offset & self._cluster_mask
+        bitmap = entries[index + 1] if self._extended else 0
+        host, data, zero, packed = geometry.decode(entries[index], bitmap)
+        if packed >= 0:
+            return [(min(end - offset, geometry.cluster_size - inside), State.COMPRESSED, packed)]
+        if data == geometry.full or (not data and zero in (0, geometry.full)):
+            length = self._run_length(entries, index, geometry.cluster_size if host else 0)
+            length = min(end - offset, length - inside)
+            if data:
+                return [(length, State.DATA, host + inside)]
+            return [(length, State.ZERO if zero else hole, -1)]
+        stop = min(inside + end - offset, geometry.cluster_size)
+        return self._block_extents(host, data, zero, inside, stop, hole)
+
+    def _run_length(self, entries: "array[int]", index: int, step: int) -> int:
+        """Bytes of the guest's from this entry to the end of its run: clusters of one
+        kind, each at ``step`` behind its predecessor."""
+        words = self._geometry.words
+        entry = entries[index]
+        bitmap = entries[index + 1] if words == 2 else 0
+        at = index + words
+        while at < len(entries):
+            entry += step
+            if entries[at] != entry or (words == 2 and entries[at + 1] != bitmap):
+                break
+            at += words
+        return (at - index) // words << self._cluster_bits
+
+    def _block_extents(
+        self, host: int, data: int, zero: int, inside: int, stop: int, hole: State
+    ) -> list[tuple[int, State, int]]:
+        """The pieces of a cluster whose blocks differ, between two offsets inside of it."""
+        pieces = []
+        neither = ~(data | zero) & LOW_32
+        while inside < stop:
+            block = inside >> self._block_bits
+            if data >> block & 1:
+                state, run, place = State.DATA, data >> block, host + inside
+            elif zero >> block & 1:
+                state, run, place = State.ZERO, zero >> block, -1
+            else:
+                state, run, place = hole, neither >> block, -1
+            # The number of ones at the low end of the run.
+            blocks = (~run & (run + 1)).bit_length() - 1
+            after = min(stop, (block + blocks) << self._block_bits)
+            pieces.append((after - inside, state, place))
+            inside = after
+        return pieces
+
+    def read(self, extent: LeafExtent, view: memoryview) -> None:
+        """See `Leaf.read`. Raises OSError, EIO if compressed data is damaged."""
+        if extent.state is State.COMPRESSED:
+            content = unpack(self.fd, self._geometry, extent.host, self._header.compression)
+            inside = extent.offset & self._cluster_mask
+            view[:] = content[inside : inside + extent.length]
+        else:
+            read_exactly(self.fd, view, extent.host)
+
+    # -- changes -----------------------------------------------------------------------
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """See `Leaf.write`. Raises LeafFormatError where an L2 table is damaged."""
+        host = self.locate(offset, len(view))
+        if host >= 0:
+            write_exactly(self.fd, view, host)
+        else:
+            self._changes.write(offset, view)
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """See `Leaf.zero`. Raises LeafFormatError where an L2 table is damaged.
+
+        With ``unmap`` whole clusters are freed; without it space is kept and reserved.
+        """
+        self._changes.zero(offset, length, unmap=unmap, backing=self.backing is not None)
+
+    # -- durability --------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        """See `Leaf.dirty`."""
+        return self._tables.dirty
+
+    def begin_flush(self) -> Callable[[], None]:
+        """See `Leaf.begin_flush`, and the module's docstring for the order of things."""
+        return self._begin_flush(everything=False)
+
+    def _begin_flush(self, *, everything: bool) -> Callable[[], None]:
+        assert self._refcounts is not None, "the image is read-only"
+        assert self._in_flush is None, "one flush at a time"
+        self._refcounts_ok = True
+        tables = self._tables.begin_flush() if self._tables.dirty else None
+        dropped = self._space.take_dropped()
+        plans = self._refcounts.take_plans(everything=everything)
+        self._in_flush = dropped, plans
+
+        def finish() -> None:
+            if tables is None and not plans:
+                os.fdatasync(self.fd)
+            else:
+                self._write_metadata(tables or TableSnapshot(), plans)
+            self._punch(dropped)
+
+        return finish
+
+    def _write_metadata(self, tables: TableSnapshot, plans: list[RefcountPlan]) -> None:
+        """Worker: the flush proper."""
+        if not self._header.dirty:
+            self._header = self._header.marked(dirty=True)
+            store_fields(self.fd, self._header)
+        os.fdatasync(self.fd)
+        write_tables(self.fd, tables, self._geometry, self._header.l1_table_offset)
+        self._write_refcounts(plans)
+
+    def _punch(self, dropped: list[Dropped]) -> None:
+        """Worker: give the space of what was let go of back to the file system, now that no
+        table in the file refers to it. Nobody uses it before `end_flush`."""
+        for offset, length, compressed in dropped:
+            if not compressed:
+                files.punch_hole(self.fd, offset, length)
+
+    def _write_refcounts(self, plans: list[RefcountPlan]) -> None:
+        """Worker: a failure costs no data, only a rebuild at the next open."""
+        try:
+            for plan in plans:
+                self._header = plan.apply(self.fd, self._header)
+        except OSError as error:
+            log.warning("%s: the refcounts could not be written: %s", self.path, error)
+            self._refcounts_ok = False
+
+    def end_flush(self, *, ok: bool) -> None:
+        """See `Leaf.end_flush`."""
+        assert self._refcounts is not None
+        assert self._in_flush is not None
+        dropped, plans = self._in_flush
+        self._in_flush = None
+        self._tables.end_flush(ok=ok)
+        if ok:
+            self._space.release(dropped)
+            self._refcounts.applied(plans, ok=self._refcounts_ok)
+        else:
+            self._space.keep_dropped(dropped)
+            self._refcounts.postponed(plans)
+
+    def _settle(self) -> None:
+        """Worker: bring everything to the file, refcounts too. Raises OSError."""
+        assert self._refcounts is not None
+        while True:
+            finish = self._begin_flush(everything=True)
+            try:
+                finish()
+            except BaseException:
+                self.end_flush(ok=False)
+                raise
+            self.end_flush(ok=True)
+            # What became free at the end of one flush is written by the next.
+            if not self._tables.dirty and not self._refcounts.pending:
+                return
+
+    def replace_header(self, header: Header) -> None:
+        """Worker: install another header, durably. Raises LeafUnsupportedError, OSError."""
+        if header != self._header:
+            self._header = install(self.fd, self._header, header)
+        self.backing = self._header.backing
+
+    def drop_backing(self) -> None:
+        """See `Leaf.drop_backing`."""
+        self.replace_header(self._header.with_backing(None))
+
+    def record_backing(self, backing: BackingReference) -> None:
+        """See `Leaf.record_backing`. Raises LeafUnsupportedError if it has no room."""
+        self.replace_header(self._header.with_backing(backing))
+
+    def close(self) -> None:
+        """See `Leaf.close`. Raises OSError; the file is closed even then."""
+        if self.fd < 0:
+            return
+        try:
+            if not self.read_only:
+                self._close_clean()
+        finally:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _close_clean(self) -> None:
+        assert self._refcounts is not None
+        self._settle()
+        self._space.trim_file()
+        if self._header.dirty and not self._refcounts.lost:
+            os.fdatasync(self.fd)
+            self._header = self._header.marked(dirty=False)
+            store_fields(self.fd, self._header)
+            os.fdatasync(self.fd)
+
+    # -- looking at it -----------------------------------------------------------------
+
+    def check(self, *, repair: bool) -> CheckResult:
+        """See `Leaf.check`. Raises UsageError, OSError, LeafFormatError."""
+        if repair and self.read_only:
+            raise UsageError(f"{self.path} is open read-only: it cannot be repaired")
+        if not self.read_only:
+            self._settle()
+        result, self._header = check_image(self.fd, self._header, repair=repair)
+        if result.repaired:
+            self._load()
+        return result
+
+    def describe(self) -> dict[str, object]:
+        """See `Leaf.describe`."""
+        header = self._header
+        return {
+            "cluster-size": header.cluster_size,
+            "compat": "0.10" if header.version == 2 else "1.1",
+            "compression-type": header.compression,
+            "lazy-refcounts": bool(header.compatible_features & LAZY_REFCOUNTS),
+            "refcount-bits": 1 << header.refcount_order,
+            "corrupt": header.corrupt,
+            "extended-l2": header.extended,
+        }

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open an image, and before it is written to, make it one that we may write to.
+
+Nothing is written before all that can be checked has been (see `leaf`). Opening for
+writing changes an image that
+
+- was not closed: its refcounts are rebuilt from the tables;
+- has version 2: it becomes version 3, which has a dirty bit and zero clusters;
+- has persistent dirty bitmaps: our writes would not be recorded in them, so they go;
+- has other autoclear features, which we do not know: their bits are cleared.
+"""
+
+import logging
+import os
+from dataclasses import replace
+
+from nbdstream.errors import LeafFormatError, LeafUnsupportedError
+from nbdstream.leaf.locking import open_locked
+from nbdstream.leaf.qcow2.check import check_image
+from nbdstream.leaf.qcow2.header import (
+    BITMAPS_EXTENSION,
+    DIRTY,
+    HEADER_LENGTH,
+    STRUCT_V3,
+    Header,
+    install,
+    read_header,
+)
+from nbdstream.leaf.qcow2.leaf import Qcow2Leaf
+
+log = logging.getLogger(__name__)
+
+
+def open_image(path: str, *, read_only: bool) -> Qcow2Leaf:
+    """Open and lock an image (may block: see the module's docstring).
+
+    Raises LeafInUseError, LeafFormatError, LeafUnsupportedError, OSError.
+    """
+    fd = open_locked(path, read_only=read_only)
+    try:
+        header = read_header(fd, path)
+        try:
+            if not read_only:
+                header = _made_consistent(fd, path, header)
+            leaf = Qcow2Leaf(path, fd, header, read_only=read_only)
+            if not read_only:
+                leaf.replace_header(_writable(header))
+        except LeafFormatError as error:
+            raise LeafFormatError(f"{path}: {error}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return leaf
+
+
+def _made_consistent(fd: int, path: str, header: Header) -> Header:
+    """Refuse what must not be written to; count anew what was not closed."""
+    if header.corrupt:
+        raise LeafUnsupportedError(
+            f"{path} is marked corrupt: open it read-only, or try: qemu-img check -r all"
+        )
+    if header.nb_snapshots:
+        raise LeafUnsupportedError(
+            f"{path} has {header.nb_snapshots} internal snapshots: delete them (qemu-img snapshot"
+            " -d), or open it read-only"
+        )
+    if header.extension(BITMAPS_EXTENSION) is not None:
+        log.warning("%s: its persistent dirty bitmaps are dropped", path)
+        header = _without_bitmaps(fd, header)
+    if header.dirty:
+        log.warning("%s was not closed cleanly: counting its references anew", path)
+        result, header = check_image(fd, header, repair=True, strict=True)
+        left = result.errors + result.leaks - result.repaired
+        if left:
+            raise LeafFormatError(f"{left} of {result.messages} could not be repaired")
+        log.warning("%s: repaired %d refcounts", path, result.repaired)
+    return header
+
+
+def _without_bitmaps(fd: int, header: Header) -> Header:
+    """Drop the bitmaps; the dirty bit makes sure that their space is found to be free."""
+    check_image(fd, header, repair=False, strict=True)
+    extensions = tuple(e for e in header.extensions if e.type != BITMAPS_EXTENSION)
+    new = replace(
+        header,
+        extensions=extensions,
+        autoclear_features=0,
+        incompatible_features=header.incompatible_features | DIRTY,
+    )
+    return install(fd, header, new)
+
+
+def _writable(header: Header) -> Header:
+    """The header that the image has once we may write to it."""
+    if header.version == 2:
+        return replace(
+            header,
+            version=3,
+            header_length=HEADER_LENGTH,
+            additional=bytes(HEADER_LENGTH - STRUCT_V3.size),
+        )
+    return replace(header, autoclear_features=0)

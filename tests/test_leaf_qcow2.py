@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The qcow2 leaf: the common suite over every kind of image."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdstream.leaf.base import BackingReference
+from nbdstream.leaf.qcow2 import create
+from tests.leaf_conformance import LeafConformance, model_test
+from tests.leaf_support import ImageKind, by_qemu, ours
+
+
+def plain(cluster_size: int) -> ImageKind:
+    """Images of ours without extended L2 entries."""
+
+    def make(path: Path, size: int, backing: BackingReference | None) -> None:
+        create(
+            str(path), size=size, cluster_size=cluster_size, backing=backing, extended_l2=False
+        )
+
+    return ImageKind(f"qcow2-plain-{cluster_size}", "qcow2", make)
+
+
+KINDS = [
+    ours("qcow2"),
+    ours("qcow2", 512),
+    ours("qcow2", 16384),
+    ours("qcow2", 2 << 20),
+    plain(65536),
+    by_qemu("qcow2", "compat=0.10"),
+    by_qemu("qcow2", "compat=1.1,cluster_size=4k"),
+    by_qemu("qcow2", "extended_l2=on,lazy_refcounts=on"),
+    *(by_qemu("qcow2", f"refcount_bits={bits},cluster_size=1k") for bits in (1, 2, 4, 8, 32, 64)),
+]
+
+
+class TestQcow2(LeafConformance):
+    @pytest.fixture(params=KINDS, ids=str)
+    def kind(self, request: Any) -> ImageKind:
+        assert isinstance(request.param, ImageKind)
+        return request.param
+
+
+TestExtendedModel = model_test(ours("qcow2"), examples=30)
+TestPlainModel = model_test(plain(4096), examples=20)
+TestSmallModel = model_test(by_qemu("qcow2", "refcount_bits=1,cluster_size=512"), examples=10)
+TestOldModel = model_test(by_qemu("qcow2", "compat=0.10"), examples=10)
