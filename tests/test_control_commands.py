@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each QMP command does to a real disk and job, and that QEMU would answer alike."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nbdstream.control.disks import DiskCommands
+from nbdstream.control.jobs import JobCommands
+from nbdstream.control.process import ProcessCommands
+from nbdstream.control.table import CommandTable
+from nbdstream.errors import BackingReadError
+from nbdstream.guest.qmp import QMPClient
+from nbdstream.leaf.base import State
+from nbdstream.qmp import (
+    Command,
+    CommandError,
+    DeviceNotActive,
+    DeviceNotFound,
+    GenericError,
+)
+from nbdstream.streamer.job import JobStatus
+from tests.control_room import CONTENT, DEVICE, SIZE, ask, control_room
+from tests.peers import qemu_storage_daemon, run
+
+CLUSTER = 2048
+
+
+# -- starting and steering the job ------------------------------------------------------------
+
+
+async def test_a_job_runs_from_block_stream_to_its_completed_event(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room, QMPClient.connect(room.path) as qmp:
+        await qmp.execute("block-stream", {"device": DEVICE, "speed": 1 << 20})
+        event = await qmp.wait_event("BLOCK_JOB_COMPLETED")
+        assert event.data == {
+            "type": "stream",
+            "device": DEVICE,
+            "len": SIZE,
+            "offset": SIZE,
+            "speed": 1 << 20,
+        }
+        await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "null"})
+        assert await qmp.execute("query-block-jobs") == []
+        assert room.leaf.backing is None
+        stats = await qmp.execute("x-nbdstream-stats")
+        assert "backing" not in stats
+        assert stats["job"]["offset"] == SIZE and stats["job"]["remaining"] == 0
+        assert stats["disk"]["fetched-bytes"] == SIZE
+        with pytest.raises(GenericError, match="local already"):
+            await qmp.execute("block-stream", {"device": DEVICE})
+
+
+async def test_a_job_has_the_name_that_it_was_given(tmp_path: Path) -> None:
+    async with control_room(tmp_path, gated=True) as room, QMPClient.connect(room.path) as qmp:
+        await qmp.execute("block-stream", {"device": DEVICE, "job-id": "j1"})
+        await qmp.wait_event("JOB_STATUS_CHANGE", data={"id": "j1", "status": "running"})
+        assert [job["id"] for job in await qmp.execute("query-jobs")] == ["j1"]
+        with pytest.raises(DeviceNotActive, match="Block job 'disk0' not found"):
+            await qmp.execute("block-job-pause", {"device": DEVICE})
+        await qmp.execute("block-job-cancel", {"device": "j1"})
+        await qmp.wait_event("BLOCK_JOB_CANCELLED", data={"device": "j1"})
+        await qmp.wait_event("JOB_STATUS_CHANGE", data={"id": "j1", "status": "null"})
+        await qmp.execute("block-stream", {"device": DEVICE})
+        assert [job["id"] for job in await qmp.execute("query-jobs")] == [DEVICE]
+
+
+async def test_pause_resume_and_cancel(tmp_path: Path) -> None:
+    async with control_room(tmp_path, gated=True) as room, QMPClient.connect(room.path) as qmp:
+        await qmp.execute("block-stream", {"device": DEVICE})
+        await qmp.execute("block-job-pause", {"device": DEVICE})
+        assert room.stream.status is JobStatus.PAUSED
+        (info,) = await qmp.execute("query-block-jobs")
+        assert info["paused"] is True and info["busy"] is False and info["status"] == "paused"
+        with pytest.raises(GenericError, match="already paused"):
+            await qmp.execute("job-pause", {"id": DEVICE})
+        with pytest.raises(GenericError, match="currently paused"):
+            await qmp.execute("block-job-cancel", {"device": DEVICE})
+        await qmp.execute("job-resume", {"id": DEVICE})
+        assert room.stream.status is JobStatus.RUNNING
+        with pytest.raises(GenericError, match="not paused"):
+            await qmp.execute("block-job-resume", {"device": DEVICE})
+        await qmp.execute("block-job-pause", {"device": DEVICE})
+        await qmp.execute("block-job-cancel", {"device": DEVICE, "force": True})
+        await qmp.wait_event("BLOCK_JOB_CANCELLED")
+        await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "null"})
+        with pytest.raises(DeviceNotActive):
+            await qmp.execute("block-job-cancel", {"device": DEVICE})
+
+
+async def test_the_speed_reaches_the_backing(tmp_path: Path) -> None:
+    async with control_room(tmp_path, gated=True) as room, QMPClient.connect(room.path) as qmp:
+        await qmp.execute("block-stream", {"device": DEVICE, "speed": 1000})
+        assert room.backing.speed == 1000
+        await qmp.execute("block-job-set-speed", {"device": DEVICE, "speed": 0})
+        assert room.backing.speed == 0
+        with pytest.raises(GenericError, match="'speed' expects a non-negative value"):
+            await qmp.execute("block-job-set-speed", {"device": DEVICE, "speed": -1})
+
+
+async def test_a_cap_stays_where_block_stream_names_none(tmp_path: Path) -> None:
+    async with control_room(tmp_path, gated=True) as room:
+        room.stream.set_speed(12345)
+        await ask(room, "block-stream", device=DEVICE)
+        assert room.stream.speed == 12345
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "complaint"),
+    [
+        ({"device": "other"}, DeviceNotFound, "other"),
+        ({"device": DEVICE, "job-id": ""}, GenericError, "Invalid job ID ''"),
+        ({"device": DEVICE, "speed": -1}, GenericError, "non-negative"),
+        ({"device": DEVICE, "auto-dismiss": False}, GenericError, "dismisses itself"),
+        ({"device": DEVICE, "on-error": "report"}, GenericError, "does not accept value 'report'"),
+        ({"device": DEVICE, "base": "x"}, GenericError, "'base' is unexpected"),
+    ],
+)
+async def test_a_job_that_cannot_be_is_refused(
+    tmp_path: Path, arguments: dict[str, Any], kind: type[CommandError], complaint: str
+) -> None:
+    async with control_room(tmp_path) as room, QMPClient.connect(room.path) as qmp:
+        with pytest.raises(kind, match=complaint):
+            await qmp.execute("block-stream", arguments)
+        assert room.stream.status is JobStatus.NULL
+
+
+async def test_an_error_that_stops_the_job_is_told(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room, QMPClient.connect(room.path) as qmp:
+        room.leaf.store_error = OSError(28, "No space left on device")
+        await qmp.execute("block-stream", {"device": DEVICE})
+        event = await qmp.wait_event("BLOCK_JOB_ERROR")
+        assert event.data == {"device": DEVICE, "operation": "write", "action": "stop"}
+        await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "paused"})
+        (info,) = await qmp.execute("query-block-jobs")
+        assert info["io-status"] == "nospace" and "No space left" in info["error"]
+        (info,) = await qmp.execute("query-jobs")
+        assert "No space left" in info["error"]
+        room.leaf.store_error = None
+        await qmp.execute("block-job-resume", {"device": DEVICE})
+        await qmp.wait_event("BLOCK_JOB_COMPLETED")
+
+
+async def test_a_plain_local_disk_has_no_job(tmp_path: Path) -> None:
+    async with control_room(tmp_path, backing=False) as room, QMPClient.connect(room.path) as qmp:
+        assert await qmp.execute("query-block-jobs") == await qmp.execute("query-jobs") == []
+        for name, arguments in (
+            ("block-stream", {"device": DEVICE}),
+            ("x-nbdstream-stream", {"device": DEVICE, "offset": 0}),
+        ):
+            with pytest.raises(GenericError, match="nothing to stream"):
+                await qmp.execute(name, arguments)
+        with pytest.raises(DeviceNotActive):
+            await qmp.execute("block-job-pause", {"device": DEVICE})
+        assert (await qmp.execute("x-nbdstream-stats")).keys() == {"size", "copy-on-read", "disk"}
+        (block,) = await qmp.execute("query-block")
+        assert block["inserted"]["backing_file_depth"] == 0
+
+
+# -- the disk --------------------------------------------------------------------------------
+
+
+async def test_steps_stream_the_disk(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room, QMPClient.connect(room.path) as qmp:
+        offset: int | None = 0
+        total = steps = 0
+        while offset is not None:
+            step = await qmp.execute("x-nbdstream-stream", {"device": DEVICE, "offset": offset})
+            total, steps, offset = total + step["streamed"], steps + 1, step.get("next")
+        assert total == SIZE and steps == -(-SIZE // CLUSTER)
+        assert set(room.leaf.states) <= {State.DATA, State.ZERO}
+        assert room.backing.fetched_twice() == []
+
+
+async def test_a_step_takes_whole_clusters_and_counts_what_was_missing(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        room.leaf.write(0, memoryview(CONTENT[:512]))
+        step = await ask(room, "x-nbdstream-stream", device=DEVICE, offset=100, length=CLUSTER)
+        assert step == {"streamed": 2 * CLUSTER - 512, "next": 2 * CLUSTER}
+        again = await ask(room, "x-nbdstream-stream", device=DEVICE, offset=100, length=CLUSTER)
+        assert again == {"streamed": 0, "next": 2 * CLUSTER}
+        last = await ask(room, "x-nbdstream-stream", device=DEVICE, offset=SIZE - 1)
+        assert last == {"streamed": SIZE % CLUSTER}
+
+
+@pytest.mark.parametrize("offset", [-1, SIZE, 2**62])
+async def test_a_step_must_be_on_the_disk(tmp_path: Path, offset: int) -> None:
+    async with control_room(tmp_path) as room:
+        with pytest.raises(GenericError, match=f"'offset' is {offset}, which is not on a disk"):
+            await ask(room, "x-nbdstream-stream", device=DEVICE, offset=offset)
+
+
+async def test_a_step_that_fails_says_why(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        room.backing.error = BackingReadError("the remote disk is on fire")
+        with pytest.raises(GenericError, match="the remote disk is on fire"):
+            await ask(room, "x-nbdstream-stream", device=DEVICE, offset=0)
+
+
+async def test_copy_on_read_is_a_switch(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        for enable, state in ((False, State.UNALLOCATED), (True, State.DATA)):
+            await ask(room, "x-nbdstream-copy-on-read", enable=enable)
+            assert (await ask(room, "x-nbdstream-stats"))["copy-on-read"] is enable
+            await room.disk.read(memoryview(bytearray(512)), 0)
+            assert room.leaf.states[0] is state
+
+
+async def test_the_map_tells_local_from_remote_without_the_backing(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        room.leaf.write(CLUSTER, memoryview(CONTENT[CLUSTER : 2 * CLUSTER]))
+        room.leaf.zero(3 * CLUSTER, CLUSTER, unmap=True)
+        room.backing.error = BackingReadError("gone")
+        whole = await ask(room, "x-nbdstream-map")
+        assert "next" not in whole
+        kinds = [
+            (e["start"], e["length"], e["present"], e["zero"], e["data"]) for e in whole["extents"]
+        ]
+        assert kinds == [
+            (0, CLUSTER, False, False, False),
+            (CLUSTER, CLUSTER, True, False, True),
+            (2 * CLUSTER, CLUSTER, False, False, False),
+            (3 * CLUSTER, CLUSTER, True, True, False),
+            (4 * CLUSTER, SIZE - 4 * CLUSTER, False, False, False),
+        ]
+        paged: list[Any] = []
+        offset: int | None = 0
+        while offset is not None:
+            page = await ask(room, "x-nbdstream-map", offset=offset, limit=2)
+            paged, offset = paged + page["extents"], page.get("next")
+        assert paged == whole["extents"]
+        part = await ask(room, "x-nbdstream-map", offset=100, length=CLUSTER)
+        assert [(e["start"], e["length"]) for e in part["extents"]] == [
+            (100, CLUSTER - 100),
+            (CLUSTER, 100),
+        ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"offset": -1}, {"offset": SIZE}, {"length": -1}, {"limit": 0}, {"limit": 10**6}]
+)
+async def test_a_map_of_nothing_sensible_is_refused(
+    tmp_path: Path, arguments: dict[str, int]
+) -> None:
+    async with control_room(tmp_path) as room:
+        with pytest.raises(GenericError, match=f"'{next(iter(arguments))}'"):
+            await ask(room, "x-nbdstream-map", **arguments)
+
+
+async def test_stats_tell_of_misses_and_of_the_backing(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        await room.disk.read(memoryview(bytearray(512)), 0)
+        stats = await ask(room, "x-nbdstream-stats")
+        assert stats["disk"]["demand-misses"] == 1
+        assert stats["disk"]["fetched-bytes"] == CLUSTER
+        assert stats["backing"]["uri"] == "memory:" and stats["backing"]["connected"] is True
+        assert stats["job"]["status"] == "null" and "eta" not in stats["job"]
+
+
+async def test_quit_stops_the_server(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        assert not room.stopped.is_set()
+        assert await ask(room, "quit") == {}
+        assert room.stopped.is_set()
+
+
+async def test_query_commands_lists_what_there_is(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        names = {entry["name"] for entry in await ask(room, "query-commands")}
+        assert {"block-stream", "job-cancel", "query-commands", "quit", "x-nbdstream-map"} <= names
+
+
+# -- whatever comes in ------------------------------------------------------------------------
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(min_value=-(2**70), max_value=2**70),
+    st.floats(allow_nan=False),
+    st.sampled_from([DEVICE, "", "other", "stop", "x" * 5000]),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+NAMES = ["device", "job-id", "id", "speed", "offset", "length", "limit", "enable", "force", "odd"]
+COMMANDS = [
+    "block-stream", "query-block-jobs", "query-jobs", "block-job-set-speed", "block-job-pause",
+    "block-job-resume", "block-job-cancel", "block-job-complete", "job-pause", "job-resume",
+    "job-cancel", "job-complete", "query-block", "query-version", "query-commands", "quit",
+    "x-nbdstream-stats", "x-nbdstream-map", "x-nbdstream-stream", "x-nbdstream-copy-on-read",
+]  # fmt: skip
+REQUESTS = st.lists(
+    st.builds(
+        Command,
+        st.sampled_from(COMMANDS),
+        st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3),
+    ),
+    max_size=12,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(requests=REQUESTS)
+async def test_any_command_is_answered_or_refused(tmp_path: Path, requests: list[Command]) -> None:
+    """Nothing but a JSON value or a CommandError ever comes of a command, never "internal"."""
+    async with control_room(tmp_path) as room:
+        table = CommandTable(
+            ProcessCommands(room.stopped.set),
+            JobCommands(room.job, DEVICE),
+            DiskCommands(room.disk, room.job, DEVICE),
+        )
+        for request in requests:
+            try:
+                json.dumps(await table.execute(request), allow_nan=False)
+            except CommandError as error:
+                assert "internal error" not in error.desc
+
+
+async def test_the_fuzzed_commands_are_all_there_are(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        names = [entry["name"] for entry in await ask(room, "query-commands")]
+        assert names == sorted(COMMANDS)
+
+
+# -- as QEMU ---------------------------------------------------------------------------------
+
+
+async def attempt(qmp: QMPClient, command: str, /, **arguments: Any) -> Any:
+    """What a command returns, by shape: types instead of values; an error by its class."""
+    try:
+        value = await qmp.execute(command, arguments)
+    except CommandError as error:
+        return error.error_class
+    return shape(value)
+
+
+def shape(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape(item) for item in value]
+    return value if isinstance(value, (str, bool)) else type(value).__name__
+
+
+async def session(qmp: QMPClient, let_it_finish: Callable[[], None]) -> list[Any]:
+    """The life of a stream job, as one client sees it."""
+    seen: list[Any] = []
+    seen.append(await attempt(qmp, "query-block-jobs"))
+    seen.append(await attempt(qmp, "block-job-pause", device="job0"))
+    seen.append(await attempt(qmp, "job-pause", id="job0"))
+    seen.append(await attempt(qmp, "block-stream"))
+    seen.append(await attempt(qmp, "block-stream", device=5))
+    seen.append(await attempt(qmp, "no-such-command"))
+    arguments = {"device": DEVICE, "job-id": "job0", "speed": 1 << 16}
+    await qmp.execute("block-stream", arguments)
+    await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "running"})
+    seen.append(await attempt(qmp, "block-job-complete", device="job0"))
+    seen.append(await attempt(qmp, "block-job-set-speed", device="job0", speed=-1))
+    seen.append(await attempt(qmp, "block-job-pause", device="job0"))
+    await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "paused"})
+    seen.append(await attempt(qmp, "query-block-jobs"))
+    seen.append(await attempt(qmp, "query-jobs"))
+    seen.append(await attempt(qmp, "block-job-pause", device="job0"))
+    seen.append(await attempt(qmp, "block-job-cancel", device="job0"))
+    seen.append(await attempt(qmp, "block-job-resume", device="job0"))
+    await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "running"})
+    seen.append(await attempt(qmp, "block-job-resume", device="job0"))
+    seen.append(await attempt(qmp, "block-job-set-speed", device="job0", speed=0))
+    let_it_finish()
+    for event in ("JOB_STATUS_CHANGE", "JOB_STATUS_CHANGE", "BLOCK_JOB_COMPLETED"):
+        happened = await qmp.wait_event(event)
+        seen.append((happened.name, shape(happened.data)))
+    for _ in range(2):
+        happened = await qmp.wait_event("JOB_STATUS_CHANGE")
+        seen.append((happened.name, shape(happened.data)))
+    seen.append(await attempt(qmp, "query-jobs"))
+    seen.append(await attempt(qmp, "block-job-cancel", device="job0"))
+    return seen
+
+
+async def test_a_client_cannot_tell_us_from_qemu(tmp_path: Path) -> None:
+    """The same session, with QEMU's storage daemon and with us: same replies and events."""
+    base, leaf = tmp_path / "base.raw", tmp_path / "leaf.qcow2"
+    base.write_bytes(b"\x55" * (2 << 20))
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", leaf])
+    blockdev = f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={leaf}"
+    with qemu_storage_daemon("--blockdev", blockdev) as daemon:
+        assert daemon.control is not None
+        async with QMPClient.connect(daemon.control) as qmp:
+            with trio.fail_after(30):
+                # At 64 KiB a second its job lasts until the session lifts the cap.
+                theirs = await session(qmp, lambda: None)
+
+    async with control_room(tmp_path, gated=True) as room, QMPClient.connect(room.path) as qmp:
+
+        def let_it_finish() -> None:
+            room.backing.gated = False
+            for read in room.backing.waiting:
+                read.gate.set()
+
+        ours = await session(qmp, let_it_finish)
+    assert ours == theirs
