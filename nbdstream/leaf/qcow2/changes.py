@@ -232,13 +232,13 @@ class Changes:
         ):
             write_exactly(self._fd, view[done : done + length], host)
             done += length
-        # A disk may end within a block: what lies behind its end must not be whatever the
-        # cluster had before, in case the image grows one day.
-        rest = -(offset + len(view)) % geometry.block_size
         last = parts[-1]
-        if rest and last.mask & ~last.old.data:
+        if offset + len(view) == geometry.size and last.mask & ~last.old.data:
+            # A disk may end within a block. What lies behind its end must not be whatever
+            # the cluster had before, in case the image grows one day.
+            rest = bytes(-geometry.size % geometry.block_size)
             at = last.host + (last.start & cluster_mask) + last.length
-            write_exactly(self._fd, memoryview(bytes(rest)), at)
+            write_exactly(self._fd, memoryview(rest), at)
 
     # -- tables ------------------------------------------------------------------------
 
