@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.leaf_powercut import cut_everywhere, live
-from tests.leaf_support import ImageKind, ours
+from tests.leaf_support import ImageKind, by_qemu, ours
 
-KINDS = [ours("raw"), ours("raw", 4096)]
+QED_SMALL_TABLES = by_qemu("qed", "cluster_size=4096,table_size=2")
+KINDS = [ours("raw"), ours("raw", 4096), ours("qed", 4096), QED_SMALL_TABLES]
 
 
 @pytest.fixture
@@ -27,8 +28,12 @@ def memory() -> Iterator[Path]:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("finish", [False, True], ids=["cut", "finish"])
 def test_power_cut(kind: ImageKind, seed: int, finish: bool, memory: Path) -> None:
-    size = (1 << 20) + 512
-    windows: tuple[tuple[int, int], ...] = ((0, 16 * 4096), ((1 << 20) - 8 * 4096, 8 * 4096 + 512))
+    # Both ends of the disk, which meet where the first L2 table of the smallest QED ends.
+    size = (4 << 20) + 8 * 4096 + 512
+    windows: tuple[tuple[int, int], ...] = (
+        (0, 16 * 4096),
+        ((4 << 20) - 8 * 4096, 16 * 4096 + 512),
+    )
     if finish:
         size = 256 * 1024
         windows = ((0, size),)

@@ -15,7 +15,7 @@ when a flush writes its snapshot.
   two system calls, less than what a precise LRU order would cost every request).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from nbdstream.leaf import files
 from nbdstream.leaf.base import FlushNeeded, write_exactly
@@ -36,7 +36,10 @@ class PageCache:
         pages: what is in memory. The hot path looks here by itself.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, judge: Callable[[bytes], None] | None = None) -> None:
+        """``judge`` sees each page that comes from the file, before anybody else does, and
+        may raise LeafFormatError."""
+        self._judge = judge
         self.pages: dict[int, bytes | bytearray] = {}
         self._fd = fd
         self._private = 0
@@ -96,14 +99,17 @@ class PageCache:
             return
         for number, page in flushed.items():
             if self.pages[number] is page:
-                self._put(number, _shared(page))
+                self._put(number, _shared(bytes(page)))
 
     def _fetch(self, number: int) -> bytes:
         offset = number * PAGE_SIZE
         data = files.next_data(self._fd, offset)
         if data is None or data >= offset + PAGE_SIZE:
             return ZERO_PAGE
-        return bytes(_shared(files.read_cached(self._fd, offset, PAGE_SIZE)))
+        page = _shared(files.read_cached(self._fd, offset, PAGE_SIZE))
+        if self._judge is not None:
+            self._judge(page)
+        return page
 
     def _put(self, number: int, page: bytes | bytearray) -> None:
         old = self.pages.get(number, ZERO_PAGE)
@@ -131,7 +137,7 @@ def _is_private(page: bytes | bytearray) -> bool:
     return page is not ZERO_PAGE and page is not FULL_PAGE
 
 
-def _shared(page: bytes | bytearray) -> bytes | bytearray:
+def _shared(page: bytes) -> bytes:
     if page == FULL_PAGE:
         return FULL_PAGE
     return ZERO_PAGE if page == ZERO_PAGE else page

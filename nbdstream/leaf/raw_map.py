@@ -15,7 +15,6 @@ hole, and costs nothing. One page of bits stands for 128 MiB of disk.
 """
 
 import os
-import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from dataclasses import dataclass, replace
 from nbdstream.errors import LeafError, LeafFormatError
 from nbdstream.extents import align_up
 from nbdstream.leaf.base import BackingReference, read_exactly, write_exactly
+from nbdstream.leaf.bits import bit_run, set_bits
 from nbdstream.leaf.pages import FULL_PAGE, PAGE_SIZE, ZERO_PAGE, PageCache
 
 BLOCK_SIZE = 4096
@@ -43,9 +43,6 @@ _BIT_MASK = (1 << 15) - 1
 # cluster size, backing size, lengths of URI, format and identity, CRC-32 of the whole header
 # with this field zero; little-endian. The strings (UTF-8) follow.
 _HEADER = struct.Struct("<8sIIQQIIQHHHxxI")
-
-_NOT_ONES = re.compile(rb"[^\xff]")
-_NOT_ZEROES = re.compile(rb"[^\0]")
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ class AllocationMap:
                     continue
                 page = self.cache.load(span + FIRST_PAGE)
             first = (position >> BLOCK_SHIFT) & _BIT_MASK
-            run, value = _run(page, first)
+            run, value = bit_run(page, first)
             stop = min((span << SPAN_SHIFT) + ((first + run) << BLOCK_SHIFT), end)
             yield position, stop, value
             position = stop
@@ -216,9 +213,7 @@ class AllocationMap:
     def mark(claims: list[tuple[bytearray, int, int]]) -> None:
         """Set the bits of claimed blocks: page, first bit, how many."""
         for page, first, count in claims:
-            start, stop = first >> 3, (first + count + 7) >> 3
-            bits = int.from_bytes(page[start:stop], "little") | ((1 << count) - 1) << (first & 7)
-            page[start:stop] = bits.to_bytes(stop - start, "little")
+            set_bits(page, first, count)
 
     def write_header(self, backing: BackingReference) -> None:
         """Worker: record another backing, durably. Raises LeafError, OSError."""
@@ -261,18 +256,3 @@ def _read_header(fd: int, path: str) -> MapHeader:
     if actual != expected:
         raise LeafFormatError(f"{path} is damaged: {actual} bytes long instead of {expected}")
     return header
-
-
-def _run(page: bytes | bytearray, first: int) -> tuple[int, bool]:
-    """How many bits from ``first`` on are alike, and whether they are set."""
-    value = page[first >> 3] >> (first & 7) & 1
-    uniform = 0xFF if value else 0
-    # The rest of the first byte, then whole bytes at the speed of C, then the last byte.
-    byte = (page[first >> 3] ^ uniform) >> (first & 7)
-    if byte:
-        return (byte & -byte).bit_length() - 1, bool(value)
-    match = (_NOT_ONES if value else _NOT_ZEROES).search(page, (first >> 3) + 1)
-    if match is None:
-        return (PAGE_SIZE << 3) - first, bool(value)
-    byte = page[match.start()] ^ uniform
-    return (match.start() << 3) + (byte & -byte).bit_length() - 1 - first, bool(value)

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QED leaves, from the specification: docs/interop/qed_spec.rst in QEMU's sources.
+
+Crash order (invariants 2 and 3). A flush has up to four steps, each of them synced
+before the next begins:
+
+1. *Data.* A cluster is written in full, at the end of the file, before any table names it.
+   Without that barrier an entry could outlive the data it points to.
+2. *Pages of L2 tables.* Entries do not tear (8 bytes, aligned), and each is true by
+   itself: a page of which a crash leaves some old and some new sectors shows some
+   clusters as they were before.
+3. *The L1 table*, if there are new L2 tables: an L1 entry may only name a table that is
+   all there. (Rare: once in 2 GiB of disk with the default sizes.)
+
+What a crash leaves besides is clusters that no table names. Nothing wrong follows from
+them, but qemu-img counts them as leaks, so before the first allocation `NEED_CHECK` is set
+and synced: asking for a flush (`FlushNeeded`) brings that about in a worker. A clean close
+cuts off what is unused behind the last cluster, syncs, and only then clears the bit. An
+image that is opened for writing with the bit set is checked and repaired first
+(`nbdstream.leaf.qed_check`), as the specification demands.
+
+Clusters never change hands (see `nbdstream.leaf.qed_tables`). Zeroing a data cluster punches
+a hole in place; zeroing an unallocated one only marks it.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from nbdstream.errors import LeafError, LeafFormatError, LeafUnsupportedError, UsageError
+from nbdstream.extents import align_down, align_up
+from nbdstream.leaf import files
+from nbdstream.leaf.base import (
+    BackingReference,
+    CheckResult,
+    FlushNeeded,
+    Leaf,
+    LeafExtent,
+    State,
+    write_exactly,
+)
+from nbdstream.leaf.locking import open_locked
+from nbdstream.leaf.pages import write_pages
+from nbdstream.leaf.qed_check import check_image, first_unallocated
+from nbdstream.leaf.qed_header import (
+    MAX_TABLE_SIZE,
+    NEED_CHECK,
+    Header,
+    install_backing,
+    is_cluster_size,
+    read_backing,
+    read_header,
+    without_backing,
+)
+from nbdstream.leaf.qed_tables import UNALLOCATED, ZERO, Tables
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CLUSTER_SIZE = 65536  # QEMU's defaults
+DEFAULT_TABLE_SIZE = 4
+
+
+class QedLeaf(Leaf):
+    """See `nbdstream.leaf.base.Leaf`."""
+
+    format = "qed"
+
+    def __init__(self, path: str, *, read_only: bool) -> None:
+        """Open an image (may block); one that was not closed clean is repaired first,
+        unless it is opened read-only.
+
+        Raises LeafInUseError, LeafFormatError, LeafUnsupportedError, OSError.
+        """
+        self.path = path
+        self.read_only = read_only
+        self.fd = open_locked(path, read_only=read_only)
+        self._closed = False
+        try:
+            self._open()
+        except LeafFormatError as error:
+            os.close(self.fd)
+            raise LeafFormatError(f"{path}: {error}") from None
+        except LeafUnsupportedError as error:
+            os.close(self.fd)
+            raise LeafUnsupportedError(f"{path}: {error}") from None
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.size = self._header.image_size
+        self.cluster_size = self.block_size = self._header.cluster_size
+
+    def _open(self) -> None:
+        self._header = read_header(self.fd)
+        self.backing = read_backing(self.fd, self._header)
+        # "May be opened safely after clearing the unknown bits"; none is known.
+        if self._header.autoclear_features and not self.read_only:
+            self._header = replace(self._header, autoclear_features=0)
+            self._header.write(self.fd)
+            os.fdatasync(self.fd)
+        self._marked = bool(self._header.features & NEED_CHECK)  # durably so
+        self._mark_wanted = False
+        self._l1_snapshot: dict[int, bytes] = {}
+        if self._marked and not self.read_only:
+            self._repair()
+        self._load()
+
+    def _load(self) -> None:
+        end = align_down(os.fstat(self.fd).st_size, self._header.cluster_size)
+        self._tables = Tables(self.fd, self._header, end)
+
+    def _repair(self) -> None:
+        result = check_image(self.fd, self._header, repair=True)
+        if result.errors and check_image(self.fd, self._header, repair=False).errors:
+            raise LeafFormatError(f"is damaged beyond repair: {'; '.join(result.messages)}")
+        what = "; ".join(result.messages) or "nothing amiss"
+        log.warning("%s was not closed clean: checked and repaired (%s)", self.path, what)
+
+    # -- where things are ------------------------------------------------------------
+
+    def locate(self, offset: int, length: int) -> int:
+        return self._tables.locate(offset, length)
+
+    def extents(self, offset: int, length: int) -> Iterator[LeafExtent]:
+        bits = self._tables.cluster_bits
+        end = offset + length
+        hole = State.UNALLOCATED if self.backing is not None else State.ZERO
+        for cluster, count, entry in self._tables.runs(offset >> bits, ((end - 1) >> bits) + 1):
+            start = max(cluster << bits, offset)
+            size = min((cluster + count) << bits, end) - start
+            if entry > ZERO:
+                host = entry + start - (cluster << bits)
+                yield from files.stored_extents(self.fd, start, size, host, self.cluster_size)
+            else:
+                yield LeafExtent(start, size, State.ZERO if entry == ZERO else hole)
+
+    # -- changes ---------------------------------------------------------------------
+
+    def write(self, offset: int, view: memoryview) -> None:
+        tables = self._tables
+        host = tables.locate(offset, len(view))
+        if host >= 0:
+            write_exactly(self.fd, view, host)
+            return
+        bits = tables.cluster_bits
+        end = offset + len(view)
+        first, stop = offset >> bits, ((end - 1) >> bits) + 1
+        runs = list(tables.runs(first, stop))
+        self._prepare(runs)
+        # The first run that is new may add a table; so claims come after all preparation.
+        claims = [
+            tables.claim(cluster, count) if entry <= ZERO else None
+            for cluster, count, entry in runs
+        ]
+        fresh = tables.end
+        for cluster, count, entry in runs:
+            start = max(cluster << bits, offset)
+            part = view[start - offset : min((cluster + count) << bits, end) - offset]
+            if entry > ZERO:
+                write_exactly(self.fd, part, entry + start - (cluster << bits))
+            else:
+                write_exactly(self.fd, part, fresh)
+                fresh += count << bits
+        if end == self.size and runs[-1][2] <= ZERO and end % self.cluster_size:
+            # The disk ends within its last cluster, but the file must hold it whole, and
+            # nothing that a failed write left there.
+            os.ftruncate(self.fd, fresh - self.cluster_size + end % self.cluster_size)
+            os.ftruncate(self.fd, fresh)
+        for (_, count, _), claim in zip(runs, claims, strict=True):
+            if claim is not None:
+                tables.store(claim, tables.end)
+                tables.end += count << bits
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        tables = self._tables
+        bits = tables.cluster_bits
+        end = offset + length
+        runs = list(tables.runs(offset >> bits, ((end - 1) >> bits) + 1))
+        # Without a backing, what is unallocated reads as zeroes already.
+        marks = [run for run in runs if run[2] == UNALLOCATED and self.backing is not None]
+        self._prepare(marks)
+        claims = [tables.claim(cluster, count) for cluster, count, _ in marks]
+        for cluster, count, entry in runs:
+            if entry > ZERO:
+                start = max(cluster << bits, offset)
+                size = min((cluster + count) << bits, end) - start
+                host = entry + start - (cluster << bits)
+                files.zero_range(self.fd, host, size, unmap=unmap)
+        for claim in claims:
+            tables.store(claim, ZERO)
+
+    def _prepare(self, runs: list[tuple[int, int, int]]) -> None:
+        """Have NEED_CHECK set, and an L2 table, for every run whose entries will change.
+
+        Raises FlushNeeded, OSError.
+        """
+        changing = [(cluster, count) for cluster, count, entry in runs if entry <= ZERO]
+        if changing and not self._marked:
+            self._mark_wanted = True
+            raise FlushNeeded
+        entries = self._header.table_entries
+        for cluster, count in changing:
+            for index in range(cluster // entries, (cluster + count - 1) // entries + 1):
+                if self._tables.l1[index] == UNALLOCATED:
+                    self._tables.add_table(index * entries)
+
+    # -- durability ------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        tables = self._tables
+        return tables.cache.dirty or bool(tables.dirty_l1) or self._mark_wanted
+
+    def begin_flush(self) -> Callable[[], None]:
+        l2_pages, l1_pages = self._tables.begin_flush()
+        self._l1_snapshot = l1_pages
+        mark = self._mark_wanted and not self._marked
+
+        def flush() -> None:
+            if mark:
+                replace(self._header, features=self._header.features | NEED_CHECK).write(self.fd)
+            os.fdatasync(self.fd)
+            for pages in (l2_pages, l1_pages):
+                if pages:
+                    write_pages(self.fd, pages.items())
+                    os.fdatasync(self.fd)
+
+        return flush
+
+    def end_flush(self, *, ok: bool) -> None:
+        if ok and self._mark_wanted:
+            self._header = replace(self._header, features=self._header.features | NEED_CHECK)
+            self._marked = True
+            self._mark_wanted = False
+        self._tables.end_flush(self._l1_snapshot, ok=ok)
+
+    def drop_backing(self) -> None:
+        if self.backing is None:
+            return
+        # The one step that cannot be undone, so it does not rely on anybody's word.
+        missing = first_unallocated(self.fd, self._header)
+        if missing is not None:
+            raise LeafError(f"{self.path} still needs its backing: nothing at {missing} yet")
+        header = without_backing(self._header)
+        header.write(self.fd)  # within one sector: it happens, or it does not
+        os.fdatasync(self.fd)
+        self._header = header
+        self.backing = None
+
+    def record_backing(self, backing: BackingReference) -> None:
+        if self.backing is None:
+            raise LeafError(f"{self.path} needs no backing, so it cannot have one recorded")
+        self._header = install_backing(self.fd, self._header, backing)
+        self.backing = backing
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if not self.read_only:
+                self.begin_flush()()
+                self.end_flush(ok=True)
+                self._close_clean()
+        finally:
+            os.close(self.fd)
+
+    def _close_clean(self) -> None:
+        if not self._marked:
+            return
+        if os.fstat(self.fd).st_size != self._tables.end:
+            os.ftruncate(self.fd, self._tables.end)
+            os.fdatasync(self.fd)  # while the bit is set: what is cut off was a leak
+        replace(self._header, features=self._header.features & ~NEED_CHECK).write(self.fd)
+        os.fdatasync(self.fd)
+
+    # -- looking at it ---------------------------------------------------------------
+
+    def check(self, *, repair: bool) -> CheckResult:
+        if not self.read_only:
+            self.begin_flush()()
+            self.end_flush(ok=True)
+        result = check_image(self.fd, self._header, repair=repair)
+        if repair and result.repaired:
+            self._load()
+        return result
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "table-size": self._header.table_size,
+            "need-check": bool(self._header.features & NEED_CHECK),
+        }
+
+
+def open_image(path: str, *, read_only: bool) -> QedLeaf:
+    """See `nbdstream.leaf.open_leaf`."""
+    return QedLeaf(path, read_only=read_only)
+
+
+def create(
+    path: str, *, size: int, cluster_size: int | None, backing: BackingReference | None
+) -> None:
+    """Make a new image, durably, with tables of QEMU's default size unless the disk needs more.
+
+    Raises UsageError, LeafError (the backing's name does not fit in), OSError.
+    """
+    cluster_size = cluster_size or DEFAULT_CLUSTER_SIZE
+    if not is_cluster_size(cluster_size):
+        raise UsageError(
+            f"cluster size {cluster_size}: a QED image needs a power of two from 4k to 64M"
+        )
+    header = Header(
+        cluster_size=cluster_size,
+        table_size=DEFAULT_TABLE_SIZE,
+        header_size=1,
+        features=0,
+        compat_features=0,
+        autoclear_features=0,
+        l1_table_offset=cluster_size,
+        image_size=size,
+    )
+    while size > header.max_image_size and header.table_size < MAX_TABLE_SIZE:
+        header = replace(header, table_size=header.table_size * 2)
+    if size % 512 or size > header.max_image_size:
+        raise UsageError(
+            f"a QED disk of {size} bytes: needs a multiple of 512, with clusters of"
+            f" {cluster_size} at most {align_down(header.max_image_size, 512)}"
+        )
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        os.ftruncate(fd, align_up(header.header_bytes + header.table_bytes, cluster_size))
+        header.write(fd)
+        if backing is not None:
+            install_backing(fd, header, backing)
+        os.fsync(fd)
+    finally:
+        os.close(fd)

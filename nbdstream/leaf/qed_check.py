@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checking and repairing a QED image (docs/interop/qed_spec.rst, "Consistency checking").
+
+Works on the file alone, with nothing of it in memory, and counts as ``qemu-img check``
+does: each invalid offset and each second reference to a cluster is an error, each
+cluster that nothing refers to is a leak.
+
+A repair clears invalid offsets, as QEMU's does: an entry that points beyond the file
+belongs to a write that was never flushed. Unlike QEMU's it also gives leaked clusters back:
+those behind the last used cluster are cut off, and those before it are filled with data
+clusters from the end, whose entries then follow. A copy is synced before the entry
+changes, and the entry before the file is cut, so a crash during a repair leaves an
+image to be repaired. Clusters referred to twice are beyond repair: nothing tells whose
+they are. Then nothing is moved.
+"""
+
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nbdstream.errors import LeafUnsupportedError
+from nbdstream.extents import align_down, align_up
+from nbdstream.leaf import files
+from nbdstream.leaf.base import CheckResult, read_exactly, write_exactly
+from nbdstream.leaf.bits import bit_run, set_bits
+from nbdstream.leaf.qed_header import Header
+from nbdstream.leaf.qed_tables import UNALLOCATED, ZERO, load_entries, store_entries
+
+_CHUNK = 65536  # bytes of a table looked at in one go
+_SET_PAGE = 512  # bytes of a `ClusterSet` page: 4096 clusters
+_SET_BITS = _SET_PAGE * 8
+_MAX_SET_PAGES = 524288  # 256 MiB: enough for 128 TiB of 64 KiB clusters
+
+
+class ClusterSet:
+    """A set of cluster numbers that takes a bit each, in the neighbourhoods that it has."""
+
+    def __init__(self) -> None:
+        self._pages: dict[int, bytearray] = {}
+        self.count = 0
+
+    def add(self, first: int, count: int) -> int:
+        """Add ``count`` clusters in a row; returns how many were in the set already.
+
+        Raises LeafUnsupportedError at the bound on memory.
+        """
+        before = self.count
+        for number, bit, length in _by_page(first, count):
+            page = self._pages.get(number)
+            if page is None:
+                if len(self._pages) >= _MAX_SET_PAGES:
+                    raise LeafUnsupportedError("the image is too scattered to be checked")
+                page = self._pages[number] = bytearray(_SET_PAGE)
+            self.count += set_bits(page, bit, length)
+        return count - (self.count - before)
+
+    def missing(self, first: int, stop: int) -> Iterator[int]:
+        """The numbers in a range that are not in the set."""
+        nothing = bytes(_SET_PAGE)
+        for number, bit, length in _by_page(first, stop - first):
+            page = self._pages.get(number, nothing)
+            end = bit + length
+            while bit < end:
+                run, present = bit_run(page, bit)
+                run = min(run, end - bit)
+                if not present:
+                    yield from range(number * _SET_BITS + bit, number * _SET_BITS + bit + run)
+                bit += run
+
+    def last(self) -> int:
+        """The highest number in the set, which is not empty."""
+        number = max(self._pages)
+        top = int.from_bytes(self._pages[number], "little").bit_length() - 1
+        return number * _SET_BITS + top
+
+
+def _by_page(first: int, count: int) -> Iterator[tuple[int, int, int]]:
+    stop = first + count
+    while first < stop:
+        number, bit = divmod(first, _SET_BITS)
+        length = min(_SET_BITS - bit, stop - first)
+        yield number, bit, length
+        first += length
+
+
+@dataclass
+class _Scan:
+    """A walk through all tables of an image, and what it found."""
+
+    fd: int
+    header: Header
+    repair: bool
+    used: ClusterSet = field(default_factory=ClusterSet)
+    invalid: int = 0
+    doubled: int = 0
+
+    def __post_init__(self) -> None:
+        self.end = align_down(os.fstat(self.fd).st_size, self.header.cluster_size)
+
+    def run(self) -> None:
+        """Raises LeafUnsupportedError, OSError."""
+        header = self.header
+        tables = header.table_bytes // header.cluster_size
+        self._use(header.l1_table_offset, tables)
+        for chunk_offset, entries in chunks(self.fd, header.l1_table_offset, header.table_bytes):
+            changed = False
+            for index, entry in enumerate(entries):
+                if entry == UNALLOCATED:
+                    continue
+                if not self._valid(entry, header.table_bytes):
+                    self.invalid += 1
+                    entries[index] = UNALLOCATED
+                    changed = True
+                elif self._use(entry, tables):
+                    self._scan_l2(entry)
+            if changed and self.repair:
+                write_exactly(self.fd, memoryview(store_entries(entries)), chunk_offset)
+
+    def _scan_l2(self, table: int) -> None:
+        cluster_size = self.header.cluster_size
+        for chunk_offset, entries in chunks(self.fd, table, self.header.table_bytes):
+            changed = False
+            for start, count, entry in rows(entries, cluster_size):
+                if entry <= ZERO:
+                    continue
+                if self._valid(entry, count * cluster_size):
+                    self._use(entry, count)
+                    continue
+                for index in range(start, start + count):  # a part of the row may be right
+                    if self._valid(entries[index], cluster_size):
+                        self._use(entries[index], 1)
+                    else:
+                        self.invalid += 1
+                        entries[index] = UNALLOCATED
+                        changed = True
+            if changed and self.repair:
+                write_exactly(self.fd, memoryview(store_entries(entries)), chunk_offset)
+
+    def _valid(self, offset: int, length: int) -> bool:
+        aligned = offset % self.header.cluster_size == 0
+        return aligned and self.header.header_bytes <= offset <= self.end - length
+
+    def _use(self, offset: int, clusters: int) -> bool:
+        """Count a reference; whether it is the first to all of these clusters."""
+        doubled = self.used.add(offset // self.header.cluster_size, clusters)
+        self.doubled += doubled
+        return doubled == 0
+
+
+def check_image(fd: int, header: Header, *, repair: bool) -> CheckResult:
+    """Check all tables of an image that nobody else uses (blocks; reads every table).
+
+    Raises LeafUnsupportedError where that would take unreasonable memory, OSError.
+    """
+    scan = _Scan(fd, header, repair)
+    scan.run()
+    total = scan.end // header.cluster_size - header.header_size
+    leaks = total - scan.used.count
+    messages = []
+    if scan.invalid:
+        messages.append(f"{scan.invalid} table entries pointed to where nothing can be")
+    if scan.doubled:
+        messages.append(f"{scan.doubled} clusters are referred to more than once")
+    if leaks:
+        messages.append(f"{leaks} clusters were leaked")
+    repaired = 0
+    if repair:
+        repaired = scan.invalid
+        if scan.invalid:
+            os.fdatasync(fd)
+        if not scan.doubled:
+            repaired += leaks - _give_back(scan)
+    return CheckResult(scan.invalid + scan.doubled, leaks, repaired, tuple(messages))
+
+
+def first_unallocated(fd: int, header: Header) -> int | None:
+    """The lowest guest offset whose cluster has no entry in the file; None: all have (blocks)."""
+    clusters = align_up(header.image_size, header.cluster_size) // header.cluster_size
+    tables = align_up(clusters, header.table_entries) // header.table_entries
+    l1 = load_entries(os.pread(fd, 8 * tables, header.l1_table_offset))
+    for number, table in enumerate(l1):
+        first = number * header.table_entries
+        if table == UNALLOCATED:
+            return first * header.cluster_size
+        needed = min(header.table_entries, clusters - first)
+        for offset, entries in chunks(fd, table, needed * 8, holes=True):
+            if UNALLOCATED in entries:
+                index = (offset - table) // 8 + entries.index(UNALLOCATED)
+                return (first + index) * header.cluster_size
+    return None
+
+
+def chunks(
+    fd: int, offset: int, length: int, *, holes: bool = False
+) -> Iterator[tuple[int, "array[int]"]]:
+    """A table in pieces: (offset of the piece, its entries). Holes are left out, unless
+    asked for: a table may have 1 GiB of them."""
+    position, end = offset, offset + length
+    while position < end:
+        if not holes:
+            data = files.next_data(fd, position)
+            if data is None or data >= end:
+                return
+            position = max(position, align_down(data, 4096))
+        piece = memoryview(bytearray(min(_CHUNK, end - position)))
+        read_exactly(fd, piece, position)
+        yield position, load_entries(bytes(piece))
+        position += len(piece)
+
+
+def rows(entries: "array[int]", step: int) -> Iterator[tuple[int, int, int]]:
+    """Entries in rows (index, count, first entry): of zeroes, of ones, or of clusters that
+    follow each other."""
+    start, total = 0, len(entries)
+    while start < total:
+        entry = entries[start]
+        distance = step if entry > ZERO else 0
+        stop, expected = start + 1, entry + distance
+        while stop < total and entries[stop] == expected:
+            stop += 1
+            expected += distance
+        yield start, stop - start, entry
+        start = stop
+
+
+# -- giving leaked clusters back ----------------------------------------------------------
+
+
+def _give_back(scan: _Scan) -> int:
+    """Fill the holes with data clusters from the end and cut the file there; returns how
+    many leaked clusters are left, because a table at the end cannot move."""
+    header = scan.header
+    size = header.cluster_size
+    end = header.header_size + scan.used.count  # with every hole filled
+    holes = list(scan.used.missing(header.header_size, end))
+    movers = list(_entries_from(scan, end * size)) if holes else []
+    if len(movers) == len(holes):
+        _move(scan.fd, movers, holes, size)
+    else:
+        end = scan.used.last() + 1
+    if end * size < os.fstat(scan.fd).st_size:
+        os.ftruncate(scan.fd, end * size)
+        os.fdatasync(scan.fd)
+    return end - header.header_size - scan.used.count
+
+
+def _entries_from(scan: _Scan, lowest: int) -> Iterator[tuple[int, int]]:
+    """The data clusters at or behind an offset: (where the entry is, where the data is)."""
+    header = scan.header
+    for _, tables in chunks(scan.fd, header.l1_table_offset, header.table_bytes):
+        for table in filter(None, tables):
+            for chunk_offset, entries in chunks(scan.fd, table, header.table_bytes):
+                for start, count, entry in rows(entries, header.cluster_size):
+                    if entry <= ZERO or entry + count * header.cluster_size <= lowest:
+                        continue
+                    for index in range(start, start + count):
+                        if entries[index] >= lowest:
+                            yield chunk_offset + index * 8, entries[index]
+
+
+def _move(fd: int, movers: list[tuple[int, int]], holes: list[int], size: int) -> None:
+    buffer = memoryview(bytearray(size))
+    for (_, source), hole in zip(movers, holes, strict=True):
+        read_exactly(fd, buffer, source)
+        write_exactly(fd, buffer, hole * size)
+    os.fdatasync(fd)
+    for (entry_offset, _), hole in zip(movers, holes, strict=True):
+        write_exactly(fd, memoryview((hole * size).to_bytes(8, "little")), entry_offset)
+    os.fdatasync(fd)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two levels of tables of a QED image (docs/interop/qed_spec.rst, "Tables").
+
+The L1 table is in memory as far as the disk reaches; of the L2 tables a bounded number of
+4 KiB pages is, 512 entries each. An entry is 0 (unallocated), 1 (zeroes), or the
+offset of a data cluster. Whatever comes from the file is judged once, when it enters
+memory; what is in memory is trusted.
+
+Clusters are only ever taken from the end of the file, and stay with their guest cluster
+for good: zeroing one punches a hole into it. So no cluster ever changes hands, and no
+crash can show one guest cluster's bytes in the place of another's.
+"""
+
+import os
+import struct
+import sys
+from array import array
+from bisect import bisect_right, insort
+from collections.abc import Iterator
+
+from nbdstream.errors import LeafFormatError
+from nbdstream.extents import align_up
+from nbdstream.leaf.base import ALL_ZERO, SCATTERED
+from nbdstream.leaf.pages import PAGE_SIZE, ZERO_PAGE, PageCache
+from nbdstream.leaf.qed_header import Header
+
+PAGE_ENTRIES = PAGE_SIZE // 8
+UNALLOCATED = 0
+ZERO = 1
+
+_ENTRY = struct.Struct("<Q")
+_PAGE = struct.Struct(f"<{PAGE_ENTRIES}Q")
+
+
+def load_entries(data: bytes) -> "array[int]":
+    """Table entries as they are in a file, as integers."""
+    entries = array("Q", data)
+    if sys.byteorder == "big":
+        entries.byteswap()
+    return entries
+
+
+def store_entries(entries: "array[int]") -> bytes:
+    """The opposite of `load_entries`."""
+    if sys.byteorder == "big":
+        entries = array("Q", entries)
+        entries.byteswap()
+    return entries.tobytes()
+
+
+class Tables:
+    """Where the guest's clusters are, and the end of the file, where new ones come from.
+
+    Attributes:
+        cache: pages of L2 tables, by page number in the file.
+        l1: the L1 entries that the disk's size needs.
+        dirty_l1: pages of the L1 table that only memory has.
+        end: where the next cluster will be; a multiple of the cluster size.
+    """
+
+    def __init__(self, fd: int, header: Header, end: int) -> None:
+        """Load the L1 table (may block). Raises LeafFormatError, without the path."""
+        self._fd = fd
+        self._header = header
+        self.cluster_bits = header.cluster_size.bit_length() - 1
+        self._table_bits = header.table_entries.bit_length() - 1
+        self._table_mask = header.table_entries - 1
+        self._cluster_mask = header.cluster_size - 1
+        span = header.table_entries * header.cluster_size
+        length = 8 * (align_up(header.image_size, span) // span)
+        data = os.pread(fd, length, header.l1_table_offset).ljust(length, b"\0")
+        self.l1 = load_entries(data)
+        self.dirty_l1: set[int] = set()
+        self.end = end
+        self._starts = self._judge_l1()
+        self.cache = PageCache(fd, self._judge_page)
+
+    # -- what is in the file -----------------------------------------------------------
+
+    def _judge_l1(self) -> "array[int]":
+        """Sorted offsets of all tables. Raises LeafFormatError unless they are in the file
+        and apart from each other."""
+        header = self._header
+        starts = array("Q", sorted([header.l1_table_offset, *filter(None, self.l1)]))
+        previous_end = header.header_bytes
+        for start in starts:
+            if start % header.cluster_size or start + header.table_bytes > self.end:
+                raise LeafFormatError(f"a QED table at {start} is not within the file")
+            if start < previous_end:
+                raise LeafFormatError(f"a QED table at {start} overlaps what is before it")
+            previous_end = start + header.table_bytes
+        return starts
+
+    def _judge_page(self, page: bytes) -> None:
+        """Raises LeafFormatError unless all entries point to places where data may be."""
+        lowest, highest = self._header.header_bytes, self.end - self._header.cluster_size
+        for entry in _PAGE.unpack(page):
+            if entry <= ZERO:
+                continue
+            if entry & self._cluster_mask or not lowest <= entry <= highest:
+                raise LeafFormatError(f"a QED data cluster at {entry} is not within the file")
+            table = bisect_right(self._starts, entry) - 1
+            if table >= 0 and entry < self._starts[table] + self._header.table_bytes:
+                raise LeafFormatError(f"a QED data cluster at {entry} lies within a table")
+
+    # -- looking up --------------------------------------------------------------------
+
+    def place(self, cluster: int) -> tuple[int, int] | None:
+        """The page number and the byte within that page of a cluster's L2 entry, or None
+        where there is no L2 table."""
+        l2 = self.l1[cluster >> self._table_bits]
+        if l2 == UNALLOCATED:
+            return None
+        index = cluster & self._table_mask
+        return (l2 // PAGE_SIZE) + index // PAGE_ENTRIES, index % PAGE_ENTRIES * 8
+
+    def locate(self, offset: int, length: int) -> int:
+        """As `Leaf.locate`, from memory alone."""
+        cluster = offset >> self.cluster_bits
+        l2 = self.l1[cluster >> self._table_bits]
+        if l2 == UNALLOCATED:
+            return SCATTERED
+        index = cluster & self._table_mask
+        page = self.cache.pages.get((l2 >> 12) + (index >> 9))
+        if page is None:
+            return SCATTERED
+        count = ((offset + length - 1) >> self.cluster_bits) - cluster + 1
+        if count == 1:
+            entry: int = _ENTRY.unpack_from(page, (index & 511) << 3)[0]
+            if entry > ZERO:
+                return entry + (offset & self._cluster_mask)
+            return ALL_ZERO if entry == ZERO else SCATTERED
+        if (index & 511) + count > PAGE_ENTRIES:
+            return SCATTERED
+        entries = struct.unpack_from(f"<{count}Q", page, (index & 511) << 3)
+        first: int = entries[0]
+        size = self._header.cluster_size
+        if first > ZERO and entries == tuple(range(first, first + count * size, size)):
+            return first + (offset & self._cluster_mask)
+        return ALL_ZERO if first == ZERO and entries.count(ZERO) == count else SCATTERED
+
+    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Tile clusters ``first`` to ``stop`` - 1 with (cluster, count, entry), where the
+        entry is that of the first of ``count`` alike ones, or of ones in a row.
+
+        Lazy, and quick over what is unallocated. Raises ColdMetadata, LeafFormatError.
+        """
+        while first < stop:
+            index = first & self._table_mask
+            table_stop = min(first - index + self._header.table_entries, stop)
+            where = self.place(first)
+            if where is None:
+                last = first >> self._table_bits
+                limit = ((stop - 1) >> self._table_bits) + 1
+                while last < limit and self.l1[last] == UNALLOCATED:
+                    last += 1
+                table_stop = min(last << self._table_bits, stop)
+                yield first, table_stop - first, UNALLOCATED
+                first = table_stop
+                continue
+            number, byte = where
+            page = self.cache.pages.get(number, ZERO_PAGE)
+            if page is ZERO_PAGE:  # not loaded, or empty: skip as far as possible
+                pages = (index % PAGE_ENTRIES + table_stop - first - 1) // PAGE_ENTRIES + 1
+                used = self.cache.next_used(number, number + pages)
+                if used > number:
+                    skipped = (used - number) * PAGE_ENTRIES - index % PAGE_ENTRIES
+                    count = min(skipped, table_stop - first)
+                    yield first, count, UNALLOCATED
+                    first += count
+                    continue
+                page = self.cache.load(number)
+            count = min(PAGE_ENTRIES - byte // 8, table_stop - first)
+            for start, length, entry in self._runs_in(page, byte, count):
+                yield first + start, length, entry
+            first += count
+
+    def _runs_in(
+        self, page: bytes | bytearray, byte: int, count: int
+    ) -> Iterator[tuple[int, int, int]]:
+        entries = struct.unpack_from(f"<{count}Q", page, byte)
+        start = 0
+        while start < count:
+            entry = entries[start]
+            step = self._header.cluster_size if entry > ZERO else 0
+            stop, expected = start + 1, entry + step
+            while stop < count and entries[stop] == expected:
+                stop += 1
+                expected += step
+            yield start, stop - start, entry
+            start = stop
+
+    # -- changing ----------------------------------------------------------------------
+
+    def add_table(self, cluster: int) -> None:
+        """Give a cluster that has none an L2 table, at the end of the file. Raises OSError."""
+        start = self.end
+        # What may be there is what a failed write left: the new table has to be zeroes.
+        os.ftruncate(self._fd, start)
+        os.ftruncate(self._fd, start + self._header.table_bytes)
+        self.end = start + self._header.table_bytes
+        index = cluster >> self._table_bits
+        self.l1[index] = start
+        self.dirty_l1.add(index // PAGE_ENTRIES)
+        insort(self._starts, start)
+
+    def claim(self, first: int, count: int) -> list[tuple[bytearray, int, int]]:
+        """Get ready to `store` entries of clusters that have an L2 table: (page, byte, count).
+
+        Changes nothing that anybody sees. Raises ColdMetadata, FlushNeeded.
+        """
+        claims = []
+        stop = first + count
+        while first < stop:
+            where = self.place(first)
+            assert where is not None
+            number, byte = where
+            length = min(PAGE_ENTRIES - byte // 8, stop - first)
+            claims.append((self.cache.writable(number), byte, length))
+            first += length
+        return claims
+
+    def store(self, claims: list[tuple[bytearray, int, int]], entry: int) -> None:
+        """Set claimed entries to `ZERO`, or to data clusters in a row from ``entry`` on."""
+        step = self._header.cluster_size if entry > ZERO else 0
+        for page, byte, count in claims:
+            entries = (entry + step * index for index in range(count))
+            struct.pack_into(f"<{count}Q", page, byte, *entries)
+            entry += step * count
+
+    # -- flushing ----------------------------------------------------------------------
+
+    def begin_flush(self) -> tuple[dict[int, bytes | bytearray], dict[int, bytes]]:
+        """The snapshot: pages of L2 tables, and of the L1 table, by page number in the file."""
+        first = self._header.l1_table_offset // PAGE_SIZE
+        l1_pages = {}
+        for index in self.dirty_l1:
+            entries = self.l1[index * PAGE_ENTRIES : (index + 1) * PAGE_ENTRIES]
+            # Entries behind the disk's end, in the last page, are none of ours: not written.
+            l1_pages[first + index] = store_entries(entries)
+        self.dirty_l1 = set()
+        return self.cache.begin_flush(), l1_pages
+
+    def end_flush(self, l1_pages: dict[int, bytes], *, ok: bool) -> None:
+        """``l1_pages``: those of the snapshot."""
+        self.cache.end_flush(ok=ok)
+        if not ok:
+            first = self._header.l1_table_offset // PAGE_SIZE
+            self.dirty_l1.update(number - first for number in l1_pages)
