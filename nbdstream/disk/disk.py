@@ -29,6 +29,7 @@ import trio
 from nbdstream.backing.base import Backing, Priority
 from nbdstream.disk.fetch import Fetch, Fetcher
 from nbdstream.disk.flush import Flusher, run_checkpoints
+from nbdstream.disk.readahead import Readahead
 from nbdstream.disk.zeroes import is_zero, zeroes
 from nbdstream.extents import align_down, align_up
 from nbdstream.leaf.base import ALL_ZERO, ColdMetadata, FlushNeeded, Leaf, LeafExtent, State, joined
@@ -116,9 +117,13 @@ class StreamedDisk:
         self._block_size = leaf.block_size
         self._locate = leaf.locate
         self._flusher = Flusher(leaf)
-        self._fetcher = (
-            Fetcher(leaf, backing, nursery, self._atomically) if backing is not None else None
-        )
+        self._fetcher: Fetcher | None = None
+        self._readahead: Readahead | None = None
+        if backing is not None:
+            fetcher = Fetcher(leaf, backing, nursery, self._atomically)
+            self._fetcher = fetcher
+            if not leaf.read_only:
+                self._readahead = Readahead(leaf, backing, fetcher, nursery, self.leaf_extents)
 
     # -- the hot path ----------------------------------------------------------------
 
@@ -207,10 +212,14 @@ class StreamedDisk:
     async def _demand(self, missing: list[LeafExtent]) -> list[Fetch]:
         """Fetch what a guest waits for."""
         self.demand_misses += 1
+        readahead = self._readahead if self.copy_on_read else None
         fetches: list[Fetch] = []
         for extent in missing:
             self.demand_bytes += extent.length
-            fetches += self._start_fetch(extent, Priority.DEMAND, store=self.copy_on_read)
+            wanted = readahead.widened(extent) if readahead is not None else extent
+            fetches += self._start_fetch(wanted, Priority.DEMAND, store=self.copy_on_read)
+        if readahead is not None:
+            readahead.missed(fetches)
         for fetch in fetches:
             await fetch.wait()
         return fetches
@@ -475,6 +484,7 @@ class StreamedDisk:
             "stored_bytes": fetcher.stored_bytes if fetcher else 0,
             "zero_bytes": fetcher.zero_bytes if fetcher else 0,
             "store_failures": fetcher.store_failures if fetcher else 0,
+            "readahead_bytes": self._readahead.bytes if self._readahead else 0,
         }
 
     # -- helpers ---------------------------------------------------------------------

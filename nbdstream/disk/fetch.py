@@ -11,6 +11,10 @@ A fetch is a task of the disk, not of the request that caused it: a client that 
 away takes no data from the others that wait. Those who wait use the leaf for what is
 allocated by then, and the fetched bytes for what is not (copy on read is off, or the
 leaf is full).
+
+A fetch may be *parked*: its data is there, but is not stored until somebody wants it.
+So a guest that reads on towards it does not just hit, unseen, but comes by here; that is
+how readahead learns that it is time to go on, at no cost to any hit.
 """
 
 import logging
@@ -28,20 +32,28 @@ log = logging.getLogger(__name__)
 
 # The most that one read of the backing asks for: what a miss within it waits for.
 MAX_FETCH = 1 << 20
+# A parked fetch that nobody wants for so long is stored after all: seconds.
+PARK_TIME = 5.0
 
 
 class Fetch:
     """One read of the backing, under way or done.
 
     ``error``: the read failed; ``store_error``: it did not, but the leaf would not take
-    the data. Both are final once ``done`` is set.
+    the data. Both are final once ``done`` is set. ``purpose``: why it was sent;
+    ``priority``: the most urgent reason so far.
     """
 
-    def __init__(self, offset: int, length: int, priority: Priority, *, store: bool) -> None:
+    def __init__(
+        self, offset: int, length: int, priority: Priority, *, store: bool, park: bool
+    ) -> None:
         self.offset = offset
         self.length = length
+        self.purpose = priority
         self.priority = priority
         self.store = store
+        self.park = park
+        self.wanted = trio.Event()
         self.data = bytearray(length)
         self.done = trio.Event()
         self.error: BackingError | None = None
@@ -89,10 +101,23 @@ class Fetcher:
         """How many fetches are under way."""
         return len(set(self._by_cluster.values()))
 
-    def start(self, offset: int, length: int, priority: Priority, *, store: bool) -> list[Fetch]:
+    @property
+    def demanded(self) -> int:
+        """How many of them a guest waits for."""
+        fetches = set(self._by_cluster.values())
+        return sum(fetch.priority is Priority.DEMAND for fetch in fetches)
+
+    def under_way(self, offset: int) -> Fetch | None:
+        """The fetch that has the cluster around ``offset``, if there is one."""
+        return self._by_cluster.get(offset // self._leaf.cluster_size)
+
+    def start(
+        self, offset: int, length: int, priority: Priority, *, store: bool, park: bool = False
+    ) -> list[Fetch]:
         """Have every cluster that the range touches fetched; return the fetches to wait for.
 
-        ``store``: put the data into the leaf.
+        ``store``: put the data into the leaf; ``park``: only when somebody else starts a
+        fetch of the same clusters, or after `PARK_TIME`.
         """
         size = self._leaf.cluster_size
         fetches: list[Fetch] = []
@@ -105,21 +130,22 @@ class Fetcher:
                 self._join(fetch, priority, store=store)
                 fetches.append(fetch)
         for first, last in _runs(missing, max(MAX_FETCH // size, 1)):
-            fetches.append(self._send(first, last, priority, store=store))
+            fetches.append(self._send(first, last, priority, store=store, park=park))
         return fetches
 
     def _join(self, fetch: Fetch, priority: Priority, *, store: bool) -> None:
         fetch.store = fetch.store or store
+        fetch.wanted.set()
         if priority < fetch.priority:
             fetch.priority = priority
             self._backing.promote(fetch.offset, fetch.length)
 
-    def _send(self, first: int, last: int, priority: Priority, *, store: bool) -> Fetch:
+    def _send(self, first: int, last: int, priority: Priority, *, store: bool, park: bool) -> Fetch:
         """Claim the clusters ``first`` to ``last`` and start to fetch what they lack."""
         size = self._leaf.cluster_size
         offset = first * size
         end = min((last + 1) * size, self._leaf.size)
-        fetch = Fetch(offset, end - offset, priority, store=store)
+        fetch = Fetch(offset, end - offset, priority, store=store, park=park)
         for cluster in range(first, last + 1):
             self._by_cluster[cluster] = fetch
         self._nursery.start_soon(self._run, fetch, range(first, last + 1))
@@ -133,6 +159,9 @@ class Fetcher:
             await self._backing.read(memoryview(fetch.data), fetch.offset, fetch.priority)
             fetch.error = None
             self.fetched_bytes += fetch.length
+            if fetch.park:
+                with trio.move_on_after(PARK_TIME):
+                    await fetch.wanted.wait()
             if fetch.store:
                 await self._settle(lambda: self._store(fetch))
         except BackingError as error:
