@@ -1,1 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The backing room: how a remote image is read, fast, fairly, and in spite of trouble."""
+
+from nbdstream.backing.base import Backing, BackingStatistics, Priority
+from nbdstream.backing.identity import fingerprint
+from nbdstream.backing.sources import open_backing
+
+__all__ = ["Backing", "BackingStatistics", "Priority", "fingerprint", "open_backing"]

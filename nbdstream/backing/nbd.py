@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backing over NBD: reads that always end well, or say for good why not.
+
+Puts the parts together: `Pool` has the connections, `Scheduler` decides when
+background reads go, `ExtentMap` remembers block status. What is left for this module
+is the promise of `Backing.read`: try again on another connection when one was lost, and
+after a while when the server answered with an error, until there is data or the
+backing timeout has passed.
+"""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from nbdstream.backing.base import Backing, BackingStatistics, Priority
+from nbdstream.backing.connect import connect
+from nbdstream.backing.connection import Connection, ConnectionLostError, Timing
+from nbdstream.backing.extentmap import ExtentMap
+from nbdstream.backing.identity import fingerprint_of
+from nbdstream.backing.pool import Pool, jittered
+from nbdstream.backing.scheduler import Scheduler
+from nbdstream.errors import (
+    BackingGoneError,
+    BackingMismatchError,
+    BackingReadError,
+    UsageError,
+)
+from nbdstream.extents import BackingExtent, clip
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RETRY_FIRST = 0.2
+RETRY_MOST = 10.0
+# How much one block status query covers: adapted, so that an answer has a useful number
+# of extents, and not so many that making sense of it holds up the event loop.
+STATUS_FIRST = 256 << 20
+STATUS_LEAST = 4 << 20
+STATUS_MOST = 2 << 30
+STATUS_MANY = 2048
+STATUS_FEW = 128
+
+
+class NbdBacking(Backing):
+    """An open NBD backing; made by `open_backing`.
+
+    Attributes:
+        scheduler: for those who want to watch the window at work.
+    """
+
+    def __init__(self, uri: str, nbd_uri: str, size: int, timeout: float | None) -> None:
+        """``uri``: as the user wrote it; ``nbd_uri``: where it is served."""
+        self.uri = uri
+        self.size = size
+        self.scheduler = Scheduler()
+        self._timeout = timeout
+        self._identity = ""
+        self._pool = Pool(nbd_uri, self._verify, timeout)
+        self._extents = ExtentMap()
+        self._status_length = STATUS_FIRST
+        self._retries = 0
+
+    # -- reads -------------------------------------------------------------------------
+
+    async def read(self, view: memoryview, offset: int, priority: Priority) -> None:
+        """See `Backing.read`."""
+        if not view:
+            return
+        if offset < 0 or offset + len(view) > self.size:
+            raise UsageError(f"read of {len(view)} bytes at {offset} of a {self.size} byte backing")
+
+        async def attempt(connection: Connection) -> Timing:
+            return await connection.read(view, offset)
+
+        timing: Timing | None = None
+        retries = self._retries
+        flight = self.scheduler.begin(offset, len(view), priority)
+        try:
+            timing = await self._until_answered(attempt, lambda: flight.priority)
+        finally:
+            # A time with trouble in it says nothing about the link.
+            self.scheduler.end(flight, timing if self._retries == retries else None)
+
+    async def _until_answered(
+        self, attempt: Callable[[Connection], Awaitable[T]], priority: Callable[[], Priority]
+    ) -> T:
+        """Make a request until it is answered. Raises as `read` does."""
+        delay = RETRY_FIRST
+        first_error: float | None = None
+        while True:
+            connection = await self._pool.acquire(priority)
+            try:
+                answer = await attempt(connection)
+            except ConnectionLostError:
+                self._retries += 1
+            except BackingReadError as error:
+                self._retries += 1
+                self._pool.note(error)
+                now = trio.current_time()
+                first_error = now if first_error is None else first_error
+                if self._timeout is not None and now - first_error > self._timeout:
+                    raise BackingGoneError(
+                        f"{self.uri}: failed for more than {self._timeout:g} s: {error}"
+                    ) from error
+                await trio.sleep(jittered(delay))
+                delay = min(delay * 2, RETRY_MOST)
+            else:
+                self._pool.progress()
+                return answer
+
+    # -- block status ------------------------------------------------------------------
+
+    def known_zero(self, offset: int, length: int) -> bool:
+        """See `Backing.known_zero`."""
+        return self._extents.is_zero(offset, length)
+
+    async def extents(self, offset: int, length: int) -> list[BackingExtent]:
+        """See `Backing.extents`."""
+        known = self._extents.find(offset, length)
+        if known:
+            return known
+
+        async def attempt(connection: Connection) -> list[BackingExtent] | None:
+            if not connection.has_block_status:
+                return None
+            ask = min(self._status_length, self.size - offset)
+            return await connection.block_status(offset, ask)
+
+        found = await self._until_answered(attempt, lambda: Priority.STREAM)
+        if found is None:
+            return [BackingExtent(offset, length, zero=False)]
+        if len(found) > STATUS_MANY:
+            self._status_length = max(self._status_length // 2, STATUS_LEAST)
+        elif len(found) < STATUS_FEW:
+            self._status_length = min(self._status_length * 2, STATUS_MOST)
+        self._extents.add(found)
+        return list(clip(found, offset, length))
+
+    # -- room --------------------------------------------------------------------------
+
+    def promote(self, offset: int, length: int) -> None:
+        """See `Backing.promote`."""
+        self.scheduler.promote(offset, length)
+
+    async def wait_for_room(self, priority: Priority) -> int:
+        """See `Backing.wait_for_room`."""
+        return await self.scheduler.wait_for_room(priority)
+
+    def set_speed(self, speed: int) -> None:
+        """See `Backing.set_speed`."""
+        self.scheduler.set_speed(speed)
+
+    def statistics(self) -> BackingStatistics:
+        """See `Backing.statistics`."""
+        pool, scheduler = self._pool, self.scheduler
+        return BackingStatistics(
+            connected=pool.connected,
+            since=pool.since,
+            connections=pool.connections,
+            last_error=pool.last_error,
+            reconnects=pool.reconnects,
+            retries=self._retries,
+            requests={p.name.lower(): count for p, count in scheduler.requests.items()},
+            bytes={p.name.lower(): count for p, count in scheduler.bytes.items()},
+            in_flight=scheduler.in_flight,
+            window=scheduler.window.size,
+            rate=scheduler.window.rate,
+            base_rtt=scheduler.window.base_rtt,
+        )
+
+    # -- life --------------------------------------------------------------------------
+
+    def expect(self, identity: str) -> None:
+        """From now on, refuse any image with another fingerprint after a reconnect."""
+        self._identity = identity
+
+    async def _verify(self, connection: Connection) -> None:
+        """Look at what a new connection serves, before it is used."""
+        if connection.size != self.size:
+            raise BackingMismatchError(
+                f"{self.uri}: now has {connection.size} bytes, it had {self.size}: "
+                "not the image that the leaf belongs to"
+            )
+        if self._identity:
+            identity = await fingerprint_of(connection.size, connection.read)
+            if identity != self._identity:
+                raise BackingMismatchError(
+                    f"{self.uri}: its content is not that of the image that the leaf belongs to "
+                    f"(fingerprint {identity[:14]}…, expected {self._identity[:14]}…)"
+                )
+
+    async def start(self, nursery: trio.Nursery, first: Connection | None) -> None:
+        """Begin to work with ``first``; see `Pool.start`."""
+        await self._pool.start(nursery, first)
+
+    async def aclose(self) -> None:
+        """See `Backing.aclose`."""
+        self._pool.close()
+        await trio.lowlevel.checkpoint()
+
+
+@contextlib.asynccontextmanager
+async def open_nbd(
+    uri: str,
+    nbd_uri: str,
+    *,
+    timeout: float | None,
+    size: int = 0,
+    identity: str = "",  # noqa: ASYNC109 - not for the call alone
+) -> AsyncIterator[NbdBacking]:
+    """Open the backing that is served at ``nbd_uri``; see `nbdstream.backing.open_backing`."""
+    first: Connection | None = None
+    try:
+        first = await connect(nbd_uri)
+    except BackingGoneError as error:
+        if not (size and identity):
+            raise
+        log.warning("%s; going on with what is local", error)
+    backing = NbdBacking(uri, nbd_uri, size or (first.size if first is not None else 0), timeout)
+    backing.expect(identity)
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            await backing.start(nursery, first)
+            yield backing
+        except Exception as error:
+            failure = error
+        finally:
+            await backing.aclose()
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connections of one backing: kept up, watched, and handed out.
+
+The first connection is for demand: bulk data never fills it, so a demand read waits
+for nothing but the link itself. If the server allows several connections
+(NBD_FLAG_CAN_MULTI_CONN), `BULK_CONNECTIONS` more carry background reads. Otherwise the
+one carries everything, which is correct, only less prompt.
+
+Each connection has a slot and a task that replaces it for as long as the pool lives,
+with backoff and jitter. A new connection goes into service only after ``verify`` has
+looked at what is served there. One that is silent for too long although something was
+asked of it (a half-open or stalled link) is given up; patience grows with each such
+event and comes back to normal when data does, so a server that is merely slow gets
+its time.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from nbdstream.backing.base import Priority
+from nbdstream.backing.connect import CONNECT_TIMEOUT, connect
+from nbdstream.backing.connection import Connection, ConnectionLostError
+from nbdstream.errors import BackingError, BackingGoneError, BackingMismatchError
+
+log = logging.getLogger(__name__)
+
+BULK_CONNECTIONS = 3
+BACKOFF_FIRST = 0.1
+BACKOFF_MOST = 5.0
+# A connection that lasted this long was a good one: its successor is made without delay.
+GOOD_LIFE = 1.0
+# Silence that is taken for a lost link; doubled each time, up to the second figure.
+PATIENCE_FIRST = 5.0
+PATIENCE_MOST = 120.0
+WATCH_INTERVAL = 0.5
+
+Verify = Callable[[Connection], Awaitable[None]]
+
+
+def jittered(delay: float) -> float:
+    """``delay`` spread, so that those who lost a server together do not return together."""
+    return delay * random.uniform(0.5, 1.0)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A place for a connection. ``tried``: at least one attempt to fill it has ended."""
+
+    bulk: bool
+    connection: Connection | None = None
+    tried: bool = False
+
+
+class Pool:
+    """Connections to one NBD URI.
+
+    Attributes:
+        connected: there is a connection in service.
+        since: POSIX time at which ``connected`` last changed.
+        last_error: why a connection or an attempt last failed.
+        reconnects: connections made to replace lost ones.
+    """
+
+    def __init__(self, uri: str, verify: Verify, timeout: float | None) -> None:
+        """``timeout``: how long `acquire` waits without any connection; None is for ever."""
+        self._uri = uri
+        self._verify = verify
+        self._timeout = timeout
+        self._slots: list[_Slot] = []
+        self._changed = trio.Event()
+        self._failure: BackingError | None = None
+        self._lost_at = trio.current_time()
+        self._patience = PATIENCE_FIRST
+        self.connected = False
+        self.since = time.time()
+        self.last_error = ""
+        self.reconnects = 0
+
+    # -- handing out -------------------------------------------------------------------
+
+    async def acquire(self, priority: Callable[[], Priority]) -> Connection:
+        """A connection for a request of this priority, as soon as there is one.
+
+        Raises:
+            BackingGoneError: there has been none for the timeout, or the pool is closed.
+            BackingMismatchError: what answers now is another image.
+        """
+        while True:
+            if self._failure is not None:
+                raise type(self._failure)(str(self._failure))
+            connection = self._pick(priority())
+            if connection is not None:
+                return connection
+            with trio.move_on_at(self._give_up_at()):
+                await self._changed.wait()
+                continue
+            raise BackingGoneError(
+                f"{self._uri}: out of reach for more than {self._timeout:g} s: {self.last_error}"
+            )
+
+    def _give_up_at(self) -> float:
+        if self._timeout is None or self.connected:
+            return float("inf")
+        return self._lost_at + self._timeout
+
+    def _pick(self, priority: Priority) -> Connection | None:
+        """The least busy connection of those meant for the priority, if one is up."""
+        first = [connection for connection in self._live() if not self._is_bulk(connection)]
+        bulk = [connection for connection in self._live() if self._is_bulk(connection)]
+        if priority == Priority.DEMAND:
+            candidates = first or bulk
+        elif bulk or any(slot.bulk and not slot.tried for slot in self._slots):
+            candidates = bulk
+        else:
+            candidates = first
+        return min(candidates, key=lambda connection: connection.in_flight, default=None)
+
+    def _live(self) -> list[Connection]:
+        return [
+            slot.connection
+            for slot in self._slots
+            if slot.connection is not None and not slot.connection.lost
+        ]
+
+    def _is_bulk(self, connection: Connection) -> bool:
+        return any(slot.bulk and slot.connection is connection for slot in self._slots)
+
+    @property
+    def connections(self) -> int:
+        """How many are in service."""
+        return len(self._live())
+
+    def progress(self) -> None:
+        """A request was answered: silence means what it usually does."""
+        self._patience = PATIENCE_FIRST
+
+    def note(self, error: Exception) -> None:
+        """Remember trouble for those who ask how things stand."""
+        self.last_error = str(error)
+
+    # -- keeping up --------------------------------------------------------------------
+
+    async def start(self, nursery: trio.Nursery, first: Connection | None) -> None:
+        """Keep connections up from now on, beginning with ``first``, which the caller made.
+
+        Returns once that one is in service. Without it, returns at once; reads wait then.
+
+        Raises:
+            BackingMismatchError: ``first`` leads to another image.
+            BackingGoneError: ``first`` was lost again.
+        """
+        slot = _Slot(bulk=False)
+        self._slots.append(slot)
+        nursery.start_soon(self._keep, slot, first, nursery)
+        nursery.start_soon(self._watch)
+        while first is not None and not slot.tried:
+            await self._changed.wait()
+        if self._failure is not None:
+            raise self._failure
+        if first is not None and slot.connection is None:
+            raise BackingGoneError(f"{self._uri}: {self.last_error}")
+
+    def close(self) -> None:
+        """End all connections; whoever waits for one gets BackingGoneError."""
+        self._fail(BackingGoneError(f"{self._uri}: the backing was closed"))
+
+    def _fail(self, error: BackingError) -> None:
+        self._failure = self._failure or error
+        self.note(error)
+        for slot in self._slots:
+            if slot.connection is not None:
+                slot.connection.kill(str(error))
+        self._wake()
+
+    def _wake(self) -> None:
+        """The set of connections changed."""
+        connected = bool(self._live())
+        if connected != self.connected:
+            self.connected = connected
+            self.since = time.time()
+            self._lost_at = trio.current_time()
+            if connected:
+                log.info("%s: connected", self._uri)
+            elif self._failure is None:
+                log.warning("%s: disconnected: %s", self._uri, self.last_error)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _keep(self, slot: _Slot, ready: Connection | None, nursery: trio.Nursery) -> None:
+        """Fill the slot, again and again; the first time with ``ready`` if there is one."""
+        delay = BACKOFF_FIRST
+        while self._failure is None:
+            began = trio.current_time()
+            try:
+                connection = ready or await connect(self._uri)
+                ready = None
+                await self._serve(slot, connection, nursery)
+            except BackingMismatchError as error:
+                log.error("%s", error)  # noqa: TRY400 - an operator's message, no traceback
+                self._fail(error)
+            except (BackingError, ConnectionLostError) as error:
+                self.note(error)
+            slot.tried = True
+            self._wake()
+            if trio.current_time() - began > GOOD_LIFE + delay:
+                delay = BACKOFF_FIRST
+            await trio.sleep(jittered(delay))
+            delay = min(delay * 2, BACKOFF_MOST)
+
+    async def _serve(self, slot: _Slot, connection: Connection, nursery: trio.Nursery) -> None:
+        """Have the connection in service until it ends, and always raise why it did."""
+        failure: Exception | None = None
+        async with trio.open_nursery() as own:
+            own.start_soon(connection.run)
+            try:
+                await self._look_at(connection)
+            except (BackingError, ConnectionLostError) as error:
+                failure = error
+                connection.kill(str(error))
+            else:
+                self.reconnects += slot.tried
+                slot.connection, slot.tried = connection, True
+                self._add_bulk_slots(connection, nursery)
+                self._wake()
+        slot.connection = None
+        raise failure or ConnectionLostError(connection.lost)
+
+    async def _look_at(self, connection: Connection) -> None:
+        with trio.move_on_after(CONNECT_TIMEOUT):
+            await self._verify(connection)
+            return
+        raise BackingGoneError(f"{self._uri}: no answer in {CONNECT_TIMEOUT:g} s")
+
+    def _add_bulk_slots(self, connection: Connection, nursery: trio.Nursery) -> None:
+        if connection.multi_conn and len(self._slots) == 1:
+            for _ in range(BULK_CONNECTIONS):
+                slot = _Slot(bulk=True)
+                self._slots.append(slot)
+                nursery.start_soon(self._keep, slot, None, nursery)
+
+    async def _watch(self) -> None:
+        """Give up connections on which nothing comes although something should."""
+        while True:
+            await trio.sleep(WATCH_INTERVAL)
+            now = trio.current_time()
+            stalled = [
+                connection
+                for connection in self._live()
+                if connection.stalled_for(now) > self._patience
+            ]
+            for connection in stalled:
+                connection.kill(f"nothing came for {self._patience:g} s")
+            if stalled:
+                self._patience = min(self._patience * 2, PATIENCE_MOST)
+                self._wake()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides when background work may send its next read, and of what size.
+
+Every read of the backing is announced here when it is sent and when it has ended.
+Demand is only counted: it never waits. Everything else asks for room first
+(`wait_for_room`), is let in by priority, first come first served within one, and only
+while
+
+- all that is in flight, demand included, leaves room in the window, so that a guest's
+  read takes the place of background data instead of queueing behind more of it; and
+- the speed cap (`Pacer`) allows it.
+
+Room that was granted is reserved until the read comes, or for `GRANT_LIFE` if it never
+does (the caller found nothing left to fetch).
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
+
+import trio
+
+from nbdstream.backing.base import Priority
+from nbdstream.backing.connection import Timing
+from nbdstream.backing.pacer import Pacer
+from nbdstream.backing.window import Sent, Window
+
+# Room that nobody used is given to the next after this; a caller needs it at once.
+GRANT_LIFE = 0.1
+
+
+@dataclass(eq=False)
+class Flight:
+    """A read that is under way, in whatever number of attempts.
+
+    ``priority`` may rise while it is (`Scheduler.promote`); ``background`` is how it was
+    sent.
+    """
+
+    offset: int
+    length: int
+    priority: Priority
+    background: bool
+    sent: Sent
+
+
+class Sample(NamedTuple):
+    """One answered read, and the window as it was then: a point of a picture over time."""
+
+    time: float
+    priority: Priority
+    length: int
+    latency: float
+    window: int
+    in_flight: int
+    rate: float
+    base_rtt: float
+    queue_delay: float
+
+
+class Scheduler:
+    """One per backing.
+
+    Attributes:
+        window: the controller; its fields are for reading.
+        in_flight: bytes asked for and not yet answered, of every priority.
+        requests, bytes: answered so far, by priority.
+        trace: called with a `Sample` for each answered read, if set.
+    """
+
+    def __init__(self) -> None:
+        self.window = Window()
+        self.in_flight = 0
+        self.requests = dict.fromkeys(Priority, 0)
+        self.bytes = dict.fromkeys(Priority, 0)
+        self.trace: Callable[[Sample], object] | None = None
+        self._pacer = Pacer()
+        self._flights: set[Flight] = set()
+        self._background = 0
+        self._grants: deque[tuple[float, int]] = deque()
+        self._queue: list[tuple[Priority, int]] = []
+        self._tickets = count()
+        self._changed = trio.Event()
+        # The window, and nothing else, is why the first in the queue waits.
+        self._limited = False
+
+    # -- reads -------------------------------------------------------------------------
+
+    def begin(self, offset: int, length: int, priority: Priority) -> Flight:
+        """A read is being sent; `end` it, whatever becomes of it."""
+        now = trio.current_time()
+        background = priority != Priority.DEMAND
+        self.in_flight += length
+        if background:
+            self._background += length
+            if self._grants:
+                self._grants.popleft()
+            self._pacer.spend(now, length)
+        flight = Flight(offset, length, priority, background, self.window.sent(now, length))
+        self._flights.add(flight)
+        return flight
+
+    def end(self, flight: Flight, timing: Timing | None) -> None:
+        """It was answered; or not, or only after trouble, if ``timing`` is None."""
+        self._flights.remove(flight)
+        self.in_flight -= flight.length
+        if flight.background:
+            self._background -= flight.length
+        if timing is None:
+            self.window.lost(flight.sent)
+        else:
+            self.window.delivered(
+                flight.sent, timing.done, background=flight.background, limited=self._limited
+            )
+            self.requests[flight.priority] += 1
+            self.bytes[flight.priority] += flight.length
+            if self.trace is not None:
+                self.trace(self._sample(flight, timing.done))
+        self._wake()
+
+    def promote(self, offset: int, length: int) -> None:
+        """A guest now waits for the reads under way that touch the range."""
+        for flight in self._flights:
+            if flight.offset < offset + length and offset < flight.offset + flight.length:
+                flight.priority = Priority.DEMAND
+
+    def _sample(self, flight: Flight, now: float) -> Sample:
+        window = self.window
+        return Sample(
+            time=now,
+            priority=flight.priority,
+            length=flight.length,
+            latency=now - flight.sent.time,
+            window=window.size,
+            in_flight=self.in_flight,
+            rate=window.rate,
+            base_rtt=window.base_rtt,
+            queue_delay=window.queue_delay,
+        )
+
+    # -- room --------------------------------------------------------------------------
+
+    async def wait_for_room(self, priority: Priority) -> int:
+        """See `Backing.wait_for_room`. Cancelled: nothing is reserved."""
+        if priority == Priority.DEMAND:
+            await trio.lowlevel.checkpoint()
+            return self.window.unit
+        place = (priority, next(self._tickets))
+        self._queue.append(place)
+        try:
+            await trio.lowlevel.checkpoint()
+            while True:
+                now = trio.current_time()
+                unit = self._pacer.limit(self.window.unit)
+                retry_at = self._blocked_until(now, unit) if place == min(self._queue) else None
+                if retry_at is not None and retry_at <= now:
+                    self._grants.append((now + GRANT_LIFE, unit))
+                    return unit
+                with trio.move_on_at(float("inf") if retry_at is None else retry_at):
+                    await self._changed.wait()
+        finally:
+            self._queue.remove(place)
+            self._wake()
+
+    def _blocked_until(self, now: float, unit: int) -> float:
+        """When to look again whether a read of ``unit`` bytes may go: at once if not later.
+
+        Infinity if only the end of another read can make room.
+        """
+        while self._grants and self._grants[0][0] <= now:
+            self._grants.popleft()
+        reserved = sum(length for _, length in self._grants)
+        # One unit may always be under way, however small the window and busy the guest.
+        alone = self._background + reserved == 0
+        self._limited = not alone and self.in_flight + reserved + unit > self.window.size
+        if self._limited:
+            return self._grants[0][0] if self._grants else float("inf")
+        return self._pacer.ready_at(now, unit)
+
+    def set_speed(self, speed: int) -> None:
+        """See `Backing.set_speed`."""
+        self._pacer.set_speed(speed)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Those who wait for room should look again."""
+        if self._queue:
+            self._changed.set()
+            self._changed = trio.Event()

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes of background reads may be in flight: a delay-based controller.
+
+Pure arithmetic: no I/O, no clock. It is told when requests are sent and answered, and
+answers with `Window.size` and `Window.unit`.
+
+**What it wants.** A link delivers at its full rate R as long as the pipe never runs
+empty, which takes R * (round trip) bytes in flight. Every byte more only waits in a
+queue, and a guest's read then waits behind it. So: the whole rate, and a queue of a
+few milliseconds that is there to cover our own jitter.
+
+**What it can see.** With W bytes in flight, the time from request to reply is the
+*base*, that of a lone request of one unit, while W is too small to fill the link; then
+it is W / R. The excess over the base is the queueing delay q. The least q of a round
+trip is the one that counts: what all replies of a round had to wait for is a standing
+queue, what only some waited for is noise (CoDel's insight).
+
+**What it does.**
+
+- *Start-up*: W grows by what is delivered, doubling each round trip, until q shows or
+  the delivered rate stops growing (as TCP slow start with HyStart, and BBR, do). Then W
+  is set to what the measurements say: rate * base + the queue wanted.
+- *Steady*: once a round, W moves half-way to ``W * base / (base + q) + rate * target``
+  (FAST TCP's law; Vegas's equilibrium). At rest, q equals the target. A rate that
+  falls shows as q at once; a queue that stays empty for several rounds although W was
+  used up means that there is more to have, and starts growth by doubling again.
+- *Drain*: the base can be seen only while our own queue is empty, so every ten
+  seconds or so W is halved for a round, and the base becomes what is seen then. It is
+  also done when q stays high whatever W is, which is what a longer path looks like. Any
+  shorter reply lowers the base at once.
+
+**Sharing.** Flows that fill one queue see the same q, and each is at rest where its
+target equals q. The target falls with the flow's own rate (as one over its square
+root), so the only common point of rest is equal rates. Drains, at random times, let
+each flow see the base without the others' queues; without them the last one to come
+would take the first one's queue for part of the path (LEDBAT's latecomer's advantage).
+
+**The unit** is what the link carries in `UNIT_TIME`, so that a demand read which comes
+while one is being sent waits no longer than that; never under `UNIT_LEAST`, where the
+cost of a request would show.
+
+Sources: RFC 6817 (LEDBAT) and draft-irtf-iccrg-ledbat-plus-plus (slowdowns); Jin, Wei
+and Low, "FAST TCP" (2004); Brakmo and Peterson, "TCP Vegas" (1995); Cardwell et al.,
+"BBR" (2016) and draft-cardwell-iccrg-bbr-congestion-control (delivery rate samples,
+rounds); Ha and Rhee, "HyStart" (2011); Nichols and Jacobson, "CoDel" (2012).
+``docs/streaming.md`` shows it at work.
+"""
+
+import math
+import random
+from typing import NamedTuple
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# Bounds of the window: its largest is also how much memory background reads may take.
+WINDOW_FIRST = 256 * KIB
+WINDOW_LEAST = 64 * KIB
+WINDOW_MOST = 64 * MIB
+UNIT_LEAST = 64 * KIB
+UNIT_MOST = MIB
+UNIT_TIME = 0.004
+# At least so many units fit in the window, so that there is always one on its way;
+# slow links, where even the least unit is long, are the exception.
+UNITS_LEAST = 4
+# The queue wanted: 3 ms at 100 Mbit/s, with one over the square root of the rate; no
+# less than the event loop's own jitter, nor than a twentieth of the path.
+TARGET_TIME = 0.003
+TARGET_RATE = 12.5e6
+TARGET_LEAST = 0.002
+TARGET_MOST = 0.030
+TARGET_PART = 0.05
+# Steady state: how far to go to where the law points, each round.
+GAIN = 0.5
+# Start-up ends after so many rounds in which the rate grew by less than a quarter.
+FLAT_ROUNDS = 3
+FLAT_GROWTH = 1.25
+# Start-up again after so many rounds with next to no queue.
+EMPTY_ROUNDS = 4
+EMPTY_PART = 0.25
+# Drain when the queue was this many targets deep for this many rounds, or by the clock.
+DEEP_ROUNDS = 8
+DEEP_TARGETS = 3
+DRAIN_INTERVAL = 10.0
+DRAIN_PART = 0.75
+# The rate is the best of the current and the last period of this length.
+RATE_PERIOD = 1.0
+# Replies that a verdict on the queue is based on, at the least.
+SAMPLES_LEAST = 3
+
+
+class Sent(NamedTuple):
+    """What to remember of a request until its reply comes (see `Window.sent`)."""
+
+    time: float
+    length: int
+    delivered: int
+    delivered_time: float
+    in_flight: int
+
+
+class Window:
+    """The controller of one backing's background reads.
+
+    Attributes:
+        size: bytes that may be in flight.
+        unit: bytes that one background read should ask for, at the most.
+        rate: bytes per second delivered, lately, at best.
+        base_rtt: seconds from request to reply of one unit, without any queue; 0 until
+            known.
+        queue_delay: the standing queue seen in the last round, in seconds.
+    """
+
+    def __init__(self, *, rng: random.Random | None = None) -> None:
+        self._rng = rng or random.Random()
+        self.size = WINDOW_FIRST
+        self.unit = UNIT_LEAST
+        self.rate = 0.0
+        self.base_rtt = 0.0
+        self.queue_delay = 0.0
+        self._starting = True
+        self._in_flight = 0
+        self._delivered = 0
+        self._delivered_time = 0.0
+        self._periods = (0.0, 0.0)  # the best rate of the last period, and of this one
+        self._period_end = -math.inf
+        self._round_start = -math.inf
+        self._round: list[float] = []
+        self._round_limited = False
+        self._flat_rounds = 0
+        self._flat_rate = 0.0
+        self._empty_rounds = 0
+        self._deep_rounds = 0
+        self._drain_at = -math.inf
+        self._drain_start: float | None = None
+        self._undrained_size = 0
+
+    # -- what happened -----------------------------------------------------------------
+
+    def sent(self, now: float, length: int) -> Sent:
+        """A request of any priority went out; hand the result to `delivered` or `lost`."""
+        if self._in_flight == 0:
+            self._delivered_time = now
+        self._in_flight += length
+        return Sent(now, length, self._delivered, self._delivered_time, self._in_flight)
+
+    def lost(self, request: Sent) -> None:
+        """It will not be answered, or its reply says nothing about the link."""
+        self._in_flight -= request.length
+
+    def delivered(
+        self, request: Sent, now: float, *, background: bool = True, limited: bool = True
+    ) -> None:
+        """Its reply is complete. ``limited``: more would have been sent had W allowed it."""
+        self._in_flight -= request.length
+        self._delivered += request.length
+        self._delivered_time = now
+        self._measure_rate(request, now)
+        sample = self._as_unit(now - request.time, request.length)
+        if self.base_rtt == 0 or sample < self.base_rtt:
+            self.base_rtt = sample
+        if not background:
+            return
+        if self._drain_start is not None and not self._is_drained(request):
+            return
+        self._round.append(sample)
+        self._round_limited = self._round_limited or limited
+        if self._starting and limited:
+            self._grow(request.length)
+        enough = min(SAMPLES_LEAST, max(self.size // self.unit, 1))
+        if request.time >= self._round_start and len(self._round) >= enough:
+            self._end_round(now)
+
+    # -- what it means -----------------------------------------------------------------
+
+    def _measure_rate(self, request: Sent, now: float) -> None:
+        """What was delivered while the request was under way, per second."""
+        elapsed = now - request.delivered_time
+        if elapsed <= 0:
+            return
+        sample = (self._delivered - request.delivered) / elapsed
+        last, this = self._periods
+        if now >= self._period_end:
+            last, this = this, 0.0
+            self._period_end = now + max(RATE_PERIOD, 4 * self.base_rtt)
+        self._periods = (last, max(this, sample))
+        self.rate = max(self._periods)
+
+    def _as_unit(self, rtt: float, length: int) -> float:
+        """The round trip, had the request been one unit long."""
+        if self.rate == 0:
+            return rtt
+        return max(rtt + (self.unit - length) / self.rate, 1e-6)
+
+    @property
+    def target(self) -> float:
+        """The queueing delay wanted, in seconds."""
+        by_rate = TARGET_TIME * math.sqrt(TARGET_RATE / self.rate) if self.rate else TARGET_MOST
+        return max(min(by_rate, TARGET_MOST), TARGET_LEAST, TARGET_PART * self.base_rtt)
+
+    # -- start-up ----------------------------------------------------------------------
+
+    def _grow(self, length: int) -> None:
+        self._resize(self.size + length)
+        recent = self._round[-2 * SAMPLES_LEAST :]
+        if len(recent) >= SAMPLES_LEAST and min(recent) - self.base_rtt > self._start_limit():
+            self._settle()
+
+    def _start_limit(self) -> float:
+        """The queue at which start-up has found the link's rate."""
+        return max(2 * self.target, self.base_rtt / 8)
+
+    def _settle(self) -> None:
+        """End of start-up: go to what has been measured."""
+        self._starting = False
+        self._empty_rounds = self._deep_rounds = 0
+        self._resize(self.rate * (self.base_rtt + self.target))
+
+    def _start_round(self, queue: float) -> None:
+        """A round of start-up is over: did the rate still grow?"""
+        if queue > self._start_limit():
+            self._settle()
+        elif self.rate >= self._flat_rate * FLAT_GROWTH:
+            self._flat_rate, self._flat_rounds = self.rate, 0
+        elif self._round_limited:
+            self._flat_rounds += 1
+            if self._flat_rounds >= FLAT_ROUNDS:
+                self._settle()
+
+    # -- steady ------------------------------------------------------------------------
+
+    def _end_round(self, now: float) -> None:
+        """A round trip's worth of background replies is in."""
+        best = min(self._round)
+        self.queue_delay = max(best - self.base_rtt, 0.0)
+        if self._drain_start is not None:
+            self._end_drain(now, best)
+        elif self._starting:
+            self._start_round(self.queue_delay)
+        else:
+            self._follow(self.queue_delay)
+            if now >= self._drain_at or self._deep_rounds >= DEEP_ROUNDS:
+                self._drain(now)
+        self._choose_unit()
+        self._round.clear()
+        self._round_limited = False
+        self._round_start = now
+
+    def _follow(self, queue: float) -> None:
+        """One step of the steady law."""
+        wanted = self.size * self.base_rtt / (self.base_rtt + queue) + self.rate * self.target
+        if self._round_limited or wanted < self.size:
+            self._resize(self.size + GAIN * (wanted - self.size))
+        empty = self._round_limited and queue < EMPTY_PART * self.target
+        self._empty_rounds = self._empty_rounds + 1 if empty else 0
+        if self._empty_rounds >= EMPTY_ROUNDS:
+            self._starting, self._flat_rounds, self._flat_rate = True, 0, self.rate
+        deep = queue > DEEP_TARGETS * self.target
+        self._deep_rounds = self._deep_rounds + 1 if deep else 0
+
+    def _choose_unit(self) -> None:
+        """The unit is a power of two, so that it does not change with every breath."""
+        wanted = min(self.rate * UNIT_TIME, self.size / UNITS_LEAST, UNIT_MOST)
+        unit = max(UNIT_LEAST, 1 << max(int(wanted), 1).bit_length() - 1)
+        if unit != self.unit and self.rate > 0:
+            # What is longer by so much takes longer by so much. Too high a guess is put
+            # right by the next replies; too low a one, by the next drain.
+            self.base_rtt = max(self.base_rtt + (unit - self.unit) / self.rate, 1e-6)
+        self.unit = unit
+
+    def _resize(self, size: float) -> None:
+        self.size = int(min(max(size, WINDOW_LEAST), WINDOW_MOST))
+
+    # -- drain -------------------------------------------------------------------------
+
+    def _drain(self, now: float) -> None:
+        """Let our own queue run empty, to see the base."""
+        self._drain_start = now
+        self._undrained_size = self.size
+        self._resize(DRAIN_PART * min(self.size, self.rate * self.base_rtt))
+
+    def _is_drained(self, request: Sent) -> bool:
+        """Whether the request was sent when there was no queue of ours."""
+        return (
+            self._drain_start is not None
+            and request.time >= self._drain_start
+            and request.in_flight <= max(self.size, request.length)
+        )
+
+    def _end_drain(self, now: float, best: float) -> None:
+        self.base_rtt = best
+        self.queue_delay = 0.0
+        self.size = self._undrained_size
+        self._drain_start = None
+        self._drain_at = now + DRAIN_INTERVAL * self._rng.uniform(0.8, 1.2)
+        self._deep_rounds = 0
