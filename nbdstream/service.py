@@ -20,7 +20,7 @@ from nbdstream.backing.base import Backing
 from nbdstream.backing.identity import fingerprint
 from nbdstream.backing.padded import PaddedBacking
 from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk
-from nbdstream.errors import BackingMismatchError, UsageError
+from nbdstream.errors import UsageError
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf
 from nbdstream.server.listeners import Listener
@@ -137,10 +137,15 @@ async def _serve(service: Service) -> None:
         service.finished.set()
 
 
+def device_name(disk: StreamedDisk) -> str:
+    """By what name the control socket knows a disk and, as QEMU does, the job on it."""
+    return disk.name or "disk0"
+
+
 def _job(options: ServeOptions, disk: StreamedDisk) -> StreamJob | None:
     if disk.backing is None or disk.read_only:
         return None
-    job = StreamJob(disk, job_id=options.export or "stream", keep_backing=options.keep_backing)
+    job = StreamJob(disk, job_id=device_name(disk), keep_backing=options.keep_backing)
     job.set_speed(options.speed)
     if options.stream != "off":
         job.start(paused=options.stream == "paused")
@@ -160,15 +165,19 @@ async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backi
                     log.warning("%s is wholly local: the backing is not used", leaf.path)
                 yield leaf, None
                 return
-            uri = options.backing or leaf.backing.uri
-            async with open_backing(uri, timeout=options.backing_timeout) as backing:
-                backing.expect(await _check_belongs(leaf, backing))
+            known = leaf.backing
+            async with open_backing(
+                options.backing or known.uri,
+                timeout=options.backing_timeout,
+                size=known.size,
+                identity=known.identity,
+            ) as backing:
+                await _record(leaf, backing)
                 yield leaf, _fitted(backing, leaf)
         return
     assert options.backing is not None
     async with open_backing(options.backing, timeout=options.backing_timeout) as backing:
         reference = await _reference(backing)
-        backing.expect(reference.identity)
         create_leaf(
             options.leaf,
             format=format_from_suffix(options.leaf),
@@ -198,29 +207,14 @@ def _fitted(backing: Backing, leaf: Leaf) -> Backing:
     return PaddedBacking(backing, leaf.size) if backing.size < leaf.size else backing
 
 
-async def _check_belongs(leaf: Leaf, backing: Backing) -> str:
-    """Refuse a backing that is not the leaf's; record what the leaf does not know yet.
-    Returns the identity that they agree on.
-
-    Raises BackingMismatchError.
-    """
+async def _record(leaf: Leaf, backing: Backing) -> None:
+    """Record in the leaf what it does not know yet of its backing: where it is now, and,
+    of a leaf that another tool has made, which one it is. Raises BackingError, OSError."""
     known = leaf.backing
     assert known is not None
-    if known.size and known.size != backing.size:
-        raise BackingMismatchError(
-            f"{backing.uri} is not the backing of {leaf.path}: it has {backing.size} bytes,"
-            f" the leaf was made for one of {known.size} bytes"
-        )
-    found = await _reference(backing)
-    if known.identity and known.identity != found.identity:
-        raise BackingMismatchError(
-            f"{backing.uri} is not the backing of {leaf.path}: same size, but other content"
-            f" ({found.identity[:19]}…, the leaf was made for {known.identity[:19]}…)"
-        )
-    # QEMU may name the same image in another way (a file below qemu-nbd): keep its words.
-    wanted = replace(known, size=found.size, identity=found.identity)
-    if known.uri != backing.uri and known.format == "raw":
-        wanted = replace(wanted, uri=backing.uri)
+    wanted = replace(known, uri=backing.uri) if known.format == "raw" else known
+    if not known.identity:
+        found = await _reference(backing)
+        wanted = replace(wanted, size=found.size, identity=found.identity)
     if wanted != known and not leaf.read_only:
         await trio.to_thread.run_sync(leaf.record_backing, wanted)
-    return found.identity

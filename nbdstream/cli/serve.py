@@ -12,9 +12,14 @@ import click
 import trio
 
 from nbdstream.cli.params import DURATION, LEAF, ON_OFF, RATE
+from nbdstream.cli.progress import show_progress
 from nbdstream.cli.run import run_command, stop_on_signals, stop_when_complete
+from nbdstream.control import control_server, listen_control
+from nbdstream.control.metrics import DiskCollector, listen_metrics, serve_metrics
+from nbdstream.control.report import statistics
 from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
+from nbdstream.qmp import JSONObject
 from nbdstream.server.listeners import (
     Listener,
     close_all,
@@ -23,7 +28,7 @@ from nbdstream.server.listeners import (
     listen_unix,
     parse_address,
 )
-from nbdstream.service import ServeOptions, open_service
+from nbdstream.service import ServeOptions, Service, device_name, open_service
 
 # Where an NBD server without further words is expected (IANA); nobody but this host gets in.
 DEFAULT_ADDRESS = "localhost:10809"
@@ -99,18 +104,18 @@ def serve(
         keep_backing=keep_backing,
     )
     with listening(socket, listen, private=command is not None) as listeners:
-        sys.exit(
-            trio.run(
+        with steering(control, metrics) as (control_listener, metrics_listeners):
+            status = trio.run(
                 lambda: serve_until_done(
                     options,
                     listeners,
-                    control=control,
-                    metrics=metrics,
+                    control=control_listener,
+                    metrics=metrics_listeners,
                     exit_when_complete=exit_when_complete,
                     command=command,
                 )
             )
-        )
+    sys.exit(status)
 
 
 @contextmanager
@@ -135,12 +140,28 @@ def listening(socket: str | None, listen: str | None, *, private: bool) -> Itera
             close_all(listeners)
 
 
+@contextmanager
+def steering(
+    control: str | None, metrics: str | None
+) -> Iterator[tuple[Listener | None, list[Listener]]]:
+    """The control socket's listener and those of the metrics, where they are asked for."""
+    listeners: list[Listener] = []
+    try:
+        control_listener = listen_control(Path(control)) if control else None
+        listeners += [control_listener] if control_listener else []
+        metrics_listeners = listen_metrics(metrics) if metrics else []
+        listeners += metrics_listeners
+        yield control_listener, metrics_listeners
+    finally:
+        close_all(listeners)
+
+
 async def serve_until_done(
     options: ServeOptions,
     listeners: list[Listener],
     *,
-    control: str | None,
-    metrics: str | None,
+    control: Listener | None,
+    metrics: list[Listener],
     exit_when_complete: bool,
     command: str | None,
 ) -> int:
@@ -148,14 +169,37 @@ async def serve_until_done(
     status = 0
     async with open_service(options, listeners) as service, trio.open_nursery() as nursery:
         await nursery.start(stop_on_signals, service)
+        start_steering(service, nursery, control, metrics)
         if exit_when_complete:
             nursery.start_soon(stop_when_complete, service)
         if command is None:
             for uri in service.uris:
                 click.echo(uri)
-            await service.finished.wait()
+            if sys.stderr.isatty():
+                nursery.start_soon(progress, service)
         else:
             status = await run_command(service, command)
-            await service.finished.wait()
+        await service.finished.wait()
         nursery.cancel_scope.cancel()
     return status
+
+
+def start_steering(
+    service: Service, nursery: trio.Nursery, control: Listener | None, metrics: list[Listener]
+) -> None:
+    """Serve the control socket and the metrics until the nursery is cancelled."""
+    disk, job = service.opened.disk, service.opened.job
+    if control is not None:
+        server = control_server(disk, job, device=device_name(disk), stop=service.stop)
+        nursery.start_soon(server.serve, control)
+    if metrics:
+        nursery.start_soon(serve_metrics, metrics, DiskCollector(disk, job, device_name(disk)))
+
+
+async def progress(service: Service) -> None:
+    """Show on stderr how the stream job does, until it ends."""
+
+    async def report() -> JSONObject:
+        return statistics(service.opened.disk, service.opened.job)
+
+    await show_progress(report)
