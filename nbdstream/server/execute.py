@@ -19,6 +19,10 @@ from nbdstream.server.replies import (
 )
 from nbdstream.server.requests import Request
 
+# Extents to look at where one descriptor is wanted: neighbours that differ for the disk
+# may be one for the context asked for, and QEMU walks disks by such queries.
+_EXTENTS_FOR_ONE = 64
+
 
 async def execute(request: Request, payload: memoryview, agreement: Agreement) -> list[Buffer]:
     """Serve a request that `refusal` let pass; return the parts of its reply.
@@ -44,8 +48,9 @@ async def _read(request: Request, agreement: Agreement) -> list[Buffer]:
 
 
 async def _block_status(request: Request, agreement: Agreement) -> list[Buffer]:
-    # Also with NBD_CMD_FLAG_REQ_ONE: neighbouring extents may be one in every context.
-    extents = await agreement.export.block_status(request.offset, request.length, MAX_DESCRIPTORS)
+    one = request.flags & CommandFlag.REQ_ONE
+    limit = _EXTENTS_FOR_ONE if one else MAX_DESCRIPTORS
+    extents = await agreement.export.block_status(request.offset, request.length, limit)
     return [block_status(request, agreement.contexts, extents)]
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from nbdstream.errors import NbdstreamError
 from nbdstream.server.constants import (
+    CHUNK,
     CHUNK_DONE,
     DATA_CHUNK,
     HOLE_CHUNK,
@@ -143,81 +144,90 @@ class Transmission:
         """
         if not self._take_payload():
             return True
-        while self._replies_end < SEND_SOON and not self.saturated and not self.disconnected:
+        while not self.saturated and not self.disconnected:
+            self._answer_hits()
+            if self._replies_end >= SEND_SOON:
+                return False
             if self._end - self._start < REQUEST.size:
                 return True
-            magic, flags, command, cookie, offset, length = REQUEST.unpack_from(
-                self._input, self._start
-            )
-            if magic != REQUEST_MAGIC:
-                raise ProtocolError(f"bad magic {magic:#010x} instead of a request")
-            if not flags and 0 < length <= MAX_INLINE and offset + length <= self._size:
-                if command == _READ and self._read_now(cookie, offset, length):
-                    continue
-                if command == _WRITE and self._write_now(cookie, offset, length):
-                    continue
-            if not self._set_aside(Request(flags, command, cookie, offset, length)):
+            fields = REQUEST.unpack_from(self._input, self._start)
+            if not self._set_aside(Request._make(fields[1:])):
                 return True
         return False
 
-    def _read_now(self, cookie: int, offset: int, length: int) -> bool:
-        """Answer a read from the disk straight into the reply buffer, if it can be."""
-        header = self._replies_end
-        data = header + self._data_header
-        try:
-            hit = self._read_nowait(self._replies[data : data + length], offset)
-        except (OSError, NbdstreamError):
-            return False  # the async method will raise it again, to be reported
-        if hit is _MISS:
-            return False
-        end = data + length
-        if not self._structured:
-            if hit is _ZERO:
-                self._replies[data:end] = _ZEROES[:length]
-            SIMPLE_REPLY.pack_into(self._replies, header, SIMPLE_REPLY_MAGIC, 0, cookie)
-        elif hit is _DONE:
-            DATA_CHUNK.pack_into(
-                self._replies,
-                header,
-                STRUCTURED_REPLY_MAGIC,
-                CHUNK_DONE,
-                _OFFSET_DATA,
-                cookie,
-                length + 8,
-                offset,
-            )
-        else:
-            end = header + HOLE_CHUNK.size
+    def _answer_hits(self) -> None:
+        """Answer requests up to the first that cannot be answered at once.
+
+        One long loop over local names on purpose: at 100,000 requests per second each
+        attribute and each call made here is seen in the rate.
+        """
+        received, replies = self._input, self._replies
+        start, end, used = self._start, self._end, self._replies_end
+        read, write, size = self._read_nowait, self._write_nowait, self._size
+        writable, structured, data_header = self._writable, self._structured, self._data_header
+        unpack_request, header_size = REQUEST.unpack_from, REQUEST.size
+        pack_data, pack_simple = DATA_CHUNK.pack_into, SIMPLE_REPLY.pack_into
+        while used < SEND_SOON and end - start >= header_size:
+            magic, flags, command, cookie, offset, length = unpack_request(received, start)
+            if magic != REQUEST_MAGIC:
+                raise ProtocolError(f"bad magic {magic:#010x} instead of a request")
+            if flags or not 0 < length <= MAX_INLINE or offset + length > size:
+                break
+            try:
+                if command == _READ:
+                    data = used + data_header
+                    hit = read(replies[data : data + length], offset)
+                    if hit is _MISS:
+                        break
+                    if hit is _DONE and structured:
+                        pack_data(
+                            replies,
+                            used,
+                            STRUCTURED_REPLY_MAGIC,
+                            CHUNK_DONE,
+                            _OFFSET_DATA,
+                            cookie,
+                            length + 8,
+                            offset,
+                        )
+                        used = data + length
+                    else:
+                        used = self._pack_read(used, hit, cookie, offset, length)
+                    start += header_size
+                elif command == _WRITE and writable and end - start >= header_size + length:
+                    payload = start + header_size
+                    if write(received[payload : payload + length], offset) is _MISS:
+                        break
+                    pack_simple(replies, used, SIMPLE_REPLY_MAGIC, 0, cookie)
+                    used += SIMPLE_REPLY.size
+                    start = payload + length
+                else:
+                    break
+            except (OSError, NbdstreamError):
+                break  # the async method will raise it again, to be reported
+        self._start, self._replies_end = start, used
+
+    def _pack_read(self, used: int, hit: Hit, cookie: int, offset: int, length: int) -> int:
+        """Write the reply to a read that is no chunk of data; return where it ends."""
+        replies = self._replies
+        if self._structured:  # a hole
             HOLE_CHUNK.pack_into(
-                self._replies,
-                header,
+                replies,
+                used,
                 STRUCTURED_REPLY_MAGIC,
                 CHUNK_DONE,
                 _OFFSET_HOLE,
                 cookie,
-                12,
+                HOLE_CHUNK.size - CHUNK.size,
                 offset,
                 length,
             )
-        self._replies_end = end
-        self._start += REQUEST.size
-        return True
-
-    def _write_now(self, cookie: int, offset: int, length: int) -> bool:
-        """Hand a complete write to the disk straight from the receive buffer, if it can be."""
-        payload = self._start + REQUEST.size
-        if not self._writable or self._end - payload < length:
-            return False
-        try:
-            hit = self._write_nowait(self._input[payload : payload + length], offset)
-        except (OSError, NbdstreamError):
-            return False  # the async method will raise it again, to be reported
-        if hit is _MISS:
-            return False
-        SIMPLE_REPLY.pack_into(self._replies, self._replies_end, SIMPLE_REPLY_MAGIC, 0, cookie)
-        self._replies_end += SIMPLE_REPLY.size
-        self._start = payload + length
-        return True
+            return used + HOLE_CHUNK.size
+        SIMPLE_REPLY.pack_into(replies, used, SIMPLE_REPLY_MAGIC, 0, cookie)
+        end = used + SIMPLE_REPLY.size + length
+        if hit is _ZERO:
+            replies[end - length : end] = _ZEROES[:length]
+        return end
 
     def _set_aside(self, request: Request) -> bool:
         """Take any request out of the input: refuse it, or add it to ``slow``.
