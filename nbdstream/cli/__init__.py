@@ -74,23 +74,24 @@ def main() -> None:
     """The ``nbdstream`` program."""
     try:
         cli(prog_name="nbdstream")
-    except* BrokenPipeError:
+    except (NbdstreamError, OSError, BaseExceptionGroup) as error:
+        sys.exit(_report(error))
+
+
+def _report(error: BaseException) -> int:
+    """Tell of an error of ours in one line; return the exit status. Others are raised."""
+    if isinstance(error, BaseExceptionGroup):  # trio wraps errors in groups: tell the first
+        if error.split((NbdstreamError, OSError))[1] is not None:
+            raise error
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+    if isinstance(error, BrokenPipeError):
         # Whoever read our output has gone (`nbdstream map … | head`): end as quietly as
         # other programs do. Python would complain once more while it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except* UsageError as group:
-        _fail(group, 2)
-    except* (NbdstreamError, OSError) as group:
-        _fail(group, 1)
-
-
-def _fail(error: BaseException, status: int) -> None:
-    """Print the first of the errors (trio wraps them in groups) in one line, and exit."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+        return 128 + signal.SIGPIPE
     click.echo(f"nbdstream: error: {describe(error)}", err=True)
-    sys.exit(status)
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def describe(error: BaseException) -> str:

@@ -10,6 +10,7 @@ as it survives a crash.
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 
 import trio
 
@@ -19,18 +20,18 @@ from nbdstream.service import Service
 SIGNALLED = 128
 
 
-async def stop_on_signals(
-    service: Service, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+async def end_on_signals(
+    end: Callable[[], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Stop the service at the first signal, the process at the second."""
+    """Call ``end`` at the first signal, end the process at the second."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
-        stopping = False
+        ending = False
         async for number in signals:
-            if stopping:
+            if ending:
                 os._exit(SIGNALLED + number)
-            stopping = True
-            service.stop()
+            ending = True
+            end()
 
 
 async def stop_when_complete(service: Service) -> None:

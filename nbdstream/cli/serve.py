@@ -13,7 +13,7 @@ import trio
 
 from nbdstream.cli.params import DURATION, LEAF, ON_OFF, RATE
 from nbdstream.cli.progress import show_progress
-from nbdstream.cli.run import run_command, stop_on_signals, stop_when_complete
+from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
 from nbdstream.control import control_server, listen_control
 from nbdstream.control.metrics import DiskCollector, listen_metrics, serve_metrics
 from nbdstream.control.report import statistics
@@ -168,7 +168,7 @@ async def serve_until_done(
     """Serve until something ends it; return the exit status."""
     status = 0
     async with open_service(options, listeners) as service, trio.open_nursery() as nursery:
-        await nursery.start(stop_on_signals, service)
+        await nursery.start(end_on_signals, service.stop)
         start_steering(service, nursery, control, metrics)
         if exit_when_complete:
             nursery.start_soon(stop_when_complete, service)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""boot: from an NBD URI (or a leaf) to a guest on this terminal, in one command."""
+
+import os
+import signal
+import sys
+import tempfile
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import trio
+
+from nbdstream.cli.params import LEAF, ON_OFF, RATE, SIZE
+from nbdstream.cli.progress import REDRAW_INTERVAL, Snapshot
+from nbdstream.cli.run import SIGNALLED, end_on_signals
+from nbdstream.control.report import statistics
+from nbdstream.errors import UsageError
+from nbdstream.guest.disks import Disk
+from nbdstream.guest.qemu import Machine, run_qemu
+from nbdstream.server.listeners import Listener, close_all, listen_unix
+from nbdstream.service import ServeOptions, Service, open_service
+
+DEFAULT_MEMORY = 1 << 30
+TEMPORARY_LEAF = "leaf.qcow2"
+
+
+@click.command()
+@click.argument("image", metavar="URI|LEAF")
+@click.option("--leaf", type=LEAF, help="Keep the guest's disk in this leaf (made if missing).")
+@click.option("-m", "--memory", type=SIZE, default=DEFAULT_MEMORY, help="The guest's memory.")
+@click.option("--stream", type=ON_OFF, default="on", help="Fetch the rest in the background.")
+@click.option("--speed", type=RATE, default=0, help="Cap the streaming, bytes per second.")
+@click.argument("qemu_arguments", nargs=-1, metavar="[-- QEMU ARGUMENTS]")
+def boot(
+    image: str,
+    leaf: str | None,
+    memory: int,
+    stream: str,
+    speed: int,
+    qemu_arguments: tuple[str, ...],
+) -> None:
+    """Boot a guest from a remote image, or from a leaf, on this terminal.
+
+    The guest's serial console is this terminal (Ctrl-A X ends QEMU, Ctrl-A C is its
+    monitor); how much of its disk is local shows in the terminal's title. Without --leaf,
+    a URI's leaf is temporary, and what the guest writes is gone when it ends. KVM is used
+    where it really runs guests. The exit status is QEMU's.
+    """
+    with _images(image, leaf) as (leaf_path, backing, socket), _terminal_restored():
+        options = ServeOptions(leaf=leaf_path, backing=backing, stream=stream, speed=speed)
+        listener = listen_unix(socket)
+        machine = Machine(
+            disks=(Disk.nbd(listener.uri()),),
+            memory=memory,
+            serial="terminal",
+            network=True,
+            extra=qemu_arguments,
+        )
+        try:
+            status = trio.run(_boot, options, listener, machine)
+        finally:
+            close_all([listener])
+    sys.exit(status)
+
+
+@contextmanager
+def _images(image: str, leaf: str | None) -> Iterator[tuple[str, str | None, Path]]:
+    """What to serve: a leaf, its backing where that was named, and a socket to serve it on."""
+    with tempfile.TemporaryDirectory(prefix="nbdstream-") as directory:
+        socket = Path(directory) / "nbd.sock"
+        if os.path.lexists(image):
+            if leaf is not None:
+                raise UsageError(f"{image} is a leaf already: leave --leaf away")
+            yield image, None, socket
+        elif ":" not in image:
+            raise UsageError(f"{image} does not exist, and is no URI either")
+        else:
+            yield leaf or str(Path(directory) / TEMPORARY_LEAF), image, socket
+
+
+@contextmanager
+def _terminal_restored() -> Iterator[None]:
+    """Leave the terminal as it was, even if QEMU had no chance to."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    settings = termios.tcgetattr(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
+
+
+async def _boot(options: ServeOptions, listener: Listener, machine: Machine) -> int:
+    """Serve, run the guest until it ends, stop serving; the exit status."""
+    async with open_service(options, [listener]) as service, trio.open_nursery() as nursery:
+        with trio.CancelScope() as guest_scope:
+            # The guest goes first: QEMU flushes what it has before we stop serving.
+            await nursery.start(end_on_signals, guest_scope.cancel)
+            if sys.stderr.isatty():
+                nursery.start_soon(_title, service)
+            async with run_qemu(machine) as guest:
+                status = await guest.wait()
+        if guest_scope.cancelled_caught:
+            status = SIGNALLED + signal.SIGTERM
+        service.stop()
+        await service.finished.wait()
+        click.echo(f"nbdstream: {_snapshot(service)}", err=True)
+        nursery.cancel_scope.cancel()
+    return status if status >= 0 else SIGNALLED - status
+
+
+def _snapshot(service: Service) -> Snapshot:
+    return Snapshot.of(statistics(service.opened.disk, service.opened.job))
+
+
+async def _title(service: Service) -> None:
+    """Show progress in the terminal's title: the guest has the rest of the screen."""
+    while True:
+        sys.stderr.write(f"\x1b]0;nbdstream: {_snapshot(service)}\x07")
+        sys.stderr.flush()
+        await trio.sleep(4 * REDRAW_INTERVAL)
