@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""status, watch, pause, resume, speed, cancel, stream: commands on a control socket.
+
+Nothing here that another QMP client could not do: docs/control.md describes what is said
+on the socket.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import click
+import trio
+
+from nbdstream.cli.params import RATE, SIZE
+from nbdstream.cli.progress import ProgressLine, Snapshot
+from nbdstream.errors import NbdstreamError
+from nbdstream.guest.qmp import QMPClient
+from nbdstream.qmp import Event, JSONObject, QMPConnectionError
+from nbdstream.units import format_duration, format_rate, format_size
+
+T = TypeVar("T")
+
+# Whoever accepts connections but says nothing for so many seconds is no QMP server.
+CONNECT_SECONDS = 10.0
+
+_control = click.argument("control", type=click.Path(), metavar="CONTROL")
+_as_json = click.option("--json", "as_json", is_flag=True, help="For programs.")
+
+
+def _run(control: str, work: Callable[[QMPClient], Awaitable[T]]) -> T:
+    """Do some work over a connection to the control socket. Raises QMPError, NbdstreamError."""
+
+    async def main() -> T:
+        with trio.CancelScope(deadline=trio.current_time() + CONNECT_SECONDS) as scope:
+            async with QMPClient.connect(control) as qmp:
+                scope.deadline = math.inf
+                return await work(qmp)
+        raise NbdstreamError(f"{control}: whoever listens there does not speak QMP")
+
+    return trio.run(main)
+
+
+async def _job_id(qmp: QMPClient) -> str:
+    """The active job's name. Raises NbdstreamError if there is none."""
+    jobs = await qmp.execute("query-jobs")
+    if not jobs:
+        raise NbdstreamError("no stream job is active ('resume' starts one)")
+    return str(jobs[0]["id"])
+
+
+async def _device(qmp: QMPClient) -> str:
+    return str((await qmp.execute("query-block"))[0]["device"])
+
+
+async def _report(qmp: QMPClient) -> JSONObject:
+    report: JSONObject = await qmp.execute("x-nbdstream-stats")
+    return report
+
+
+# -- looking ---------------------------------------------------------------------------------
+
+
+@click.command()
+@_control
+@_as_json
+def status(control: str, as_json: bool) -> None:
+    """Show what a running server's disk, stream job and backing are doing.
+
+    CONTROL is the socket that was given to `nbdstream serve --control`.
+    """
+
+    async def look(qmp: QMPClient) -> tuple[JSONObject, JSONObject]:
+        return (await qmp.execute("query-block"))[0], await _report(qmp)
+
+    block, report = _run(control, look)
+    if as_json:
+        click.echo(json.dumps({"block": block, "stats": report}, indent=4))
+        return
+    for name, value in _facts(block["inserted"], report):
+        click.echo(f"{name + ':':<9} {value}")
+
+
+def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
+    """`status` for people: one line a subject."""
+    disk, job, backing = report["disk"], report.get("job", {}), report.get("backing")
+    access = "read-only" if inserted["ro"] else "writable"
+    keeps = "on" if report["copy-on-read"] else "off"
+    facts = [
+        (
+            "leaf",
+            f"{inserted['file']} ({inserted['drv']}, {format_size(report['size'])}, {access})",
+        ),
+        ("backing", _backing_fact(backing)),
+        ("stream", str(Snapshot.of(report))),
+    ]
+    if job.get("speed"):
+        facts.append(("cap", format_rate(job["speed"])))
+    if backing is not None:
+        facts.append(("COR", f"copy on read is {keeps}"))
+    facts.append(
+        (
+            "demand",
+            f"{disk['demand-misses']} misses, {format_size(disk['demand-bytes'])};"
+            f" {format_size(disk['fetched-bytes'])} fetched in all",
+        )
+    )
+    return facts
+
+
+def _backing_fact(backing: JSONObject | None) -> str:
+    if backing is None:
+        return "none: the disk is wholly local"
+    since = format_duration(max(time.time() - backing["since"], 0))
+    if not backing["connected"]:
+        return f"{backing['uri']}, lost {since} ago: {backing['last-error']}"
+    return f"{backing['uri']}, connected for {since} ({backing['connections']} connections)"
+
+
+@click.command()
+@_control
+def watch(control: str) -> None:
+    """Show progress until the stream job ends.
+
+    Exit status 0 if everything became local, 1 if the job was cancelled or failed, or if
+    the server went away before.
+    """
+    interrupted = False
+    try:
+        _run(control, _watch)
+    except* KeyboardInterrupt:
+        interrupted = True  # an exit from here would end up in a group
+    if interrupted:
+        sys.exit(128 + signal.SIGINT)
+
+
+async def _watch(qmp: QMPClient) -> None:
+    snapshot = Snapshot.of(await _report(qmp))
+    if snapshot.state == "complete":
+        click.echo("complete: everything is local")
+        return
+    job_id = await _job_id(qmp)
+    with ProgressLine() as line:
+        event = await _follow(qmp, job_id, line)
+        if event.name == "BLOCK_JOB_COMPLETED" and "error" not in event.data:
+            # The server may have gone already: the event says all that is left to say.
+            line.show(replace(snapshot, state="complete", local=snapshot.length))
+            return
+    raise NbdstreamError(event.data.get("error", "the stream job was cancelled"))
+
+
+async def _follow(qmp: QMPClient, job_id: str, line: ProgressLine) -> Event:
+    """Show progress until the event comes that ends the job; return that."""
+
+    async def refresh() -> None:
+        try:
+            while True:
+                line.show(Snapshot.of(await _report(qmp)))
+                await trio.sleep(line.interval)
+        except QMPConnectionError:
+            pass  # whoever waits for the event learns of it, after the event if there is one
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(refresh)
+        event = await qmp.wait_event(
+            "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", data={"device": job_id}
+        )
+        nursery.cancel_scope.cancel()
+    return event
+
+
+# -- steering --------------------------------------------------------------------------------
+
+
+@click.command()
+@_control
+def pause(control: str) -> None:
+    """Pause the stream job: nothing is fetched any more but what guests ask for."""
+
+    async def work(qmp: QMPClient) -> None:
+        await qmp.execute("job-pause", {"id": await _job_id(qmp)})
+
+    _run(control, work)
+
+
+@click.command()
+@_control
+def resume(control: str) -> None:
+    """Let a paused stream job go on, or start one where there is none."""
+
+    async def work(qmp: QMPClient) -> None:
+        if jobs := await qmp.execute("query-jobs"):
+            await qmp.execute("job-resume", {"id": jobs[0]["id"]})
+        else:
+            await qmp.execute("block-stream", {"device": await _device(qmp)})
+
+    _run(control, work)
+
+
+@click.command()
+@_control
+@click.argument("rate", type=RATE)
+def speed(control: str, rate: int) -> None:
+    """Cap the stream job at RATE bytes per second (such as 10M); 0 lifts the cap."""
+
+    async def work(qmp: QMPClient) -> None:
+        arguments = {"device": await _job_id(qmp), "speed": rate}
+        await qmp.execute("block-job-set-speed", arguments)
+
+    _run(control, work)
+
+
+@click.command()
+@_control
+def cancel(control: str) -> None:
+    """End the stream job, paused or not. What is local stays local."""
+
+    async def work(qmp: QMPClient) -> None:
+        await qmp.execute("job-cancel", {"id": await _job_id(qmp)})
+
+    _run(control, work)
+
+
+@click.command()
+@_control
+@click.argument("offset", type=SIZE)
+@click.option("--length", type=SIZE, default=0, help="Reach so far.  [default: one cluster]")
+@_as_json
+def stream(control: str, offset: int, length: int, as_json: bool) -> None:
+    """Make one piece local: the cluster at OFFSET, and those that --length reaches.
+
+    Says how much was not local before, and where the next remote byte is, so that calls
+    in a loop stream the disk. Works whether or not a stream job is active.
+    """
+
+    async def work(qmp: QMPClient) -> Any:
+        arguments = {"device": await _device(qmp), "offset": offset, "length": length}
+        return await qmp.execute("x-nbdstream-stream", arguments)
+
+    step = _run(control, work)
+    if as_json:
+        click.echo(json.dumps(step))
+        return
+    rest = f"the next remote byte is at {step['next']}" if "next" in step else "nothing follows"
+    click.echo(f"streamed {step['streamed']} bytes; {rest}")

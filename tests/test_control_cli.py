@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands on a control socket, run as programs against a real one; progress lines."""
+
+import io
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from nbdstream.backing.base import BackingStatistics
+from nbdstream.cli.progress import ProgressLine, Snapshot, show_progress
+from nbdstream.control.report import statistics
+from nbdstream.leaf.base import State
+from nbdstream.streamer.job import JobStatus
+from tests.control_room import DEVICE, SIZE, Room, control_room
+
+Done = subprocess.CompletedProcess[str]
+
+
+async def nbdstream(*args: str | Path) -> Done:
+    """Run the program to its end."""
+    command = [sys.executable, "-m", "nbdstream", *map(str, args)]
+    done = await trio.run_process(
+        command, check=False, capture_stdout=True, capture_stderr=True, stdin=b""
+    )
+    return subprocess.CompletedProcess(
+        command, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def open_gates(room: Room) -> None:
+    """Answer the reads under way, and all to come, at once."""
+    room.backing.gated = False
+    for read in room.backing.waiting:
+        read.gate.set()
+
+
+# -- looking ---------------------------------------------------------------------------------
+
+
+async def test_status_is_for_people_and_for_programs(tmp_path: Path) -> None:
+    async with control_room(tmp_path, gated=True) as room:
+        room.stream.set_speed(10 << 20)
+        room.stream.start()
+        done = await nbdstream("status", room.path)
+        assert done.returncode == 0 and done.stderr == ""
+        facts = dict(line.split(":", 1) for line in done.stdout.splitlines())
+        assert "64.3 KiB, writable" in facts["leaf"]
+        assert "memory:, connected for" in facts["backing"]
+        assert "0.0 % local, 0 B of 64.3 KiB" in facts["stream"]
+        assert facts["cap"].strip() == "10.0 MiB/s"
+        program = json.loads((await nbdstream("status", "--json", room.path)).stdout)
+        assert program["block"]["device"] == DEVICE
+        assert program["stats"]["job"]["status"] == "running"
+
+
+async def test_status_of_a_plain_local_disk(tmp_path: Path) -> None:
+    async with control_room(tmp_path, backing=False) as room:
+        done = await nbdstream("status", room.path)
+        assert done.returncode == 0
+        assert "none: the disk is wholly local" in done.stdout
+        assert "100.0 % local" in done.stdout
+
+
+async def test_watch_follows_the_job_to_its_end(tmp_path: Path) -> None:
+    async with control_room(tmp_path, gated=True) as room, trio.open_nursery() as nursery:
+        room.stream.start()
+        results: list[Done] = []
+
+        async def watch() -> None:
+            results.append(await nbdstream("watch", room.path))
+
+        nursery.start_soon(watch)
+        await listening(room)
+        open_gates(room)
+        await room.stream.completed.wait()
+    (done,) = results
+    assert done.returncode == 0 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("0.0 % local, ") and lines[-1].startswith("100.0 % local, ")
+
+
+async def listening(room: Room) -> None:
+    """Wait until somebody watches: what the first line says has been looked up."""
+    watched = trio.Event()
+    looks = 0
+    original = room.disk.statistics
+
+    def noticed() -> dict[str, int]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            watched.set()  # the first look is to see whether there is a job
+        return original()
+
+    room.disk.statistics = noticed  # type: ignore[method-assign]
+    with trio.fail_after(20):
+        await watched.wait()
+
+
+@pytest.mark.parametrize(
+    ("ending", "complaint"),
+    [
+        ("cancel", "the stream job was cancelled"),
+        ("fail", "Input/output error"),
+        ("vanish", "connection"),
+    ],
+)
+async def test_watch_fails_where_the_job_does(tmp_path: Path, ending: str, complaint: str) -> None:
+    results: list[Done] = []
+    over = trio.Event()
+
+    async def watch(path: Path) -> None:
+        results.append(await nbdstream("watch", path))
+        over.set()
+
+    async with trio.open_nursery() as nursery, control_room(tmp_path, gated=True) as room:
+        room.stream.start()
+        nursery.start_soon(watch, room.path)
+        await listening(room)
+        if ending == "cancel":
+            room.stream.cancel()
+            await over.wait()
+        elif ending == "fail":
+            room.leaf.drop_backing = failing  # type: ignore[method-assign]
+            open_gates(room)
+            await over.wait()
+    (done,) = results
+    assert done.returncode == 1
+    assert complaint in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def failing() -> None:
+    raise OSError(5, "Input/output error")
+
+
+async def test_watch_succeeds_though_the_server_ends_with_the_job(tmp_path: Path) -> None:
+    """As under --exit-when-complete: the event may be the last thing that is heard."""
+    async with trio.open_nursery() as nursery:
+
+        async def serve(task_status: trio.TaskStatus[Room]) -> None:
+            async with control_room(tmp_path, gated=True) as room:
+                task_status.started(room)
+                await room.stream.completed.wait()
+
+        room = await nursery.start(serve)
+        room.stream.start()
+        results: list[Done] = []
+
+        async def watch() -> None:
+            results.append(await nbdstream("watch", room.path))
+
+        nursery.start_soon(watch)
+        await listening(room)
+        open_gates(room)
+    assert results[0].returncode == 0, results[0].stderr
+
+
+async def test_watch_of_what_is_over_or_never_began(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        idle = await nbdstream("watch", room.path)
+        assert idle.returncode == 1
+        assert idle.stderr.startswith("nbdstream: error: no stream job is active")
+        room.stream.start()
+        await room.stream.completed.wait()
+        over = await nbdstream("watch", room.path)
+        assert over.returncode == 0 and "everything is local" in over.stdout
+
+
+async def test_watch_ends_quietly_on_control_c(tmp_path: Path) -> None:
+    async with control_room(tmp_path, gated=True) as room:
+        room.stream.start()
+        command = [sys.executable, "-m", "nbdstream", "watch", str(room.path)]
+        async with trio.open_nursery() as nursery:
+            run = partial(trio.run_process, command, check=False, capture_stderr=True)
+            process: trio.Process = await nursery.start(run)
+            await listening(room)
+            process.send_signal(signal.SIGINT)
+        assert process.returncode == 130
+
+
+# -- steering --------------------------------------------------------------------------------
+
+
+async def test_the_job_does_as_it_is_told(tmp_path: Path) -> None:
+    async with control_room(tmp_path, gated=True) as room:
+        job = room.stream
+
+        async def tell(*args: str) -> None:
+            done = await nbdstream(args[0], room.path, *args[1:])
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+        await tell("resume")  # there is none: starts one
+        assert job.status is JobStatus.RUNNING and job.id == DEVICE
+        await tell("pause")
+        assert job.status is JobStatus.PAUSED
+        await tell("resume")
+        assert job.status is JobStatus.RUNNING
+        await tell("speed", "1.5M")
+        assert job.speed == 3 << 19
+        await tell("pause")
+        await tell("cancel")
+        await trio.testing.wait_all_tasks_blocked()
+        assert job.status is JobStatus.NULL
+
+
+async def test_stream_takes_one_step(tmp_path: Path) -> None:
+    async with control_room(tmp_path) as room:
+        done = await nbdstream("stream", room.path, "4k")
+        assert done.stdout == "streamed 2048 bytes; the next remote byte is at 6144\n"
+        assert room.leaf.states[8] is State.DATA and room.leaf.states[0] is State.UNALLOCATED
+        done = await nbdstream("stream", "--json", "--length", "1M", room.path, "0")
+        assert json.loads(done.stdout) == {"streamed": SIZE - 2048}
+        done = await nbdstream("stream", room.path, "0")
+        assert done.stdout == "streamed 0 bytes; nothing follows\n"
+
+
+# -- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["pause", "cancel", "speed"])
+async def test_without_a_job_there_is_nothing_to_steer(tmp_path: Path, command: str) -> None:
+    async with control_room(tmp_path) as room:
+        rate = ["1M"] if command == "speed" else []
+        done = await nbdstream(command, room.path, *rate)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("nbdstream: error: no stream job is active")
+
+
+def no_socket(path: Path) -> None:
+    assert not path.exists()
+
+
+def dead_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+
+def plain_file(path: Path) -> None:
+    path.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "complaint"),
+    [
+        (no_socket, "No such file or directory"),
+        (dead_socket, "Connection refused"),
+        (plain_file, "Connection refused"),
+    ],
+)
+async def test_nobody_at_the_socket_is_one_clear_line(
+    tmp_path: Path, prepare: Callable[[Path], None], complaint: str
+) -> None:
+    path = tmp_path / "control.sock"
+    prepare(path)
+    done = await nbdstream("status", path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("nbdstream: error: ") and done.stderr.count("\n") == 1
+    assert str(path) in done.stderr and complaint in done.stderr
+
+
+async def test_a_server_of_something_else_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "http.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        async with trio.open_nursery() as nursery:
+            results: list[Done] = []
+
+            async def status() -> None:
+                results.append(await nbdstream("status", path))
+
+            nursery.start_soon(status)
+            client, _ = await trio.to_thread.run_sync(other.accept)
+            with client:
+                client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                client.shutdown(socket.SHUT_WR)
+                await trio.to_thread.run_sync(client.recv, 1)
+    assert results[0].returncode == 1 and results[0].stderr.count("\n") == 1
+
+
+async def test_bad_usage_ends_with_status_2(tmp_path: Path) -> None:
+    done = await nbdstream("speed", tmp_path / "any", "fast")
+    assert done.returncode == 2 and "'fast' is not a rate" in done.stderr
+
+
+# -- progress lines --------------------------------------------------------------------------
+
+
+def report(**job: Any) -> dict[str, Any]:
+    """A report as of a running job with a backing; ``job`` changes details."""
+    running = {"status": "running", "offset": 3 << 20, "rate": 2.0 * (1 << 20), "eta": 90.0}
+    backing = {"connected": True, "since": 0.0, "last-error": ""}
+    disk = {"demand-misses": 7}
+    return {"size": 12 << 20, "disk": disk, "job": running | job, "backing": backing}
+
+
+@pytest.mark.parametrize(
+    ("details", "text"),
+    [
+        ({}, "25.0 % local, 3.0 MiB of 12.0 MiB, 2.0 MiB/s, ETA 1m30s, 7 demand misses"),
+        ({"eta": None}, "25.0 % local, 3.0 MiB of 12.0 MiB, 2.0 MiB/s, ETA unknown, 7 demand"),
+        ({"status": "paused"}, "25.0 % local, 3.0 MiB of 12.0 MiB, paused, 7 demand misses"),
+        ({"status": "null"}, "off, 7 demand misses"),
+        ({"status": "paused", "error": "disk full"}, "paused, 7 demand misses, disk full"),
+    ],
+)
+def test_what_a_line_says(details: dict[str, Any], text: str) -> None:
+    assert text in str(Snapshot.of(report(**details)))
+
+
+def test_a_lost_backing_is_told() -> None:
+    lost = report()
+    lost["backing"] |= {"connected": False, "last-error": "connection reset"}
+    assert str(Snapshot.of(lost)).endswith(": connection reset")
+    assert "backing lost for" in str(Snapshot.of(lost))
+
+
+def test_a_disk_without_backing_is_complete() -> None:
+    local = {"size": 5 << 20, "disk": {"demand-misses": 0}}
+    snapshot = Snapshot.of(local)
+    assert snapshot.ended and str(snapshot).startswith("100.0 % local, 5.0 MiB of 5.0 MiB")
+
+
+def test_an_empty_disk_divides_nothing() -> None:
+    assert "100.0 % local" in str(Snapshot.of({"size": 0, "disk": {"demand-misses": 0}}))
+
+
+async def test_progress_is_shown_until_the_job_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with control_room(tmp_path) as room:
+        room.stream.start()
+        await room.stream.completed.wait()
+
+        async def look() -> dict[str, Any]:
+            return statistics(room.disk, room.job)
+
+        await show_progress(look)
+    assert capsys.readouterr().err.startswith("100.0 % local")
+
+
+def test_on_a_terminal_it_is_one_line_and_the_log_goes_above_it() -> None:
+    handler = logging.StreamHandler(sys.__stderr__)
+    logging.getLogger().addHandler(handler)
+    controller, terminal = os.openpty()
+    try:
+        with os.fdopen(terminal, "w") as stream:
+            with ProgressLine(stream) as line:
+                for offset in range(0, 12 << 20, 1 << 20):
+                    line.show(Snapshot.of(report(offset=offset)))
+                logging.getLogger("nbdstream.test").warning("the link is down")
+                line.show(Snapshot.of(report(offset=12 << 20)))
+            output = os.read(controller, 65536).decode()
+        assert handler.stream is sys.__stderr__
+    finally:
+        os.close(controller)
+        logging.getLogger().removeHandler(handler)
+    assert output.count("\n") == 2, "one for the log's line, one at the end"
+    assert "0.0 % local" in output and "100.0 % local" in output
+    assert output.index("the link is down\r\n") < output.index("100.0 % local")
+
+
+def test_without_a_terminal_each_snapshot_is_a_line() -> None:
+    stream = io.StringIO()
+    with ProgressLine(stream) as line:
+        for _ in range(3):
+            line.show(Snapshot.of(report()))
+    assert stream.getvalue() == f"{Snapshot.of(report())}\n" * 3
+
+
+def test_backing_statistics_have_what_status_reads() -> None:
+    """`status` and the progress line read these by name."""
+    assert {"connected", "since", "last_error", "connections"} <= set(
+        BackingStatistics.__dataclass_fields__
+    )
