@@ -146,7 +146,7 @@ def guest_write(leaf: Leaf, offset: int, data: bytes, backing: bytes) -> None:
     end = offset + len(data)
     for edge in {align_down(offset, leaf.block_size), align_down(end, leaf.block_size)}:
         length = min(leaf.block_size, leaf.size - edge)
-        if length <= 0 or (offset <= edge and edge + length <= end):
+        if edge >= end or (offset <= edge and edge + length <= end):
             continue
         if any(extent.state is not State.DATA for extent in extents(leaf, edge, length)):
             write(leaf, edge, read(leaf, edge, length, backing))

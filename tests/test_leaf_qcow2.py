@@ -16,9 +16,7 @@ def plain(cluster_size: int) -> ImageKind:
     """Images of ours without extended L2 entries."""
 
     def make(path: Path, size: int, backing: BackingReference | None) -> None:
-        create(
-            str(path), size=size, cluster_size=cluster_size, backing=backing, extended_l2=False
-        )
+        create(str(path), size=size, cluster_size=cluster_size, backing=backing, extended_l2=False)
 
     return ImageKind(f"qcow2-plain-{cluster_size}", "qcow2", make)
 

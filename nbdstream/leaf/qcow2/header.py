@@ -74,6 +74,8 @@ FIELDS_V3 = (
 )
 STRUCT_V2 = struct.Struct(">4s" + "".join(code for _, code in FIELDS_V2))
 STRUCT_V3 = struct.Struct(">4s" + "".join(code for _, code in FIELDS_V3))
+# Smaller clusters may have no room for two copies of a header of several sectors.
+SMALL_CLUSTER = 4096
 # With compression_type, the only additional field so far, and its padding.
 HEADER_LENGTH = STRUCT_V3.size + 8
 
@@ -207,12 +209,18 @@ class Header:
 
     def fitted(self) -> "Header":
         """This header, without the feature name table (which is optional) if there is no
-        room for it in the first cluster. Raises LeafUnsupportedError if even that is not
-        enough."""
+        room for it in the first cluster, and for a second copy of it all (see `install`).
+
+        Raises LeafUnsupportedError if even that is not enough.
+        """
         kept = tuple(e for e in self.extensions if e.type != FEATURE_NAMES)
-        for header in (self, replace(self, extensions=kept)):
+        room = SECTOR if self.cluster_size < SMALL_CLUSTER else self.cluster_size
+        for header, limit in (
+            (self, room),
+            (replace(self, extensions=kept), self.cluster_size),
+        ):
             length = sum(map(len, header.encode()))
-            if length <= self.cluster_size:
+            if length <= limit:
                 return header
         raise LeafUnsupportedError(
             f"the header needs {length} bytes, a cluster has {self.cluster_size}: "
@@ -427,8 +435,9 @@ def install(fd: int, old: Header, new: Header) -> Header:
     """Replace an image's header, durably; return the new one as it is in the file.
 
     See the module's docstring for the order. Where the header cluster has no room for a
-    second copy (clusters of 1 or 2 KiB with a long name), the sectors are written one after
-    the other. Raises LeafUnsupportedError if the new one does not fit, OSError.
+    second copy (clusters of 1 or 2 KiB, a name of hundreds of bytes), the sectors are
+    written one after the other. Raises LeafUnsupportedError if the new one does not fit,
+    OSError.
     """
     new = new.fitted()
     plain = b"".join(new.encode())
