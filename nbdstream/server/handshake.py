@@ -12,6 +12,7 @@ that it reads from top to bottom like "Fixed newstyle negotiation" in doc/proto.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from nbdstream.errors import NbdstreamError
@@ -36,7 +37,8 @@ MAX_OPTION_DATA = 64 << 10
 # Data of an option that is read and thrown away to answer it properly.
 MAX_SKIPPED_DATA = 32 << 20
 
-_SERVER_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+# An int, because inverting an IntFlag loses the bits that have no name.
+_SERVER_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 
 
 class ProtocolError(NbdstreamError):
@@ -51,7 +53,8 @@ class Agreement(NamedTuple):
     contexts: tuple[MetaContext, ...]
 
 
-class Goodbye(NamedTuple):
+@dataclass(frozen=True)
+class Goodbye:
     """The client ended the session with NBD_OPT_ABORT."""
 
 

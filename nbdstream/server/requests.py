@@ -29,15 +29,16 @@ class Refusal(NamedTuple):
     offset: int | None = None
 
 
-_KNOWN_FLAGS = {
+# As ints, because inverting an IntFlag loses the bits that have no name.
+_KNOWN_FLAGS: dict[int, int] = {
     # FUA is "valid for all commands"; it means nothing to those that write nothing.
-    Command.READ: CommandFlag.FUA | CommandFlag.DF,
-    Command.WRITE: CommandFlag.FUA,
-    Command.FLUSH: CommandFlag.FUA,
-    Command.TRIM: CommandFlag.FUA,
-    Command.CACHE: CommandFlag.FUA,
-    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
-    Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
+    Command.READ: int(CommandFlag.FUA | CommandFlag.DF),
+    Command.WRITE: int(CommandFlag.FUA),
+    Command.FLUSH: int(CommandFlag.FUA),
+    Command.TRIM: int(CommandFlag.FUA),
+    Command.CACHE: int(CommandFlag.FUA),
+    Command.WRITE_ZEROES: int(CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO),
+    Command.BLOCK_STATUS: int(CommandFlag.FUA | CommandFlag.REQ_ONE),
 }
 _CHANGING = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
 
@@ -49,11 +50,11 @@ def is_change(request: Request) -> bool:
 
 def refusal(request: Request, agreement: Agreement) -> Refusal | None:
     """Why the request cannot be served at all, or None."""
-    known_flags = _KNOWN_FLAGS.get(request.command)  # type: ignore[call-overload]
+    known_flags = _KNOWN_FLAGS.get(request.command)
     if known_flags is None:
         return Refusal(Error.EINVAL, f"unknown command {request.command}")
     if request.command == Command.READ and not agreement.structured:
-        known_flags &= ~CommandFlag.DF
+        known_flags &= ~int(CommandFlag.DF)
     if request.flags & ~known_flags:
         name = Command(request.command).name
         return Refusal(Error.EINVAL, f"flags {request.flags:#x} are not valid for {name}")
