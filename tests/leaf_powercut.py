@@ -33,6 +33,7 @@ from tests.powercut import Disk, Journal, recording
 
 ZEROES = bytes(SECTOR)
 QEMU_CHECK_EVERY = 400  # qemu-img takes longer than all the rest of a cut
+CUT_AGAIN_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,23 @@ class _Player:
             self.note(at, data)
             self.leaf.write(at, memoryview(data))
 
+    def fail(self) -> None:
+        """A write to what the leaf does not have, on a disk that is about to be full: for
+        the guest, nothing happens."""
+        offset, length = self.some_blocks()
+        if any(e.state is not State.UNALLOCATED for e in extents(self.leaf, offset, length)):
+            return
+        self.version += 1
+        data = memoryview(pattern(offset, length, self.version))
+        self.life.journal.room = self.rng.randrange(length)
+        try:
+            self.leaf.write(offset, data)
+            raise AssertionError("the write succeeded on a full disk")
+        except (ColdMetadata, FlushNeeded, OSError):
+            pass
+        finally:
+            self.life.journal.room = None
+
     def interrupt(self) -> None:
         """What the event loop may do while a flush is under way in a worker."""
         if self.rng.random() < 0.4:
@@ -153,8 +171,10 @@ class _Player:
 
     def step(self) -> None:
         action = self.rng.random()
-        if action < 0.75:
+        if action < 0.70:
             self.attempt()
+        elif action < 0.75:
+            self.fail()
         elif action < 0.93:
             self.flush()
         elif action < 0.96:
@@ -283,21 +303,49 @@ def cut_everywhere(life: Life, directory: Path, *, seed: int, variants: int, eve
         admissible.advance(position)
         allowed = admissible.sets()
         for variant in range(variants):
-            state = rng.getstate()
             left = disk.survivors(rng)
-            for old in directory.iterdir():
-                old.unlink()
-            for name, content in left.items():
-                (directory / name).write_bytes(content)
             try:
+                _restore(directory, left)
                 _judge(life, directory / "disk", allowed, rng, judged)
+                if judged % CUT_AGAIN_EVERY == 0:
+                    judged += _cut_again(life, directory, left, allowed, rng)
             except Exception as error:
                 error.add_note(f"cut at {position} of {len(operations)}, variant {variant}")
                 error.add_note(f"operations: {[_brief(o) for o in operations[:position][-12:]]}")
-                rng.setstate(state)
                 raise
             judged += 1
     return judged
+
+
+def _restore(directory: Path, left: dict[str, bytes]) -> None:
+    for old in directory.iterdir():
+        old.unlink()
+    for name, content in left.items():
+        (directory / name).write_bytes(content)
+
+
+def _cut_again(
+    life: Life,
+    directory: Path,
+    left: dict[str, bytes],
+    allowed: dict[int, set[bytes]],
+    rng: random.Random,
+) -> int:
+    """The power goes once more while the leaf is opened, and perhaps repaired, and closed:
+    nothing that was there may be lost by that."""
+    _restore(directory, left)
+    with recording(directory) as journal:
+        life.kind.open(directory / "disk").close()
+    disk = Disk(journal)
+    for position, operation in enumerate(journal.operations):
+        disk.advance(operation)
+        _restore(directory, disk.survivors(rng))
+        try:
+            _judge(life, directory / "disk", allowed, rng, 1)
+        except Exception as error:
+            error.add_note(f"cut again, at {position + 1} of {len(journal.operations)}")
+            raise
+    return len(journal.operations)
 
 
 def _brief(operation: object) -> str:

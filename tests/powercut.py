@@ -14,6 +14,7 @@ orders its writeback.
 """
 
 import contextlib
+import errno
 import os
 import random
 import stat
@@ -70,7 +71,8 @@ class Journal:
     """What happened to the files of a directory since the recording began.
 
     ``interrupt``, if set, is called before each operation takes place: what it does
-    happens in between, as the event loop's calls do while a worker is under way.
+    happens in between, as the event loop's calls do while a worker is under way. Where
+    there is little ``room``, writes come out short, then fail with ENOSPC.
     """
 
     directory: Path
@@ -78,9 +80,20 @@ class Journal:
     names: dict[str, int] = field(default_factory=dict)
     operations: list[Operation] = field(default_factory=list)
     interrupt: Callable[[], None] | None = None
+    room: int | None = None  # bytes that can still be written; None: a disk without end
 
     def add(self, operation: Operation) -> None:
         self.operations.append(operation)
+
+    def take_room(self, wanted: int) -> int:
+        """How many bytes a write may write. Raises OSError when the disk is full."""
+        if self.room is None:
+            return wanted
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "the recorded disk is full")
+        granted = min(wanted, self.room)
+        self.room -= granted
+        return granted
 
     def before(self) -> None:
         """Let what is to happen in between happen; it is not interrupted itself."""
@@ -120,7 +133,8 @@ def recording(directory: Path) -> Iterator[Journal]:
             return int(real["pwrite"](fd, data, offset))
         journal.before()
         content = bytes(data)
-        count = int(real["pwrite"](fd, data, offset))
+        content = content[: journal.take_room(len(content))]
+        count = int(real["pwrite"](fd, content, offset))
         journal.add(Write(inode, offset, content[:count]))
         return count
 

@@ -24,6 +24,7 @@ def memory() -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("finish", [False, True], ids=["cut", "finish"])

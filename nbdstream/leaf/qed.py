@@ -100,6 +100,7 @@ class QedLeaf(Leaf):
             os.fdatasync(self.fd)
         self._marked = bool(self._header.features & NEED_CHECK)  # durably so
         self._mark_wanted = False
+        self._marking = False
         self._l1_snapshot: dict[int, bytes] = {}
         if self._marked and not self.read_only:
             self._repair()
@@ -113,8 +114,8 @@ class QedLeaf(Leaf):
         result = check_image(self.fd, self._header, repair=True)
         if result.errors and check_image(self.fd, self._header, repair=False).errors:
             raise LeafFormatError(f"is damaged beyond repair: {'; '.join(result.messages)}")
-        what = "; ".join(result.messages) or "nothing amiss"
-        log.warning("%s was not closed clean: checked and repaired (%s)", self.path, what)
+        found = "; ".join(result.messages) or "nothing was amiss"
+        log.warning("%s was not closed clean: checked it, %s", self.path, found)
 
     # -- where things are ------------------------------------------------------------
 
@@ -214,10 +215,10 @@ class QedLeaf(Leaf):
     def begin_flush(self) -> Callable[[], None]:
         l2_pages, l1_pages = self._tables.begin_flush()
         self._l1_snapshot = l1_pages
-        mark = self._mark_wanted and not self._marked
+        marking = self._marking = self._mark_wanted
 
         def flush() -> None:
-            if mark:
+            if marking:
                 replace(self._header, features=self._header.features | NEED_CHECK).write(self.fd)
             os.fdatasync(self.fd)
             for pages in (l2_pages, l1_pages):
@@ -228,7 +229,8 @@ class QedLeaf(Leaf):
         return flush
 
     def end_flush(self, *, ok: bool) -> None:
-        if ok and self._mark_wanted:
+        # Only if it was this flush that did it: it may have been asked for in the meantime.
+        if ok and self._marking:
             self._header = replace(self._header, features=self._header.features | NEED_CHECK)
             self._marked = True
             self._mark_wanted = False
