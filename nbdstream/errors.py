@@ -3,6 +3,7 @@
 
     NbdstreamError
     ├── UsageError            the caller asked for something that makes no sense
+    ├── ProfileError          a boot profile that is none, or is damaged
     ├── LeafError             the local image
     │   ├── LeafFormatError       not what it claims to be, or damaged
     │   ├── LeafUnsupportedError  well-formed, but uses a feature that we refuse by name
@@ -24,6 +25,10 @@ class NbdstreamError(Exception):
 
 class UsageError(NbdstreamError):
     """An argument that makes no sense, alone or together with another one."""
+
+
+class ProfileError(NbdstreamError):
+    """A file that is not a boot profile, is damaged, or does not fit another one."""
 
 
 class LeafError(NbdstreamError):

@@ -26,6 +26,9 @@ from nbdstream.leaf.base import BackingReference, Leaf
 from nbdstream.server.listeners import Listener
 from nbdstream.server.server import Server
 from nbdstream.streamer.job import StreamJob
+from nbdstream.streamer.prefetch import Prefetcher
+from nbdstream.streamer.profile import read_profile
+from nbdstream.streamer.recorder import record_boot
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,8 @@ class ServeOptions:
     """What `open_service` is asked for; ``nbdstream serve --help`` explains each.
 
     ``stream`` is "on", "off" or "paused"; ``speed`` in bytes per second, 0 for no cap;
-    ``backing_timeout`` in seconds, None to wait for a lost backing for ever.
+    ``finish_by`` in seconds from now, None for whenever; ``prefetch`` the file of a boot
+    profile; ``backing_timeout`` in seconds, None to wait for a lost backing for ever.
     """
 
     leaf: str
@@ -45,6 +49,8 @@ class ServeOptions:
     copy_on_read: bool = True
     stream: str = "on"
     speed: int = 0
+    finish_by: float | None = None
+    prefetch: str | None = None
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     backing_timeout: float | None = None
     keep_backing: bool = False
@@ -97,6 +103,11 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
 
     Raises what opening leaf and backing raises (NbdstreamError, OSError).
     """
+    if options.prefetch is not None and options.read_only:
+        raise UsageError("--prefetch keeps what it fetches: it does not go with --read-only")
+    if options.finish_by is not None and options.stream == "off":
+        raise UsageError("--finish-by is about streaming: it does not go with --stream off")
+    profile = read_profile(options.prefetch) if options.prefetch is not None else None
     async with _open_images(options) as (leaf, backing):
         async with open_disk(
             leaf, backing, copy_on_read=options.copy_on_read, detect_zeroes=options.detect_zeroes
@@ -106,6 +117,10 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
             async with trio.open_nursery() as nursery:
                 if job is not None:
                     nursery.start_soon(job.run)
+                    nursery.start_soon(job.deadline.run)
+                if profile is not None and backing is not None:
+                    nursery.start_soon(Prefetcher(disk, profile).run)
+                nursery.start_soon(record_boot, disk)
                 yield Opened(leaf, backing, disk, job)
                 nursery.cancel_scope.cancel()
 
@@ -147,6 +162,7 @@ def _job(options: ServeOptions, disk: StreamedDisk) -> StreamJob | None:
         return None
     job = StreamJob(disk, job_id=device_name(disk), keep_backing=options.keep_backing)
     job.set_speed(options.speed)
+    job.deadline.set(options.finish_by)
     if options.stream != "off":
         job.start(paused=options.stream == "paused")
     return job

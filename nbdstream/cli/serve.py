@@ -52,6 +52,17 @@ DEFAULT_ADDRESS = "localhost:10809"
 )
 @click.option("--speed", type=RATE, default=0, help="Cap the streaming, bytes per second.")
 @click.option(
+    "--finish-by",
+    type=DURATION,
+    help="Stream just fast enough to be done after this time, such as 2h; warn if it is too short.",
+)
+@click.option(
+    "--prefetch",
+    metavar="PROFILE",
+    type=click.Path(dir_okay=False),
+    help="Fetch first what this boot profile names (see 'nbdstream profile').",
+)
+@click.option(
     "--detect-zeroes",
     type=click.Choice([mode.value for mode in DetectZeroes]),
     default="off",
@@ -77,6 +88,8 @@ def serve(
     copy_on_read: str,
     stream: str,
     speed: int,
+    finish_by: float | None,
+    prefetch: str | None,
     detect_zeroes: str,
     backing_timeout: float | None,
     control: str | None,
@@ -99,6 +112,8 @@ def serve(
         copy_on_read=copy_on_read == "on",
         stream=stream,
         speed=speed,
+        finish_by=finish_by,
+        prefetch=prefetch,
         detect_zeroes=DetectZeroes(detect_zeroes),
         backing_timeout=backing_timeout,
         keep_backing=keep_backing,

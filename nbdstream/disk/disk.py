@@ -91,6 +91,8 @@ class StreamedDisk:
         copy_on_read: whether what a guest reads is kept; may be set at any time.
         detect_zeroes: what becomes of guest writes of zeroes.
         backing: None once everything is local, or if there never was one.
+        on_read: called with the offset and length of all that guests read, hits included,
+            and of what has to be fetched for a write; from any thread.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class StreamedDisk:
         self.demand_bytes = 0
         self.copy_on_write = 0
         self.detect_zeroes = detect_zeroes
+        self.on_read: Callable[[int, int], None] | None = None
         self._block_size = leaf.block_size
         self._locate = leaf.locate
         self._flusher = Flusher(leaf)
@@ -129,6 +132,9 @@ class StreamedDisk:
 
     def read_nowait(self, view: memoryview, offset: int) -> Hit:
         """Answer a read from the page cache, or not at all."""
+        on_read = self.on_read
+        if on_read is not None:
+            on_read(offset, len(view))
         host = self._locate(offset, len(view))
         if host >= 0:
             try:
@@ -169,6 +175,9 @@ class StreamedDisk:
 
     async def read(self, view: memoryview, offset: int) -> list[tuple[int, int]]:
         """Fill the view; see `Export.read`. Raises OSError, BackingError."""
+        on_read = self.on_read
+        if on_read is not None:
+            on_read(offset, len(view))
         fetched: list[Fetch] = []
         while True:
             plan = await self._atomically(self._read_plan, offset, len(view), fetched)
@@ -341,6 +350,8 @@ class StreamedDisk:
             await self._atomically(fill)
         else:
             self.copy_on_write += 1
+            if self.on_read is not None:
+                self.on_read(obstacle.offset, obstacle.length)
             for fetch in self._start_fetch(obstacle, Priority.DEMAND, store=True):
                 await fetch.wait()
                 if fetch.store_error is not None:

@@ -26,6 +26,7 @@ from nbdstream.backing.base import Backing, Priority
 from nbdstream.disk import StreamedDisk
 from nbdstream.errors import BackingError, BackingMismatchError
 from nbdstream.extents import align_down, align_up
+from nbdstream.streamer.deadline import Deadline
 from nbdstream.streamer.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class StreamJob:
         io_status: "ok", "nospace" or "failed", as QEMU's BlockDeviceIoStatus.
         error: the message that goes with it, or "".
         completed: set when everything is local.
+        deadline: when it is to be done by, if at all; its `Deadline.run` is a task of its own.
     """
 
     def __init__(self, disk: StreamedDisk, *, job_id: str, keep_backing: bool = False) -> None:
@@ -76,6 +78,8 @@ class StreamJob:
         self._keep_backing = keep_backing
         self._status = JobStatus.NULL
         self._speed = 0
+        self._pace = 0
+        self.deadline = Deadline(self)
         self._progress = Progress(disk.size, 0.0)
         self._listeners: list[EventListener] = []
         self._wake = trio.Event()
@@ -114,6 +118,17 @@ class StreamJob:
         return self._progress.rate(trio.current_time())
 
     @property
+    def running(self) -> bool:
+        """Whether it is at work: neither paused nor ended."""
+        return self._status is JobStatus.RUNNING
+
+    @property
+    def link_rate(self) -> float:
+        """Bytes per second that the backing has delivered lately, at best, to anybody."""
+        backing = self._disk.backing
+        return backing.statistics().rate if backing is not None else 0.0
+
+    @property
     def eta(self) -> float | None:
         """Seconds to go, or None while that is unknown or nothing moves."""
         return self._progress.eta(trio.current_time())
@@ -145,8 +160,18 @@ class StreamJob:
     def set_speed(self, speed: int) -> None:
         """Cap the job at ``speed`` bytes per second; 0 lifts the cap."""
         self._speed = speed
+        self._apply_speed()
+
+    def set_pace(self, pace: int) -> None:
+        """For the deadline: go no faster than ``pace`` bytes per second, if not 0."""
+        if pace != self._pace:
+            self._pace = pace
+            self._apply_speed()
+
+    def _apply_speed(self) -> None:
         if self._disk.backing is not None:
-            self._disk.backing.set_speed(speed)
+            speeds = [speed for speed in (self._speed, self._pace) if speed]
+            self._disk.backing.set_speed(min(speeds, default=0))
 
     def cancel(self) -> None:
         """End the job; what is local stays local."""
