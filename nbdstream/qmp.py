@@ -24,6 +24,7 @@ in, only ``QMPProtocolError`` (or an error *reply*, on the server's side) comes 
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -221,13 +222,17 @@ class LineReader:
         """Yield each complete line that is not blank. Raises QMPProtocolError if too long."""
         if self._broken is not None:
             raise QMPProtocolError(self._broken)
-        while (end := self._buffer.find(b"\n")) >= 0 or len(self._buffer) > self._limit:
-            if end < 0 or end > self._limit:
+        while (end := self._end()) > 0 or len(self._buffer) > self._limit:
+            if not 0 < end <= self._limit + 1:
                 self.fail(f"a line of more than {self._limit} bytes")
             line = bytes(self._buffer[:end]).strip()
-            del self._buffer[: end + 1]
+            del self._buffer[:end]
             if line:
                 yield line
+
+    def _end(self) -> int:
+        """How many bytes the first line has, its end included; 0 if that has not come yet."""
+        return self._buffer.find(b"\n") + 1
 
     def messages(self) -> Iterator[JSONObject]:
         """Yield each complete message. Raises QMPProtocolError for what is not one."""
@@ -242,6 +247,50 @@ class LineReader:
         self._broken = reason
         self._buffer.clear()
         raise QMPProtocolError(reason) from cause
+
+
+class CommandReader(LineReader):
+    """A reader whose lines also end where their outermost brace closes.
+
+    QMP's specification asks servers alone for a line end: some clients (qemu.qmp, and with
+    it qmp-shell) send the bare object. A line end still ends whatever was begun, so that a
+    broken command costs no more than its own line.
+    """
+
+    # All that matters for finding the end: escapes as a whole, quotes, braces, line ends.
+    _MARKS = re.compile(rb'\\[^\n]|["{}\[\]\n]')
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is known of the next line yet."""
+        self._scanned = self._depth = 0
+        self._in_string = False
+
+    def _end(self) -> int:
+        while mark := self._MARKS.search(self._buffer, self._scanned):
+            self._scanned = end = mark.end()
+            if self._closes(mark[0]):
+                self._begin()
+                return end
+        # A backslash at the very end may be the first half of an escape.
+        self._scanned = max(self._scanned, len(self._buffer) - 1)
+        return 0
+
+    def _closes(self, mark: bytes) -> bool:
+        """Take note of a mark; whether the line ends with it."""
+        if mark == b"\n":
+            return True
+        if mark == b'"':
+            self._in_string = not self._in_string
+        elif not self._in_string and mark in b"{[":
+            self._depth += 1
+        elif not self._in_string and mark in b"}]" and self._depth > 0:
+            self._depth -= 1
+            return self._depth == 0
+        return False
 
 
 def decode(line: bytes) -> JSONObject:
@@ -269,7 +318,7 @@ class ServerSession:
 
     def __init__(self, version: JSONObject) -> None:
         self._version = version
-        self._reader = LineReader(COMMAND_LIMIT)
+        self._reader = CommandReader(COMMAND_LIMIT)
         self.negotiated = False
         """Whether the client may give commands; no events are sent before that."""
 

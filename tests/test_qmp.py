@@ -12,6 +12,7 @@ from nbdstream.qmp import (
     Command,
     CommandError,
     CommandNotFound,
+    CommandReader,
     DeviceNotActive,
     DeviceNotFound,
     Event,
@@ -98,6 +99,34 @@ def test_lines_may_be_cut_anywhere() -> None:
         bytewise.feed(bytes([byte]))
         got += bytewise.messages()
     assert got == expected
+
+
+JSON_TEXT = st.text(alphabet=st.sampled_from('a{}[]"\\\n\u2028é'), max_size=8)
+JSON_OBJECTS = st.dictionaries(
+    JSON_TEXT,
+    st.recursive(JSON_TEXT | st.integers() | st.none(), lambda inner: st.lists(inner, max_size=3)),
+    max_size=3,
+)
+
+
+@given(st.lists(JSON_OBJECTS, max_size=4), st.sampled_from(["", " ", "\r\n"]), st.data())
+def test_commands_need_no_line_end(objects: list[object], end: str, data: st.DataObject) -> None:
+    """qemu.qmp, and with it qmp-shell, sends none."""
+    stream = "".join(json.dumps(each) + end for each in objects).encode()
+    reader, got = CommandReader(1000), []
+    while stream:
+        cut = data.draw(st.integers(1, len(stream)))
+        reader.feed(stream[:cut])
+        got += reader.messages()
+        stream = stream[cut:]
+    assert got == objects
+
+
+@pytest.mark.parametrize("broken", [b'{"a" "b"', b"[[[{", b'{"open', b'{"x\\', b"}}]", b"word"])
+def test_a_broken_command_costs_no_more_than_its_line(broken: bytes) -> None:
+    reader = CommandReader(1000)
+    reader.feed(broken + b'\n{"execute": "quit"}')
+    assert list(reader.lines()) == [broken, b'{"execute": "quit"}']
 
 
 @pytest.mark.parametrize("end", [b"", b"\n"], ids=["endless", "complete"])
