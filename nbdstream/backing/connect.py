@@ -22,7 +22,7 @@ CONNECT_TIMEOUT = 30.0
 NAMES_SHOWN = 8
 
 
-async def connect(uri: str, timeout: float = CONNECT_TIMEOUT) -> Connection:  # noqa: ASYNC109 - not for the call alone
+async def connect(uri: str, timeout: float = CONNECT_TIMEOUT) -> Connection:  # noqa: ASYNC109
     """Connect to an NBD URI (https://github.com/NetworkBlockDevice/nbd, doc/uri.md).
 
     Raises:

@@ -115,7 +115,9 @@ class Connection:
         """
         try:
             while not self.lost:
-                await self._turn()
+                with trio.CancelScope() as self._waiting:
+                    while not self.lost:
+                        await self._turn()
         except nbd.Error as error:
             self.kill(plain(error))
         except OSError as error:
@@ -153,12 +155,9 @@ class Connection:
     async def _turn(self) -> None:
         """Wait for the socket once; take what replies are there."""
         handle = self._handle
-        with trio.CancelScope() as self._waiting:
-            if not self._requests:
-                await self._idle()
-            writable = await wait_ready(handle)
-        if self._waiting.cancelled_caught:
-            return
+        if not self._requests:
+            await self._idle()
+        writable = await wait_ready(handle)
         self.last_progress = trio.current_time()
         if writable:
             handle.aio_notify_write()

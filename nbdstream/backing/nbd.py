@@ -208,9 +208,9 @@ async def open_nbd(
     uri: str,
     nbd_uri: str,
     *,
-    timeout: float | None,
+    timeout: float | None,  # noqa: ASYNC109
     size: int = 0,
-    identity: str = "",  # noqa: ASYNC109 - not for the call alone
+    identity: str = "",
 ) -> AsyncIterator[NbdBacking]:
     """Open the backing that is served at ``nbd_uri``; see `nbdstream.backing.open_backing`."""
     first: Connection | None = None

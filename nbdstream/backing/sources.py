@@ -15,9 +15,9 @@ NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock"
 async def open_backing(
     uri: str,
     *,
-    timeout: float | None = None,
+    timeout: float | None = None,  # noqa: ASYNC109
     size: int = 0,
-    identity: str = "",  # noqa: ASYNC109 - not for the call alone
+    identity: str = "",
 ) -> AsyncIterator[NbdBacking]:
     """Open the backing that a URI names; it is closed at the end of the block.
 

@@ -48,6 +48,7 @@ rounds); Ha and Rhee, "HyStart" (2011); Nichols and Jacobson, "CoDel" (2012).
 
 import math
 import random
+from collections import deque
 from typing import NamedTuple
 
 KIB = 1024
@@ -70,12 +71,18 @@ TARGET_RATE = 12.5e6
 TARGET_LEAST = 0.002
 TARGET_MOST = 0.030
 TARGET_PART = 0.05
+# Nor less than the path's own jitter: how far a round's replies are above its least on
+# average, smoothed.
+NOISE_GAIN = 0.125
 # Steady state: how far to go to where the law points, each round.
 GAIN = 0.5
+# The rate is measured at its best, which is a little more than it is.
+PIPE_PART = 0.8
 # Start-up ends after so many rounds in which the rate grew by less than a quarter.
 FLAT_ROUNDS = 3
 FLAT_GROWTH = 1.25
-# Start-up again after so many rounds with next to no queue.
+# Start-up again after so many rounds with more units under way than in the one before and
+# still next to no queue.
 EMPTY_ROUNDS = 4
 EMPTY_PART = 0.25
 # Drain when the queue was this many targets deep for this many rounds, or by the clock.
@@ -83,10 +90,15 @@ DEEP_ROUNDS = 8
 DEEP_TARGETS = 3
 DRAIN_INTERVAL = 10.0
 DRAIN_PART = 0.75
+# A base that changes by more than this calls for another drain, soon.
+MOVED_PART = 0.1
+MOVED_INTERVAL = 1.0
 # The rate is the best of the current and the last period of this length.
 RATE_PERIOD = 1.0
 # Replies that a verdict on the queue is based on, at the least.
 SAMPLES_LEAST = 3
+# Start-up looks for a standing queue over one round trip, and no less than this.
+START_LEAST = 0.01
 
 
 class Sent(NamedTuple):
@@ -97,6 +109,25 @@ class Sent(NamedTuple):
     delivered: int
     delivered_time: float
     in_flight: int
+
+
+class Lowest:
+    """The least of the samples of a sliding span of time."""
+
+    def __init__(self) -> None:
+        self._rising: deque[tuple[float, float]] = deque()
+
+    def add(self, now: float, sample: float, since: float) -> None:
+        """Take a sample, forget those from before ``since``."""
+        while self._rising and self._rising[-1][1] >= sample:
+            self._rising.pop()
+        self._rising.append((now, sample))
+        while self._rising[0][0] < since:
+            self._rising.popleft()
+
+    @property
+    def least(self) -> float:
+        return self._rising[0][1]
 
 
 class Window:
@@ -119,6 +150,7 @@ class Window:
         self.base_rtt = 0.0
         self.queue_delay = 0.0
         self._starting = True
+        self._recent = Lowest()
         self._in_flight = 0
         self._delivered = 0
         self._delivered_time = 0.0
@@ -130,10 +162,13 @@ class Window:
         self._flat_rounds = 0
         self._flat_rate = 0.0
         self._empty_rounds = 0
+        self._empty_units = 0
         self._deep_rounds = 0
         self._drain_at = -math.inf
         self._drain_start: float | None = None
         self._undrained_size = 0
+        self._undrained_base = 0.0
+        self._noise = 0.0
 
     # -- what happened -----------------------------------------------------------------
 
@@ -166,7 +201,8 @@ class Window:
         self._round.append(sample)
         self._round_limited = self._round_limited or limited
         if self._starting and limited:
-            self._grow(request.length)
+            self._recent.add(now, sample, now - max(self.base_rtt, START_LEAST))
+            self._grow(now, request.length)
         enough = min(SAMPLES_LEAST, max(self.size // self.unit, 1))
         if request.time >= self._round_start and len(self._round) >= enough:
             self._end_round(now)
@@ -196,36 +232,46 @@ class Window:
     def target(self) -> float:
         """The queueing delay wanted, in seconds."""
         by_rate = TARGET_TIME * math.sqrt(TARGET_RATE / self.rate) if self.rate else TARGET_MOST
-        return max(min(by_rate, TARGET_MOST), TARGET_LEAST, TARGET_PART * self.base_rtt)
+        wanted = max(by_rate, self._noise, TARGET_LEAST)
+        return max(min(wanted, TARGET_MOST), TARGET_PART * self.base_rtt)
 
     # -- start-up ----------------------------------------------------------------------
 
-    def _grow(self, length: int) -> None:
+    def _grow(self, now: float, length: int) -> None:
         self._resize(self.size + length)
-        recent = self._round[-2 * SAMPLES_LEAST :]
-        if len(recent) >= SAMPLES_LEAST and min(recent) - self.base_rtt > self._start_limit():
-            self._settle()
+        # A standing queue is what every reply of the last round trip waited in. Doubling
+        # sends in bursts, and most replies wait behind the rest of their own.
+        if self._recent.least - self.base_rtt > self._start_limit():
+            self._settle(now)
 
     def _start_limit(self) -> float:
         """The queue at which start-up has found the link's rate."""
         return max(2 * self.target, self.base_rtt / 8)
 
-    def _settle(self) -> None:
+    def _settle(self, now: float) -> None:
         """End of start-up: go to what has been measured."""
         self._starting = False
-        self._empty_rounds = self._deep_rounds = 0
-        self._resize(self.rate * (self.base_rtt + self.target))
+        self._empty_rounds = self._empty_units = self._deep_rounds = 0
+        self.size = self._fitting_size()
+        self._begin_round(now)
+        self._plan_drain(now, DRAIN_INTERVAL)
 
-    def _start_round(self, queue: float) -> None:
+    def _begin_round(self, now: float) -> None:
+        """A round ends with the first reply to a request that was sent within it."""
+        self._round.clear()
+        self._round_limited = False
+        self._round_start = now
+
+    def _start_round(self, now: float, queue: float) -> None:
         """A round of start-up is over: did the rate still grow?"""
         if queue > self._start_limit():
-            self._settle()
+            self._settle(now)
         elif self.rate >= self._flat_rate * FLAT_GROWTH:
             self._flat_rate, self._flat_rounds = self.rate, 0
         elif self._round_limited:
             self._flat_rounds += 1
             if self._flat_rounds >= FLAT_ROUNDS:
-                self._settle()
+                self._settle(now)
 
     # -- steady ------------------------------------------------------------------------
 
@@ -233,29 +279,36 @@ class Window:
         """A round trip's worth of background replies is in."""
         best = min(self._round)
         self.queue_delay = max(best - self.base_rtt, 0.0)
+        spread = sum(self._round) / len(self._round) - best
+        self._noise += NOISE_GAIN * (spread - self._noise)
         if self._drain_start is not None:
             self._end_drain(now, best)
         elif self._starting:
-            self._start_round(self.queue_delay)
+            self._start_round(now, self.queue_delay)
         else:
             self._follow(self.queue_delay)
             if now >= self._drain_at or self._deep_rounds >= DEEP_ROUNDS:
                 self._drain(now)
         self._choose_unit()
-        self._round.clear()
-        self._round_limited = False
-        self._round_start = now
+        self._begin_round(now)
 
     def _follow(self, queue: float) -> None:
         """One step of the steady law."""
         wanted = self.size * self.base_rtt / (self.base_rtt + queue) + self.rate * self.target
+        # On slow links a unit is a long time. So many whole ones are needed to fill the pipe:
+        whole = math.ceil(PIPE_PART * self.rate * self.base_rtt / self.unit) * self.unit
+        wanted = max(wanted, min(whole, self.size))
         if self._round_limited or wanted < self.size:
             self._resize(self.size + GAIN * (wanted - self.size))
-        empty = self._round_limited and queue < EMPTY_PART * self.target
-        self._empty_rounds = self._empty_rounds + 1 if empty else 0
+        units = self.size // self.unit
+        if queue > EMPTY_PART * self.target or units < self._empty_units:
+            self._empty_rounds, self._empty_units = 0, units
+        elif self._round_limited and units > self._empty_units:
+            self._empty_rounds, self._empty_units = self._empty_rounds + 1, units
         if self._empty_rounds >= EMPTY_ROUNDS:
+            self._recent = Lowest()
             self._starting, self._flat_rounds, self._flat_rate = True, 0, self.rate
-        deep = queue > DEEP_TARGETS * self.target
+        deep = queue > DEEP_TARGETS * self.target + self.unit / self.rate
         self._deep_rounds = self._deep_rounds + 1 if deep else 0
 
     def _choose_unit(self) -> None:
@@ -268,15 +321,19 @@ class Window:
             self.base_rtt = max(self.base_rtt + (unit - self.unit) / self.rate, 1e-6)
         self.unit = unit
 
+    def _fitting_size(self) -> int:
+        """The window that the measurements call for."""
+        return _bounded(self.rate * (self.base_rtt + self.target))
+
     def _resize(self, size: float) -> None:
-        self.size = int(min(max(size, WINDOW_LEAST), WINDOW_MOST))
+        self.size = _bounded(size)
 
     # -- drain -------------------------------------------------------------------------
 
     def _drain(self, now: float) -> None:
         """Let our own queue run empty, to see the base."""
         self._drain_start = now
-        self._undrained_size = self.size
+        self._undrained_size, self._undrained_base = self.size, self.base_rtt
         self._resize(DRAIN_PART * min(self.size, self.rate * self.base_rtt))
 
     def _is_drained(self, request: Sent) -> bool:
@@ -288,9 +345,20 @@ class Window:
         )
 
     def _end_drain(self, now: float, best: float) -> None:
+        moved = abs(best - self._undrained_base) > MOVED_PART * self._undrained_base
         self.base_rtt = best
         self.queue_delay = 0.0
-        self.size = self._undrained_size
+        self.size = (
+            min(self._undrained_size, self._fitting_size()) if moved else self._undrained_size
+        )
         self._drain_start = None
-        self._drain_at = now + DRAIN_INTERVAL * self._rng.uniform(0.8, 1.2)
+        # The path has changed, and some of what we see of it may still be our own queue.
+        self._plan_drain(now, MOVED_INTERVAL if moved else DRAIN_INTERVAL)
+
+    def _plan_drain(self, now: float, interval: float) -> None:
         self._deep_rounds = 0
+        self._drain_at = now + interval * self._rng.uniform(0.8, 1.2)
+
+
+def _bounded(size: float) -> int:
+    return int(min(max(size, WINDOW_LEAST), WINDOW_MOST))
