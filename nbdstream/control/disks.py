@@ -12,8 +12,8 @@ from nbdstream.control.api import ControlledDisk, ControlledJob
 from nbdstream.control.jobs import NOTHING_TO_STREAM, non_negative
 from nbdstream.control.report import statistics
 from nbdstream.control.table import command
-from nbdstream.leaf.base import LeafExtent, joined
-from nbdstream.leaf.map import image_info, map_entry
+from nbdstream.leaf.base import State
+from nbdstream.leaf.map import image_info
 from nbdstream.qmp import DeviceNotFound, GenericError, JSONObject
 
 # Extents in one answer to x-nbdstream-map: asked for by default, and at the most.
@@ -75,8 +75,8 @@ class DiskCommands:
         if length == 0:
             return {"extents": []}
         extents = await _longest(self._disk, offset, offset + length, limit)
-        answer: JSONObject = {"extents": [map_entry(extent) for extent in extents]}
-        end = extents[-1].end
+        answer: JSONObject = {"extents": extents}
+        end = extents[-1]["start"] + extents[-1]["length"]
         return answer | ({"next": end} if end < offset + length else {})
 
     @command("x-nbdstream-stream")
@@ -108,14 +108,21 @@ class DiskCommands:
             )
 
 
-async def _longest(disk: ControlledDisk, offset: int, end: int, limit: int) -> list[LeafExtent]:
-    """The first ``limit`` of the longest extents that tile the range."""
-    found: list[LeafExtent] = []
+async def _longest(disk: ControlledDisk, offset: int, end: int, limit: int) -> list[JSONObject]:
+    """The first ``limit`` of the longest extents that tile the range, named as qemu-img map
+    names them. Where in the leaf's file they lie is nobody's business here, so that pieces
+    which were streamed in any order join again."""
+    found: list[JSONObject] = []
     # One more than asked for shows that the last one is as long as it can be.
     while offset < end and len(found) <= limit:
-        more = await disk.leaf_extents(offset, end - offset, limit + 1)
-        tail = [found.pop()] if found else []
-        found += joined(tail + more)
-        offset = found[-1].end
+        for extent in await disk.leaf_extents(offset, end - offset, limit + 1):
+            present, zero = extent.state is not State.UNALLOCATED, extent.state is State.ZERO
+            if found and (found[-1]["present"], found[-1]["zero"]) == (present, zero):
+                found[-1]["length"] += extent.length
+            else:
+                piece = {"start": extent.offset, "length": extent.length}
+                kind = {"present": present, "zero": zero, "data": present and not zero}
+                found.append(piece | kind)
+            offset = extent.end
         await trio.lowlevel.checkpoint()
     return found[:limit]
