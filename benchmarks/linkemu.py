@@ -26,26 +26,35 @@ from benchmarks.link_control import Address, parse_command
 from benchmarks.link_model import Shape
 from benchmarks.link_proxy import LISTEN_BACKLOG, Link
 
+# Held from a command to its reply, so that the reply to `quit` gets out.
+_answering = threading.Lock()
+
 
 def _serve_lines(link: Link, lines: TextIO, replies: TextIO) -> None:
-    """Answer commands until the stream ends or the link does."""
+    """Answer commands until the stream ends or nobody reads the replies."""
     for line in lines:
-        try:
-            reply = link.command(line)
-        except (ValueError, OSError) as error:
-            reply = {"error": str(error)}
-        try:
-            print(json.dumps(reply), file=replies, flush=True)
-        except OSError:  # nobody is left to read it
-            return
+        with _answering:
+            try:
+                reply = link.command(line)
+            except (ValueError, OSError) as error:
+                reply = {"error": str(error)}
+            try:
+                print(json.dumps(reply), file=replies, flush=True)
+            except OSError:
+                return
+
+
+def _serve_client(link: Link, client: socket.socket) -> None:
+    # Two streams: a text stream that is written to forgets what it has read ahead.
+    with client, client.makefile("r") as lines, client.makefile("w") as replies:
+        _serve_lines(link, lines, replies)
 
 
 def _serve_control(link: Link, listener: socket.socket) -> None:
     listener.setblocking(True)
     while True:
         client, _ = listener.accept()
-        stream = client.makefile("rw", encoding="utf-8")
-        threading.Thread(target=_serve_lines, args=(link, stream, stream), daemon=True).start()
+        threading.Thread(target=_serve_client, args=(link, client), daemon=True).start()
 
 
 def _arguments() -> argparse.Namespace:
@@ -89,6 +98,8 @@ def main() -> None:
                 target=_serve_lines, args=(link, lines, sys.stdout), daemon=True
             ).start()
             link.wait_closed()
+            with _answering:
+                pass
     finally:
         if control:
             control.unlink()

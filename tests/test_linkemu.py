@@ -1,0 +1,553 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The link emulator: its model exactly, on a clock of the test's own; its sockets for real.
+
+Real time is bounded strictly from below (nothing may be early) and generously from above,
+and where a rate is measured, the best of a few attempts counts: a busy machine makes
+things late and never early.
+"""
+
+import contextlib
+import json
+import random
+import socket
+import socketserver
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.link_control import (
+    Address,
+    Steering,
+    link_process,
+    parse_bit_rate,
+    parse_command,
+    settings_line,
+)
+from benchmarks.link_model import SLAB_SIZE, Direction, Lane, LinkClock, Shape, Slab
+from benchmarks.link_proxy import Link
+from tests.peers import temporary_directory
+
+MEGABIT = 1e6
+PATIENCE = 20.0
+
+
+# --- the model
+
+
+def send(direction: Direction, lane: Lane, now: float, data: bytes) -> None:
+    """`data` arrives from a socket at `now`, in one piece if the lane has space for it."""
+    while data:
+        space = lane.space(len(data))
+        space[:] = data[: len(space)]
+        direction.arrive(now, lane, *lane.received(len(space)))
+        data = data[len(space) :]
+
+
+def dues(lane: Lane) -> list[float]:
+    return [chunk.due for chunk in lane.in_flight]
+
+
+def test_chunks_leave_one_after_the_other_at_the_rate() -> None:
+    direction, lane = Direction(Shape(rate=8000, delay=0.5)), Lane([])
+    for _ in range(3):
+        send(direction, lane, 10.0, bytes(100))
+    direction.advance(11.0)
+    assert dues(lane) == pytest.approx([10.6, 10.7, 10.8])
+
+
+def test_an_idle_link_saves_nothing_up() -> None:
+    direction, lane = Direction(Shape(rate=8000)), Lane([])
+    send(direction, lane, 1.0, bytes(100))
+    send(direction, lane, 5.0, bytes(100))
+    assert dues(lane) == pytest.approx([1.1, 5.1])
+
+
+def test_looking_late_changes_no_departure() -> None:
+    shape = Shape(rate=8000, delay=0.01)
+    often, seldom = Direction(shape), Direction(shape)
+    lane_often, lane_seldom = Lane([]), Lane([])
+    for size in (100, 7, 300, 1):
+        send(often, lane_often, 1.0, bytes(size))
+        send(seldom, lane_seldom, 1.0, bytes(size))
+    for step in range(100):
+        often.advance(1.0 + step / 100)
+    seldom.advance(2.0)
+    assert dues(lane_often) == pytest.approx(dues(lane_seldom))
+    assert len(lane_often.in_flight) == 4
+
+
+def test_all_connections_share_one_queue() -> None:
+    direction, bulk, demand = Direction(Shape(rate=8000)), Lane([]), Lane([])
+    for _ in range(10):
+        send(direction, bulk, 0.0, bytes(100))
+    send(direction, demand, 0.0, bytes(10))
+    send(direction, bulk, 0.0, bytes(100))
+    direction.advance(2.0)
+    assert dues(demand) == pytest.approx([1.01])
+    assert dues(bulk)[-1] == pytest.approx(1.11)
+
+
+def test_a_new_rate_holds_for_what_still_waits() -> None:
+    direction, lane = Direction(Shape(rate=8000)), Lane([])
+    for _ in range(3):
+        send(direction, lane, 0.0, bytes(100))
+    direction.shape = Shape(rate=80000)
+    direction.advance(1.0)
+    assert dues(lane) == pytest.approx([0.1, 0.11, 0.12])
+
+
+def test_jitter_delays_but_never_reorders() -> None:
+    direction, lane = Direction(Shape(delay=0.1, jitter=0.05)), Lane([])
+    sent = [index / 40 for index in range(200)]  # closer together than the jitter
+    for now in sent:
+        send(direction, lane, now, b"x")
+    assert dues(lane) == sorted(dues(lane))
+    late = [due - now for due, now in zip(dues(lane), sent, strict=True)]
+    assert min(late) >= 0.1
+    assert max(late) < 0.15
+    assert max(late) - min(late) > 0.02
+
+
+def test_queue_counts_what_waits_for_the_transmitter() -> None:
+    direction, lane = Direction(Shape(rate=8000, queue=250)), Lane([])
+    for _ in range(3):
+        assert direction.has_room
+        send(direction, lane, 0.0, bytes(125))  # the first is under transmission at once
+    assert not direction.has_room
+    assert direction.next_turn() == pytest.approx(0.125)
+    direction.advance(0.126)
+    assert direction.has_room
+    assert direction.max_queued == 250
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, SLAB_SIZE // 3), st.integers(0, SLAB_SIZE)), max_size=30),
+    st.randoms(use_true_random=False),
+)
+def test_buffers_are_reused_and_lose_nothing(steps: list[tuple[int, int]], numbers: object) -> None:
+    direction = Direction(Shape())
+    spare: list[Slab] = []
+    lanes = [Lane(spare), Lane(spare)]
+    sent, got = [bytearray(), bytearray()], [bytearray(), bytearray()]
+    assert isinstance(numbers, random.Random)
+
+    def take(which: int, length: int) -> None:
+        due = b"".join(bytes(chunk.data or b"") for chunk in lanes[which].in_flight)[:length]
+        got[which] += due
+        lanes[which].delivered(len(due))
+
+    for size, taken in steps:
+        which = numbers.randrange(2)
+        pattern = numbers.randbytes(16) * (size // 16 + 1)
+        sent[which] += pattern[:size]
+        send(direction, lanes[which], 0.0, pattern[:size])
+        take(numbers.randrange(2), taken)
+    for which in (0, 1):
+        take(which, len(sent[which]))
+        assert got[which] == sent[which]
+        assert lanes[which].buffered == 0
+
+
+def test_the_clock_stands_still_during_a_stall() -> None:
+    clock = LinkClock()
+    clock.freeze(None)
+    first = clock.now()
+    time.sleep(0.01)
+    assert clock.now() == first
+    clock.thaw()
+    assert first <= clock.now() < first + 5
+    before = clock.now()
+    clock.freeze(0.01)
+    while clock.frozen:
+        time.sleep(0.001)
+        clock.now()
+    assert before <= clock.now() < before + 5
+
+
+# --- the protocol's words
+
+
+def test_settings_survive_the_line_protocol() -> None:
+    for shape in (Shape(), Shape(rate=1.5e6, delay=0.0125, jitter=0.001, queue=65536)):
+        assert parse_command(settings_line(shape), Shape(rate=1)).shape == shape
+
+
+def test_settings_change_only_what_they_name() -> None:
+    before = Shape(rate=1e6, delay=0.5)
+    after = parse_command("set delay=20ms", before).shape
+    assert after == Shape(rate=1e6, delay=0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("100M", 1e8), ("1.5G", 1.5e9), ("64k", 64e3), ("unlimited", None)]
+)
+def test_rates(text: str, rate: float | None) -> None:
+    assert parse_bit_rate(text) == rate
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "fly",
+        "set rate=fast",
+        "set rate=0",
+        "set delay=-1",
+        "set colour=red",
+        "set queue=0",
+        "stall soon",
+        "cut",
+        "cut gently",
+        "quit now",
+    ],
+)
+def test_nonsense_is_refused(line: str) -> None:
+    with pytest.raises(ValueError):
+        parse_command(line, Shape())
+
+
+def test_addresses() -> None:
+    for text in ("127.0.0.1:80", "[::1]:80", "unix:/run/a b"):
+        assert str(Address.parse(text)) == text
+    for text in ("", "localhost", "host:port", "80"):
+        with pytest.raises(ValueError):
+            Address.parse(text)
+
+
+# --- sockets
+
+
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        # A reset is the end of the conversation as well.
+        with contextlib.suppress(ConnectionError):
+            while data := self.request.recv(1 << 20):
+                self.request.sendall(data)
+
+
+class TcpServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+
+class UnixServer(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with temporary_directory() as path:
+        yield path
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def listen(request: pytest.FixtureRequest, directory: Path) -> str:
+    """Where the link listens: both kinds of socket are tested."""
+    return f"unix:{directory}/link" if request.param == "unix" else "127.0.0.1:0"
+
+
+@pytest.fixture
+def echo(listen: str, directory: Path) -> Iterator[str]:
+    """An echo server behind the link, on the same kind of socket."""
+    server: TcpServer | UnixServer
+    if listen.startswith("unix:"):
+        server = UnixServer(f"{directory}/echo", Echo)
+    else:
+        server = TcpServer(("127.0.0.1", 0), Echo)
+    # The poll interval is how long shutdown() takes.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield str(Address.of(server.socket))
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def connect(link: Steering) -> socket.socket:
+    return link.address.connect(PATIENCE)
+
+
+def receive(sock: socket.socket, length: int) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        piece = sock.recv(length - len(data))
+        assert piece, f"the connection ended after {len(data)} of {length} bytes"
+        data += piece
+    return bytes(data)
+
+
+def ping(sock: socket.socket, data: bytes = b"x") -> float:
+    """Seconds until `data` came back."""
+    start = time.monotonic()
+    sock.sendall(data)
+    assert receive(sock, len(data)) == data
+    return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def connected(link: Steering, count: int = 1) -> Iterator[list[socket.socket]]:
+    """Connections that have been used once, so that their set-up is over."""
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(connect(link)) for _ in range(count)]
+        for sock in socks:
+            ping(sock)
+        yield socks
+
+
+def test_delay_is_added_in_each_direction(listen: str, echo: str) -> None:
+    with Link(listen, echo, Shape(delay=0.02)) as link, connected(link) as (sock,):
+        times = [ping(sock) for _ in range(15)]
+    assert min(times) >= 0.04
+    assert statistics.median(times) < 0.04 + 0.01
+
+
+def test_a_connection_takes_a_handshake_to_open(listen: str, echo: str) -> None:
+    with Link(listen, echo, Shape(delay=0.02)) as link, connect(link) as sock:
+        assert ping(sock) >= 0.08
+
+
+def test_rate_is_kept(listen: str, echo: str) -> None:
+    size, rate = 625_000, 20 * MEGABIT
+    expected = size * 8 / rate
+    errors = []
+    with Link(listen, echo, Shape(rate=rate)) as link, connected(link) as (sock,):
+        for _ in range(3):
+            start = time.monotonic()
+            sender = threading.Thread(target=sock.sendall, args=(bytes(size),))
+            sender.start()
+            receive(sock, size)
+            took = time.monotonic() - start
+            sender.join()
+            # Up and down overlap but for one chunk.
+            assert took >= expected
+            errors.append(took / expected - 1)
+    assert min(errors) < 0.05, errors
+
+
+def test_a_small_request_waits_behind_the_bulk_of_another_connection(
+    listen: str, echo: str
+) -> None:
+    size, rate = 250_000, 10 * MEGABIT
+    with Link(listen, echo, Shape(rate=rate)) as link, connected(link, 2) as (bulk, demand):
+        idle = min(ping(demand) for _ in range(5))
+        sender = threading.Thread(target=bulk.sendall, args=(bytes(size),))
+        sender.start()
+        while link.stats()["up"]["queued"] < 0.9 * size:
+            time.sleep(0.001)
+        waiting = link.stats()["up"]["queued"] * 8 / rate
+        loaded = ping(demand)
+        # Some of it left between the look and the ping.
+        assert loaded > 0.5 * waiting
+        assert loaded > 5 * idle
+        assert len(receive(bulk, size)) == size
+        sender.join()
+
+
+def test_a_full_queue_holds_the_sender_back(listen: str, echo: str) -> None:
+    shape = Shape(rate=1 * MEGABIT, queue=32 * 1024)
+    with Link(listen, echo, shape) as link, connect(link) as sock:
+        sock.setblocking(False)
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while sent < 16 << 20:
+                sent += sock.send(bytes(65536))
+        assert sent < 16 << 20
+        while link.stats()["up"]["max_queued"] < 32 * 1024:
+            time.sleep(0.001)
+        assert link.stats()["up"]["max_queued"] <= 32 * 1024 + shape.chunk_size
+
+
+def test_bytes_survive_any_chunking(listen: str, echo: str) -> None:
+    """Several connections at once, random pieces, the shape changing under way."""
+
+    def converse(sock: socket.socket, seed: int) -> None:
+        numbers = random.Random(seed)
+        data = numbers.randbytes(600_000)
+
+        def feed() -> None:
+            start = 0
+            while start < len(data):
+                end = start + numbers.choice((1, 28, 4096, 50_000, 300_000))
+                sock.sendall(data[start:end])
+                start = end
+            sock.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=feed)
+        sender.start()
+        got = bytearray()
+        while piece := sock.recv(numbers.choice((100, 5000, 1 << 20))):
+            got += piece
+        sender.join()
+        same.append(got == data)
+
+    same: list[bool] = []
+    with Link(listen, echo, Shape(delay=0.002, jitter=0.003)) as link:
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(connect(link)) for _ in range(4)]
+            threads = [
+                threading.Thread(target=converse, args=(sock, seed))
+                for seed, sock in enumerate(socks)
+            ]
+            for thread in threads:
+                thread.start()
+            link.set(Shape(rate=400 * MEGABIT, delay=0.001, queue=20_000))
+            link.set(Shape(delay=0.001))
+            for thread in threads:
+                thread.join()
+        assert same == [True] * 4
+        assert link.stats()["up"]["bytes"] == link.stats()["down"]["bytes"] == 4 * 600_000
+
+
+def test_a_stall_freezes_and_goes_on(listen: str, echo: str) -> None:
+    with Link(listen, echo, Shape(delay=0.005)) as link, connected(link) as (sock,):
+        link.stall()
+        sock.sendall(b"held")
+        sock.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            sock.recv(4)
+        sock.settimeout(PATIENCE)
+        link.resume()
+        assert receive(sock, 4) == b"held"
+        link.stall(0.1)
+        assert ping(sock) >= 0.1
+
+
+def test_a_cut_resets_and_refuses(listen: str, echo: str) -> None:
+    with Link(listen, echo, Shape(delay=0.005)) as link:
+        with connected(link, 2) as (first, second):
+            address = link.address
+            link.cut("reset")
+            for sock in (first, second):
+                if not address.path:
+                    with pytest.raises(ConnectionResetError):
+                        sock.recv(1)
+                else:  # a unix socket knows no reset: it ends
+                    assert sock.recv(1) == b""
+            with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
+                connect(link)
+        link.restore()
+        assert link.address == address
+        with connected(link):
+            pass
+
+
+def test_a_black_hole_swallows_and_forgets(listen: str, echo: str) -> None:
+    with Link(listen, echo, Shape()) as link, connected(link) as (old,):
+        link.cut("blackhole")
+        old.sendall(b"lost")
+        with connect(link) as waiting:
+            waiting.sendall(b"late")
+            old.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                old.recv(1)
+            link.restore()
+            assert receive(waiting, 4) == b"late"
+        with connected(link):
+            pass
+        with pytest.raises(TimeoutError):
+            old.recv(1)
+
+
+@pytest.mark.parametrize("modes", [("reset", "blackhole"), ("blackhole", "reset")])
+def test_one_cut_may_follow_another(listen: str, echo: str, modes: tuple[str, str]) -> None:
+    with Link(listen, echo, Shape()) as link:
+        for mode in modes:
+            link.command(f"cut {mode}")
+        link.restore()
+        link.restore()
+        with connected(link):
+            pass
+
+
+def test_an_unreachable_target_ends_the_connection(listen: str, directory: Path) -> None:
+    with Link(listen, f"unix:{directory}/nobody", Shape()) as link:
+        try:
+            with connect(link) as sock:
+                assert sock.recv(1) == b""
+        except ConnectionResetError:
+            pass  # what TCP makes of it, during connect() even
+
+
+def test_a_target_that_dies_reaches_the_client(directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{directory}/target")
+        listener.listen()
+        with Link(f"unix:{directory}/link", f"unix:{directory}/target", Shape()) as link:
+            with connect(link) as sock:
+                served, _ = listener.accept()
+                served.sendall(b"last words")
+                served.close()
+                assert receive(sock, 10) == b"last words"
+                assert sock.recv(1) == b""
+
+
+def test_steering_a_process_is_the_same(listen: str, echo: str) -> None:
+    with link_process(listen, echo, Shape(delay=0.01)) as link:
+        with connected(link) as (sock,):
+            assert ping(sock) >= 0.02
+            link.set(Shape(delay=0.03))
+            assert ping(sock) >= 0.06
+            assert link.stats()["up"]["bytes"] == 3
+        with pytest.raises(ValueError, match="no such command"):
+            link.command("fly")
+        assert link.processor_seconds() > 0
+
+
+def test_the_command_takes_orders_on_its_control_socket(
+    listen: str, echo: str, directory: Path
+) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "linkemu.py"
+    control = directory / "control"
+    options = ["--rate", "100M", "--delay", "15ms", "--control", str(control)]
+    process = subprocess.Popen(
+        [sys.executable, str(script), "--listen", listen, "--to", echo, *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        address = Address.parse(process.stdout.readline().strip())
+        with address.connect(PATIENCE) as sock:
+            ping(sock)
+            assert ping(sock) >= 0.03
+        with Address(path=str(control)).connect(PATIENCE) as steering:
+            with steering.makefile("rw") as lines:
+                lines.write("stats\nset rate=broken\nquit\n")
+                lines.flush()
+                replies = [json.loads(lines.readline()) for _ in range(3)]
+        assert replies[0]["shape"]["rate"] == 100 * MEGABIT
+        assert "broken" in replies[1]["error"]
+        assert replies[2] == {}
+        assert process.wait(PATIENCE) == 0
+        assert not control.exists()
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    "options", [["--to", "nowhere"], ["--to", "unix:/x", "--rate", "fast"], ["--listen", "0:x"]]
+)
+def test_the_command_explains_what_is_wrong(options: list[str]) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "linkemu.py"
+    options = options if "--to" in options else [*options, "--to", "unix:/x"]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("linkemu: error: ")
+    assert len(done.stderr.splitlines()) == 1
