@@ -15,6 +15,8 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +33,7 @@ from nbdstream.leaf.base import (
     ALL_ZERO,
     SCATTERED,
     BackingReference,
+    ColdMetadata,
     FlushNeeded,
     Leaf,
     State,
@@ -52,6 +55,25 @@ from tests.leaf_support import (
 
 SIZE = (4 << 20) + 512  # not a multiple of any cluster
 BIG = 8 << 40
+
+
+@contextmanager
+def cold_page_cache() -> Iterator[set[tuple[int, int]]]:
+    """Reads that must not wait find each piece of a file out of the page cache, once.
+
+    Yields what was asked for so far: (descriptor, offset).
+    """
+    real = os.preadv
+    asked: set[tuple[int, int]] = set()
+
+    def preadv(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT and (fd, offset) not in asked:
+            asked.add((fd, offset))
+            raise BlockingIOError(errno.EAGAIN, "cold")
+        return real(fd, buffers, offset, flags)
+
+    with mock.patch.object(os, "preadv", preadv):
+        yield asked
 
 
 class LeafConformance:
@@ -221,6 +243,44 @@ class LeafConformance:
         flush(leaf)
         assert read(leaf, 3 * block, block, backing) == pattern(0, block, 3)
         leaf.close()
+        qemu_check(path, kind.format)
+
+    def test_cold_metadata_is_asked_for_before_anything_changes(
+        self, kind: ImageKind, path: Path
+    ) -> None:
+        """Every first look at a piece of metadata finds it out of the page cache."""
+        backing = pattern(0, SIZE)
+        leaf = kind.new(path, SIZE)
+        block = leaf.block_size
+        write(leaf, 0, pattern(0, block, 1))
+        leaf.close()
+        with cold_page_cache() as asked:
+            for change in (
+                lambda leaf: leaf.write(0, memoryview(pattern(0, 3 * block, 2))),
+                lambda leaf: leaf.zero(0, 3 * block, unmap=True),
+                lambda leaf: list(leaf.extents(0, SIZE)),
+            ):
+                leaf = kind.open(path)
+                asked.clear()
+                before = path.read_bytes()
+                signals = 0
+                while True:
+                    try:
+                        change(leaf)
+                        break
+                    except ColdMetadata as cold:
+                        assert path.read_bytes() == before
+                        signals += 1
+                        cold.warm()
+                    except FlushNeeded:
+                        flush(leaf)
+                        before = path.read_bytes()
+                assert signals == len(asked)
+                expected = read(leaf, 0, SIZE, backing)
+                leaf.close()
+                leaf = kind.open(path, read_only=True)
+                assert read(leaf, 0, SIZE, backing) == expected
+                leaf.close()
         qemu_check(path, kind.format)
 
     # -- the backing ---------------------------------------------------------------------

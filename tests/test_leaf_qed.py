@@ -371,7 +371,7 @@ def test_feature_bits(path: Path) -> None:
 
 def test_truncated_images(path: Path) -> None:
     content = path.read_bytes()
-    for length in [*range(0, 64), *range(64, len(content), 509)]:
+    for length in [*range(64), *range(64, len(content), 509)]:
         path.write_bytes(content[:length])
         try:
             leaf = open_leaf(str(path), format="qed")

@@ -80,9 +80,10 @@ def open_leaf(path: str, *, read_only: bool = False, format: str | None = None) 
         OSError: it cannot be opened or read.
     """
     name = format or probe_format(path)
+    module = _module(name)
     if name != "raw" and _has_map(path):
         raise LeafFormatError(f"{path} has an allocation map beside it: it is raw, not {name}")
-    return _module(name).open_image(path, read_only=read_only)
+    return module.open_image(path, read_only=read_only)
 
 
 def create_leaf(

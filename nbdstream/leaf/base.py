@@ -88,7 +88,8 @@ class BackingReference:
     ``nbdstream.backing.identity``); empty where the image was made by another tool
     and none has been recorded yet. ``size`` is the backing's size in bytes, or 0 where
     the format does not record it. ``format`` is QEMU's name for the backing's format
-    as seen through the URI: "raw" for every NBD export.
+    as seen through the URI: "raw" for every NBD export; empty where the image leaves it
+    to be probed.
     """
 
     uri: str
@@ -229,14 +230,18 @@ class Leaf(abc.ABC):
 
     @abc.abstractmethod
     def record_backing(self, backing: BackingReference) -> None:
-        """Worker: record durably another reference (a new URI, an identity so far unknown)."""
+        """Worker: record durably another reference (a new URI, an identity so far unknown).
+
+        No flush is under way. A crash leaves the old or the new one. Raises LeafError if
+        the leaf has no backing, or the reference does not fit in; OSError.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:
         """Worker: leave the file clean, release the lock, close it.
 
-        The caller has flushed; whatever is still dirty is flushed here too. Safe to
-        call twice. Also closes (without writing) when the leaf is read-only.
+        The caller has flushed; whatever is not is made durable here too. Safe to call
+        twice. Also closes (without writing) when the leaf is read-only.
         """
 
     # -- looking at it ---------------------------------------------------------------
