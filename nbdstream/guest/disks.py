@@ -44,6 +44,10 @@ def nbd_options(uri: str) -> JSONObject:
     together with credentials that a URI does not name.
     """
     parts = urlsplit(uri)
+    try:
+        port = parts.port or DEFAULT_NBD_PORT
+    except ValueError as error:
+        raise UsageError(f"{uri}: no such port") from error
     if re.fullmatch(r"nbds(\+unix|\+vsock)?", parts.scheme):
         raise UsageError(f"{uri}: QEMU cannot take TLS from a URI; serve it without, locally")
     if parts.scheme == "nbd+unix":
@@ -52,8 +56,7 @@ def nbd_options(uri: str) -> JSONObject:
             raise UsageError(f"{uri}: an nbd+unix URI needs ?socket=PATH")
         server = {"type": "unix", "path": path}
     elif parts.scheme == "nbd" and parts.hostname:
-        port = str(parts.port or DEFAULT_NBD_PORT)
-        server = {"type": "inet", "host": parts.hostname, "port": port}
+        server = {"type": "inet", "host": parts.hostname, "port": str(port)}
     else:
         raise UsageError(f"{uri}: not an NBD URI (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=…)")
     options: JSONObject = {"driver": "nbd", "server": server}

@@ -6,7 +6,7 @@
 
 QMP and the console are socket pairs made before QEMU starts: there is no path to choose,
 nothing to wait for, and the end of the process is the end of both streams. When the block
-ends, QEMU is asked to quit (it flushes its disks), and killed if it does not.
+ends, QEMU is told to end (it flushes its disks), and killed if it does not.
 """
 
 import json
@@ -69,7 +69,7 @@ class Machine:
         for number, disk in enumerate(self.disks):
             name = f"disk{number}"
             arguments += ["-blockdev", json.dumps({**disk.blockdev, "node-name": name})]
-            device = f"virtio-blk-pci,drive={name},id=virtio-{name},bootindex={number},discard=on"
+            device = f"virtio-blk-pci,drive={name},id=virtio-{name},bootindex={number + 1},discard=on"
             arguments += ["-device", device]
         if self.network:
             arguments += ["-netdev", "user,id=net0", "-device"]
@@ -111,21 +111,11 @@ class Guest:
 
         Kills QEMU after QUIT_TIMEOUT seconds. Does nothing if it has ended already.
         """
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(QUIT_TIMEOUT):
-                try:
-                    await self.qmp.execute("quit")
-                except QMPConnectionError:
-                    pass  # it may hang up before it answers, or be gone already
-                await self.process.wait()
-            await self.kill()
+        await _end(self.process)
 
     async def kill(self) -> None:
         """End QEMU at once, as a crash of the host would."""
-        if self.process.returncode is None:
-            self.process.kill()
-        with trio.CancelScope(shield=True):
-            await self.process.wait()
+        await _end(self.process, at_once=True)
 
 
 @asynccontextmanager
@@ -147,7 +137,7 @@ async def run_qemu(
     if captured:
         command += [*_socket_chardev("serial", serial_there), "-serial", "chardev:serial"]
     stderr = bytearray()
-    async with serial_stream, open_background_nursery() as nursery:
+    async with qmp_stream, serial_stream, open_background_nursery() as nursery:
         with qmp_there, serial_there:
             process = await _start(command, (qmp_there.fileno(), serial_there.fileno()), machine)
         if process.stderr is not None:
@@ -157,17 +147,14 @@ async def run_qemu(
             nursery.start_soon(console.pump)
         try:
             async with QMPClient.over(qmp_stream) as qmp:
-                guest = Guest(process, qmp, console)
-                try:
-                    yield guest
-                finally:
-                    await guest.quit()
+                yield Guest(process, qmp, console)
         except (QMPConnectionError, ConsoleClosedError) as error:
-            status = await _end(process)
-            if status == 0:
+            # If QEMU hung up because it died, that is what to tell.
+            await _end(process)
+            if process.returncode == 0:
                 raise
             words = stderr.decode(errors="replace").strip()
-            raise QEMUError(f"QEMU ended with status {status}: {words}") from error
+            raise QEMUError(f"QEMU ended with status {process.returncode}: {words}") from error
         finally:
             await _end(process)
 
@@ -202,13 +189,16 @@ async def _keep_tail(stream: trio.abc.ReceiveStream, tail: bytearray) -> None:
             del tail[:-_STDERR_TAIL]
 
 
-async def _end(process: trio.Process) -> int:
-    """Wait for a process that hung up; kill it if it did so without ending."""
+async def _end(process: trio.Process, *, at_once: bool = False) -> None:
+    """End QEMU, if it has not ended, and wait for it; it may flush its disks before.
+
+    By a signal: that works when this task, and the QMP client with it, is cancelled.
+    """
     with trio.CancelScope(shield=True):
-        with trio.move_on_after(QUIT_TIMEOUT if process.returncode is None else 0):
-            await process.wait()
+        if process.returncode is None and not at_once:
+            process.terminate()
+            with trio.move_on_after(QUIT_TIMEOUT):
+                await process.wait()
         if process.returncode is None:
             process.kill()
         await process.wait()
-    assert process.returncode is not None
-    return process.returncode

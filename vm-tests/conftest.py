@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests with real guests share: images (built once, then cached) and copies."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import guests
+import images
+
+
+@pytest.fixture(scope="session")
+def busybox_image() -> Path:
+    """The directory of the small guest's image; read-only."""
+    return images.busybox()
+
+
+@pytest.fixture(scope="session")
+def debian_image() -> Path:
+    """The directory of the Debian guest's image; read-only."""
+    return images.debian()
+
+
+@pytest.fixture(params=["busybox", "debian"])
+def system(request: pytest.FixtureRequest) -> guests.System:
+    """Each of the two systems in turn; ``system_disk`` is its disk."""
+    return {"busybox": guests.BUSYBOX, "debian": guests.DEBIAN}[request.param]
+
+
+@pytest.fixture
+def system_disk(system: guests.System, tmp_path: Path) -> Path:
+    """A copy of the system's disk, to be written to."""
+    image = images.busybox() if system is guests.BUSYBOX else images.debian()
+    return images.copy_image(image / "disk.raw", tmp_path / "disk.raw")
+
+
+@pytest.fixture
+def busybox_disk(busybox_image: Path, tmp_path: Path) -> Path:
+    """A copy of the small guest's disk, to be written to."""
+    return images.copy_image(busybox_image / "disk.raw", tmp_path / "disk.raw")
+
+
+@pytest.fixture
+def console_log() -> Callable[[str], None]:
+    """Pass as ``on_console``: pytest shows what the guest printed if the test fails."""
+    return lambda text: print(text, end="")

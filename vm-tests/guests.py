@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests for tests: boot one, wait for its login, use its shell, switch it off.
+
+No wait here is a sleep: each ends with what the guest prints, with its death, or with a
+time limit, and the error shows the end of its console.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+import bootdisk
+import busybox_image
+from nbdstream.guest.console import Console
+from nbdstream.guest.disks import Disk
+from nbdstream.guest.qemu import Guest, Machine, MiB, run_qemu
+
+# Under TCG, on a machine that is busy with other things, with a disk far away.
+BOOT_TIMEOUT = 240.0
+POWER_OFF_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class System:
+    """What runs in the guest: how it tells that it is up, and how it is switched off."""
+
+    login: str
+    """Printed when somebody could log in: the end of the boot."""
+    prompt: str
+    power_off: str
+    memory: int
+
+
+BUSYBOX = System(r"GUEST READY$", "guest# ", "sync; poweroff -f", 256 * MiB)
+DEBIAN = System("debian login:", r"root@debian:.*# ", "systemctl poweroff", 512 * MiB)
+
+
+@dataclass(frozen=True)
+class BootedGuest:
+    """A guest at its shell prompt."""
+
+    system: System
+    guest: Guest
+    login_seconds: float
+    """From the start of QEMU to the login."""
+
+    @property
+    def console(self) -> Console:
+        return self.guest.console
+
+    async def run(self, command: str, within: float = 120) -> str:
+        """Run *command* in the guest's shell; see ``Console.run``."""
+        return await self.console.run(command, within)
+
+    async def power_off(self) -> None:
+        """Switch the guest off as its user would, and see QEMU end well."""
+        await self.console.send(f"{self.system.power_off}\n")
+        with trio.fail_after(POWER_OFF_TIMEOUT):
+            status = await self.guest.wait()
+        assert status == 0, f"QEMU ended with status {status}"
+
+
+@asynccontextmanager
+async def boot(
+    system: System,
+    *disks: Disk,
+    on_console: Callable[[str], None] | None = None,
+    extra: tuple[str, ...] = (),
+) -> AsyncIterator[BootedGuest]:
+    """Boot *system* from the first of *disks*; it is at its shell when the block begins."""
+    machine = Machine(disks=disks, memory=system.memory, extra=("-no-reboot", *extra))
+    started = trio.current_time()
+    async with run_qemu(machine, on_console) as guest:
+        await guest.console.wait_for(system.login, BOOT_TIMEOUT)
+        seconds = trio.current_time() - started
+        await guest.console.wait_for(system.prompt, BOOT_TIMEOUT)
+        yield BootedGuest(system, guest, seconds)
+
+
+def direct_boot(image: Path) -> tuple[str, ...]:
+    """QEMU arguments that start the busybox guest's kernel without firmware and GRUB.
+
+    It takes half the time. *image* is the directory from ``images.busybox()``.
+    """
+    kernel, initrd = str(image / "vmlinuz"), str(image / "initrd")
+    return ("-kernel", kernel, "-initrd", initrd, "-append", busybox_image.KERNEL_ARGUMENTS)
+
+
+def check_filesystem(disk: Path) -> None:
+    """Check the guest's file system on the raw image *disk*; RuntimeError if it is damaged.
+
+    Only looks. A guest that was not switched off properly leaves a journal to be
+    replayed, which counts as damage here.
+    """
+    bootdisk.run("e2fsck", "-f", "-n", f"{disk}?offset={bootdisk.PARTITION_OFFSET}")

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guests' disk images, built when first asked for and kept in ``.cache/images``.
+
+An image is a directory, named by a hash of its recipe: the source of the recipe and of
+what makes disks bootable, and the versions it depends on. It is built beside its place and
+renamed into it, so that one that exists is whole; a lock keeps two from building the same.
+The images are shared by all tests: never write to them, make a copy (``copy_image``).
+"""
+
+import fcntl
+import hashlib
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import bootdisk
+import busybox_image
+import debian_image
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "images"
+
+
+def busybox() -> Path:
+    """Return the directory of the small guest: ``disk.raw``, ``vmlinuz``, ``initrd``."""
+    return _cached("busybox", busybox_image)
+
+
+def debian() -> Path:
+    """Return the directory of the Debian guest: ``disk.raw``. Building takes minutes."""
+    return _cached("debian", debian_image)
+
+
+def copy_image(image: Path, copy: Path) -> Path:
+    """Copy a raw image with its holes, and return the copy."""
+    bootdisk.run("cp", "--sparse=always", "--reflink=auto", image, copy)
+    copy.chmod(0o644)
+    return copy
+
+
+def _cached(name: str, recipe: ModuleType) -> Path:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    place = CACHE / f"{name}-{_key(recipe)}"
+    with open(CACHE / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            print(f"building the {name} guest image …", file=sys.stderr, flush=True)
+            for old in CACHE.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            _build(recipe, place)
+    return place
+
+
+def _key(recipe: ModuleType) -> str:
+    digest = hashlib.sha256(recipe.versions().encode())
+    for module in (bootdisk, recipe):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build(recipe: ModuleType, place: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="building-") as directory:
+        result, scratch = Path(directory, "result"), Path(directory, "scratch")
+        result.mkdir()
+        scratch.mkdir()
+        recipe.build(result, scratch)
+        for image in result.glob("*.raw"):
+            image.chmod(0o444)
+        result.rename(place)
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or ["busybox", "debian"]:
+        print({"busybox": busybox, "debian": debian}[wanted]())
