@@ -9,7 +9,7 @@ flight is finished, then the disk is flushed, then the leaf closed clean.
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -73,12 +73,18 @@ class Service:
     opened: Opened
     server: Server
     listeners: Sequence[Listener]
+    clients_changed: trio.lowlevel.ParkingLot
     finished: trio.Event
 
     @property
     def uris(self) -> list[str]:
         """Where clients find the export."""
         return [listener.uri(self.opened.disk.name) for listener in self.listeners]
+
+    async def wait_no_clients(self) -> None:
+        """Return when no client is connected (there may never have been one)."""
+        while self.server.clients:
+            await self.clients_changed.park()
 
     def stop(self) -> None:
         """Begin a clean end: no new clients, finish what is in flight."""
@@ -129,8 +135,6 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
 async def open_service(
     options: ServeOptions,
     listeners: Sequence[Listener],
-    *,
-    clients_changed: Callable[[int], None] | None = None,
 ) -> AsyncIterator[Service]:
     """Serve a leaf on listeners, which accept connections already and get closed.
 
@@ -138,8 +142,13 @@ async def open_service(
     waits for ``finished`` before it is left. Raises as `open_stream` does.
     """
     async with open_stream(options) as opened, trio.open_nursery() as nursery:
+        clients = trio.lowlevel.ParkingLot()
+
+        def clients_changed(_count: int) -> None:
+            clients.unpark_all()
+
         server = Server([opened.disk], clients_changed=clients_changed)
-        service = Service(opened, server, listeners, trio.Event())
+        service = Service(opened, server, listeners, clients, trio.Event())
         nursery.start_soon(_serve, service)
         yield service
         nursery.cancel_scope.cancel()

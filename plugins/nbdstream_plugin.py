@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import nbdkit  # provided by nbdkit itself
-import trio
 
 try:
     import nbdstream.service
@@ -38,6 +37,7 @@ except ImportError:
     sys.path.insert(0, str(_top))
     import nbdstream.service
 
+import trio
 from nbdstream.disk import DetectZeroes, StreamedDisk
 from nbdstream.errors import NbdstreamError
 from nbdstream.server.export import Hit

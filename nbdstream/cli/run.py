@@ -35,9 +35,10 @@ async def end_on_signals(
 
 
 async def stop_when_complete(service: Service) -> None:
-    """Stop the service once everything is local."""
+    """Stop the service once everything is local and nobody uses it any more."""
     if service.opened.job is not None:
         await service.opened.job.completed.wait()
+    await service.wait_no_clients()
     service.stop()
 
 

@@ -75,7 +75,11 @@ DEFAULT_ADDRESS = "localhost:10809"
 )
 @click.option("--control", metavar="SOCKET", help="Speak QMP on this Unix socket.")
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics over HTTP.")
-@click.option("--exit-when-complete", is_flag=True, help="End once everything is local.")
+@click.option(
+    "--exit-when-complete",
+    is_flag=True,
+    help="End once everything is local and no client is connected.",
+)
 @click.option("--keep-backing", is_flag=True, help="Name the backing even when complete.")
 @click.option("--run", "command", metavar="COMMAND", help="Run COMMAND, end when it ends.")
 def serve(
