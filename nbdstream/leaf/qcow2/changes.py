@@ -117,7 +117,7 @@ class Changes:
         new = [part for part in parts if not part.old.host]
         self._reserve(parts, new)
         try:
-            for host, length in _runs((part.host, self._geometry.cluster_size) for part in new):
+            for host, length in _runs([(part.host, self._geometry.cluster_size) for part in new]):
                 zero_range(self._fd, host, length, unmap=False)
         except BaseException:
             self._give_back(new)
@@ -228,7 +228,7 @@ class Changes:
         cluster_mask = geometry.cluster_size - 1
         done = 0
         for host, length in _runs(
-            (part.host + (part.start & cluster_mask), part.length) for part in parts
+            [(part.host + (part.start & cluster_mask), part.length) for part in parts]
         ):
             write_exactly(self._fd, view[done : done + length], host)
             done += length
@@ -252,7 +252,7 @@ class Changes:
         self, parts: list[Part], new: list[Part], changed: Callable[[Part], Cluster]
     ) -> None:
         geometry = self._geometry
-        for host, length in _runs((part.host, geometry.cluster_size) for part in new):
+        for host, length in _runs([(part.host, geometry.cluster_size) for part in new]):
             self._space.use(host, length >> geometry.cluster_bits)
         for part in parts:
             old, cluster = part.old, changed(part)
@@ -270,14 +270,15 @@ class Changes:
                 self._space.drop(old.host, geometry.cluster_size)
 
 
-def _runs(pieces: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _runs(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Join (offset, length) pieces that touch."""
-    start = end = -1
-    for offset, length in pieces:
-        if offset != end:
-            if end > start:
-                yield start, end - start
-            start = offset
-        end = offset + length
-    if end > start:
-        yield start, end - start
+    if len(pieces) < 2:
+        return pieces
+    joined = pieces[:1]
+    for offset, length in pieces[1:]:
+        start, before = joined[-1]
+        if start + before == offset:
+            joined[-1] = start, before + length
+        else:
+            joined.append((offset, length))
+    return joined

@@ -38,7 +38,7 @@ def check_image(
     table. Raises LeafFormatError where the image cannot even be walked through, OSError.
     """
     check = _Check(fd, header)
-    if strict and check.walk.errors:
+    if strict and check.structural_errors:
         raise LeafFormatError(
             f"the image is damaged: {check.walk.messages[0]}; try: qemu-img check -r all"
         )
@@ -61,9 +61,9 @@ class _Check:
         self.walk = Walk(fd, header)
         self.walk.run()
         self._table = load_table(fd, header)
-        structural = self.walk.errors
+        self.structural_errors = self.walk.errors
         self._bad = self.walk.run_refcount_blocks(self._table)
-        self._bad_errors = self.walk.errors - structural
+        self._bad_errors = self.walk.errors - self.structural_errors
         self._clusters = max(
             self.walk.references.clusters, self._geometry.clusters(os.fstat(fd).st_size)
         )
@@ -109,9 +109,13 @@ class _Check:
     def compare(self) -> None:
         """Find all refcounts that differ from the references."""
         per_block = self._geometry.refcount_block_entries
-        for index in range(-(-self._clusters // per_block)):
+        used = {index for index, block in enumerate(self._table) if block}
+        # Where neither side has anything there is nothing to compare, however huge.
+        for index in sorted(used | self.walk.references.windows(per_block)):
             first = index * per_block
             count = min(per_block, self._clusters - first)
+            if count <= 0:
+                break
             stored = self._stored(index)[:count]
             counted = self.walk.references.window(first, count)
             if stored == counted and MANY not in counted:

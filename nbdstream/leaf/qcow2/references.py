@@ -85,6 +85,15 @@ class References:
         count = page[cluster % PAGE] if page is not None else 0
         return self._large[cluster] if count == MANY else count
 
+    def windows(self, size: int) -> set[int]:
+        """Which runs of ``size`` clusters, by number, may have references."""
+        step = min(size, PAGE)
+        return {
+            (number * PAGE + part) // size
+            for number in self._pages
+            for part in range(0, PAGE, step)
+        }
+
     def window(self, first: int, count: int) -> bytes:
         """The counts of a run of clusters, a byte each; `MANY` stands for that or more."""
         parts = []
@@ -208,7 +217,7 @@ class Walk:
             self._error("L2 table that is not aligned to a cluster", times)
         for entry, bitmap in self.l2_entries(table):
             if entry & COMPRESSED:
-                self._compressed_entry(entry, bitmap, times)
+                self._compressed_entry(entry, times)
             else:
                 self._standard_entry(entry, bitmap, times)
 
@@ -221,11 +230,9 @@ class Walk:
             return ((e, b) for e, b in zip(words[::2], words[1::2], strict=True) if e or b)
         return ((entry, 0) for entry in words if entry)
 
-    def _compressed_entry(self, entry: int, bitmap: int, times: int) -> None:
+    def _compressed_entry(self, entry: int, times: int) -> None:
         if entry & COPIED:
             self._error("compressed cluster with the copied flag", times)
-        if bitmap:
-            self._error("compressed cluster with subclusters", times)
         self._refer(*self._geometry.packed_range(entry & (COMPRESSED - 1)), times)
 
     def _standard_entry(self, entry: int, bitmap: int, times: int) -> None:

@@ -222,6 +222,6 @@ class Space:
         if self.events and value != DECREMENT:
             last = self.events[-1]
             if last.value == value and last.first + last.clusters == first:
-                self.events[-1] = last._replace(clusters=last.clusters + count)
+                self.events[-1] = RefcountEvent(last.first, last.clusters + count, value)
                 return
         self.events.append(RefcountEvent(first, count, value))

@@ -33,6 +33,8 @@ from nbdstream.leaf.qcow2.layout import (
     LOW_32,
     OFFSET,
     RESERVED_L1,
+    RESERVED_L2,
+    ZERO,
     Geometry,
     joined_runs,
     load_words,
@@ -85,6 +87,7 @@ class Tables:
         self._metadata = metadata
         self._file_end = file_end
         self._refcount = refcount
+        self._reserved = RESERVED_L2 | (ZERO if geometry.extended else 0)
         self._per_table = geometry.table_bits - geometry.slice_bits
         self._capacity = max(1, CACHE_BYTES // geometry.slice_bytes)
         self._dirty_limit = max(1, DIRTY_BYTES // geometry.slice_bytes)
@@ -165,10 +168,13 @@ class Tables:
         if not seen and words == 1:
             return
         if words == 2:
-            self._check_bitmaps(key, first_words, entries[1::2])
+            self._check_bitmaps(key, entries)
         if seen & COMPRESSED:
             self._check_compressed(key, first_words)
             first_words = array("Q", (e for e in first_words if not e & COMPRESSED))
+            seen = functools.reduce(operator.or_, first_words, 0)
+        if seen & self._reserved or COPIED in first_words:
+            raise self._damaged(key, "has entries that mean nothing")
         offsets = {entry & OFFSET for entry in first_words}
         offsets.discard(0)
         if not offsets:
@@ -185,15 +191,16 @@ class Tables:
         ):
             self._claim(key, entries)
 
-    def _check_bitmaps(self, key: int, first: "array[int]", bitmaps: "array[int]") -> None:
-        for entry, bitmap in zip(first, bitmaps, strict=True):
+    def _check_bitmaps(self, key: int, entries: "array[int]") -> None:
+        for index in range(0, len(entries), 2):
+            entry, bitmap = entries[index], entries[index + 1]
             if not bitmap:
                 continue
             if entry & COMPRESSED:
-                raise self._damaged(key, "has subclusters in a compressed cluster")
-            if bitmap & (bitmap >> 32):
+                entries[index + 1] = 0  # "not used"; so that `locate` need not look twice
+            elif bitmap & (bitmap >> 32):
                 raise self._damaged(key, "has subclusters that are both data and zero")
-            if bitmap & LOW_32 and not entry & OFFSET:
+            elif bitmap & LOW_32 and not entry & OFFSET:
                 raise self._damaged(key, "has allocated subclusters in no cluster")
 
     def _check_compressed(self, key: int, entries: "array[int]") -> None:
