@@ -26,6 +26,7 @@ _COMMANDS = {
     "check": "nbdstream.cli.images",
     "serve": "nbdstream.cli.serve",
     "boot": "nbdstream.cli.boot",
+    "profile": "nbdstream.cli.profile",
     "status": "nbdstream.cli.steer",
     "watch": "nbdstream.cli.steer",
     "pause": "nbdstream.cli.steer",

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""profile: boot profiles, shown, combined and exported."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from nbdstream.cli.params import LEAF
+from nbdstream.cli.profile_picture import svg_profile
+from nbdstream.errors import ProfileError
+from nbdstream.streamer import profile as profiles
+from nbdstream.streamer.profile import (
+    Profile,
+    format_profile,
+    path_beside,
+    read_profile,
+    write_profile,
+)
+from nbdstream.units import format_duration, format_size
+
+_PROFILE = click.Path(dir_okay=False)
+_output = click.option(
+    "-o", "--output", type=_PROFILE, help="Write to this file.  [default: stdout]"
+)
+# How much of the order `show` lists by itself.
+HEAD = 10
+
+
+@click.group()
+def profile() -> None:
+    """Boot profiles: what a guest reads while it boots, in its order.
+
+    `nbdstream serve LEAF` records one by itself, as LEAF.profile, while a guest boots;
+    `nbdstream serve --prefetch PROFILE` fetches first what it names, for this or any other
+    leaf of the same backing.
+    """
+
+
+@profile.command()
+@click.argument("path", metavar="PROFILE", type=_PROFILE)
+@click.option("--all", "show_all", is_flag=True, help="List every range.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--svg", type=_PROFILE, help="Draw it into this file ('-': stdout).")
+def show(path: str, show_all: bool, as_json: bool, svg: str | None) -> None:
+    """Show what a profile names."""
+    found = read_profile(path)
+    if svg is not None:
+        _write(svg, svg_profile(found, os.path.basename(path)))
+    elif as_json:
+        click.echo(json.dumps(_facts(found), indent=4))
+    else:
+        _print(found, None if show_all else HEAD)
+
+
+def _facts(found: Profile) -> dict[str, object]:
+    return {
+        "backing-size": found.backing_size,
+        "backing-identity": found.backing_identity,
+        "unit": found.unit,
+        "seconds": found.seconds,
+        "complete": found.complete,
+        "bytes": found.bytes,
+        "ranges": [{"offset": offset, "length": length} for offset, length in found.ranges],
+    }
+
+
+def _print(found: Profile, limit: int | None) -> None:
+    share = 100 * found.bytes / (found.backing_size or 1)
+    cut = "" if found.complete else ", cut short when the server was stopped"
+    click.echo(f"backing size: {format_size(found.backing_size)} ({found.backing_size} bytes)")
+    click.echo(f"backing identity: {found.backing_identity or 'unknown'}")
+    click.echo(f"unit: {format_size(found.unit)}")
+    click.echo(f"recorded over: {format_duration(found.seconds)}{cut}")
+    click.echo(f"names: {format_size(found.bytes)} ({share:.1f} %) in {len(found.ranges)} ranges")
+    click.echo("")
+    click.echo(f"{'after':>12} {'offset':>16} {'length':>12}")
+    before = 0
+    for offset, length in found.ranges[:limit]:
+        click.echo(f"{format_size(before):>12} {offset:>16} {length:>12}")
+        before += length
+    if limit is not None and len(found.ranges) > limit:
+        click.echo(f"… and {len(found.ranges) - limit} more (--all)")
+
+
+@profile.command()
+@click.argument("paths", metavar="PROFILE...", nargs=-1, required=True, type=_PROFILE)
+@_output
+def combine(paths: tuple[str, ...], output: str | None) -> None:
+    """Make one profile of several boots of the same backing.
+
+    What was touched early on average comes first; what only some of them touched counts
+    as touched last by the others.
+    """
+    _put(profiles.combine([read_profile(path) for path in paths]), output)
+
+
+@profile.command()
+@click.argument("leaf", type=LEAF)
+@_output
+def export(leaf: str, output: str | None) -> None:
+    """Copy a leaf's profile out, for leaves elsewhere of the same backing."""
+    beside = path_beside(leaf)
+    try:
+        found = read_profile(beside)
+    except FileNotFoundError:
+        raise ProfileError(
+            f"{leaf} has no profile: boot a guest from it with 'nbdstream serve' first"
+        ) from None
+    _put(found, output)
+
+
+def _put(found: Profile, output: str | None) -> None:
+    if output is None or output == "-":
+        sys.stdout.write(format_profile(found))
+    else:
+        write_profile(output, found)
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        click.echo(text, nl=False)
+    else:
+        Path(path).write_text(text)
