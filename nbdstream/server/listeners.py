@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from nbdstream.errors import UsageError
 
-_BACKLOG = 128
+_BACKLOG = socket.SOMAXCONN
 _MAX_PATH = 107  # unix(7): sun_path
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _FIRST_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START

@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that are slow, rude, silent, gone or too many, while another notices nothing."""
+
+import errno
+import logging
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.lowlevel
+import trio.testing
+
+from nbdstream.server import connection as connection_module
+from nbdstream.server import server as server_module
+from nbdstream.server.constants import (
+    GREETING,
+    IHAVEOPT,
+    OPTION,
+    Command,
+    Error,
+    Option,
+)
+from nbdstream.server.listeners import Listener, listen_tcp, listen_unix
+from nbdstream.server.server import Server
+from nbdstream.server.transmission import MAX_SLOW_BYTES, MAX_SLOW_REQUESTS
+from tests.memory_export import MemoryExport
+from tests.peers import binary, temporary_directory, unix_uri
+from tests.server_support import (
+    RawClient,
+    client,
+    clients_gone,
+    info_data,
+    request,
+    serving,
+)
+
+SIZE = 4 << 20
+READ, WRITE = Command.READ, Command.WRITE
+
+
+@asynccontextmanager
+async def attended(disk: MemoryExport) -> AsyncIterator[tuple[Server, Path, RawClient]]:
+    """A server with one well-behaved client, which reads before and after the block."""
+    async with serving([disk]) as (server, path):
+        bystander = await RawClient.connect(path)
+        await bystander.go(structured=False)
+        await check_service(bystander, disk)
+        yield server, path, bystander
+        await check_service(bystander, disk)
+        await bystander.aclose()
+
+
+async def check_service(bystander: RawClient, disk: MemoryExport) -> None:
+    await bystander.send(request(READ, 1000, 100, cookie=77))
+    assert await bystander.reply(100) == (77, 0, disk.data[1000:1100])
+
+
+async def answered(rude: RawClient) -> bytes:
+    """Everything that the server still sends until it hangs up."""
+    received = b""
+    try:
+        async for data in rude.stream:
+            received += data
+    except trio.BrokenResourceError:
+        pass
+    return received
+
+
+# --- garbage ----------------------------------------------------------------------------
+
+HANDSHAKE = (3).to_bytes(4, "big")
+GO = OPTION.pack(IHAVEOPT, Option.GO, len(info_data(b""))) + info_data(b"")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\xff" * 64,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        HANDSHAKE + bytes(64),
+        HANDSHAKE + OPTION.pack(IHAVEOPT, Option.GO, 2**32 - 1),
+        HANDSHAKE + OPTION.pack(IHAVEOPT, Option.EXPORT_NAME, 4) + b"nope",
+        HANDSHAKE + GO + b"\x16\x03\x01" * 20,
+        HANDSHAKE + GO + request(READ, 0, 1) + bytes(28),
+        HANDSHAKE + GO + request(WRITE, 0, 2**32 - 1) + bytes(4096),
+    ],
+    ids=["noise", "http", "option", "4g-option", "name", "tls", "request", "4g-write"],
+)
+async def test_garbage_ends_that_connection_with_one_line(
+    garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = MemoryExport(SIZE)
+    with caplog.at_level(logging.WARNING):
+        async with attended(disk) as (server, path, _):
+            rude = await RawClient.connect(path)
+            try:
+                await rude.send(garbage)
+            except trio.BrokenResourceError:
+                pass  # it may hang up before the end
+            await answered(rude)
+            await rude.aclose()
+            await clients_gone(server, 1)
+    assert len(caplog.records) == 1
+    assert "client 2 (unix)" in caplog.messages[0]
+    assert caplog.records[0].exc_info is None
+
+
+async def test_4_gib_lengths_are_refused_without_memory() -> None:
+    disk = MemoryExport(SIZE)
+    disk.size = 1 << 40  # the requests lie within the export
+    async with attended(disk) as (_, path, _):
+        rude = await RawClient.connect(path)
+        await rude.go()
+        for flags in (0, 4):
+            await rude.send(request(READ, 0, 2**32 - 1, flags=flags))
+            assert await rude.error() == Error.EOVERFLOW
+        await rude.send(request(Command.TRIM, 0, 2**32 - 1))
+        assert await rude.error() == 0
+        assert disk.calls == [("trim", 0, 2**32 - 1, False)]
+        await rude.aclose()
+
+
+# --- half requests and silence ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", range(0, 28 + 512, 31))
+async def test_half_a_request_changes_nothing(cut: int) -> None:
+    disk = MemoryExport(SIZE)
+    before = bytes(disk.data)
+    async with attended(disk) as (server, path, bystander):
+        half = await RawClient.connect(path)
+        await half.go()
+        await half.send((request(WRITE, 0, 512) + bytes(512))[:cut])
+        await check_service(bystander, disk)
+        await half.aclose()
+        await clients_gone(server, 1)
+        assert disk.data == before
+
+
+async def test_a_request_byte_by_byte_is_served() -> None:
+    disk = MemoryExport(SIZE)
+    async with attended(disk) as (_, path, bystander):
+        slow = await RawClient.connect(path)
+        await slow.go(structured=False)
+        for byte in request(WRITE, 5, 4) + b"data":
+            await slow.send(bytes([byte]))
+            await check_service(bystander, disk)
+        assert await slow.error() == 0
+        assert disk.data[5:9] == b"data"
+        await slow.aclose()
+
+
+@pytest.mark.parametrize("said", [b"", HANDSHAKE, HANDSHAKE + GO[:20]])
+async def test_a_silent_client_is_sent_away_after_the_handshake_timeout(
+    said: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = MemoryExport(SIZE)
+    async with attended(disk) as (server, path, _):
+        monkeypatch.setattr(connection_module, "HANDSHAKE_TIMEOUT", 0.05)
+        silent = await RawClient.connect(path)
+        await silent.take(GREETING.size)
+        await silent.send(said)
+        assert await silent.hung_up()
+        await clients_gone(server, 1)
+        await silent.aclose()
+    assert caplog.messages == ["client 2 (unix): no handshake in 0.05 s"]
+
+
+async def test_a_client_may_be_silent_after_its_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "HANDSHAKE_TIMEOUT", 0.05)
+    disk = MemoryExport(SIZE)
+    async with attended(disk) as (_, path, _):
+        silent = await RawClient.connect(path)
+        await silent.go(structured=False)
+        with trio.move_on_after(0.1):
+            await silent.hung_up()
+        await check_service(silent, disk)
+        await silent.aclose()
+
+
+# --- misses -----------------------------------------------------------------------------
+
+
+async def test_a_miss_never_holds_up_a_hit() -> None:
+    disk = MemoryExport(SIZE)
+    disk.slow = [range(1 << 20, 2 << 20)]
+    disk.gate = trio.Event()
+    async with attended(disk) as (_, path, bystander):
+        slow = await RawClient.connect(path)
+        await slow.go(structured=False)
+        misses = b"".join(
+            request(READ, (1 << 20) + 512 * number, 512, cookie=number) for number in range(100)
+        )
+        await slow.send(misses + request(READ, 0, 512, cookie=1000))
+        # The hit overtakes all of them, on its own connection and on others ...
+        assert await slow.reply(512) == (1000, 0, disk.data[:512])
+        await slow.send(request(WRITE, 0, 4, cookie=1001) + b"data")
+        assert await slow.reply() == (1001, 0, b"")
+        await check_service(bystander, disk)
+        # ... and each is answered in the end.
+        disk.gate.set()
+        for _ in range(100):
+            cookie, error, data = await slow.reply(512)
+            start = (1 << 20) + 512 * cookie
+            assert (error, data) == (0, disk.data[start : start + 512])
+        await slow.aclose()
+
+
+@pytest.mark.parametrize("length", [1, 1 << 20])
+async def test_a_flood_of_misses_is_bounded_and_served(length: int) -> None:
+    disk = MemoryExport(SIZE)
+    disk.misses = True
+    disk.gate = trio.Event()
+    total = 2 * MAX_SLOW_REQUESTS
+    limit = min(MAX_SLOW_REQUESTS, MAX_SLOW_BYTES // length)
+    async with serving([disk]) as (server, path):
+        flood = await RawClient.connect(path)
+        await flood.go(structured=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flood.send, request(READ, 0, length) * total)
+            while len(disk.calls) < limit:
+                await trio.lowlevel.checkpoint()
+            for _ in range(20):
+                await trio.lowlevel.checkpoint()
+            assert len(disk.calls) == limit
+            disk.gate.set()
+            for _ in range(total):
+                assert await flood.reply(length) == (1, 0, disk.data[:length])
+        assert len(disk.calls) == total
+        await flood.aclose()
+        await clients_gone(server)
+
+
+async def test_a_client_that_does_not_read_stalls_only_itself() -> None:
+    disk = MemoryExport(SIZE)
+    async with attended(disk) as (server, path, bystander):
+        deaf = await RawClient.connect(path)
+        await deaf.go()
+        sent = 0
+
+        async def flood() -> None:
+            nonlocal sent
+            try:
+                while True:
+                    await deaf.send(request(READ, 0, 65536) * 16)
+                    sent += 16
+            except trio.BrokenResourceError:
+                pass
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flood)
+            previous = -1
+            while sent != previous:  # until the server reads no more
+                previous = sent
+                for _ in range(20):
+                    await check_service(bystander, disk)
+            assert sent < 100_000
+            nursery.cancel_scope.cancel()
+        await deaf.aclose()
+        await clients_gone(server, 1)
+
+
+# --- clients that go away ---------------------------------------------------------------
+
+
+async def test_a_client_that_goes_away_cancels_its_reads_but_not_its_writes() -> None:
+    disk = MemoryExport(SIZE)
+    disk.misses = True
+    disk.gate = trio.Event()
+    async with serving([disk]) as (server, path):
+        gone = await RawClient.connect(path)
+        await gone.go()
+        await gone.send(request(READ, 0, 512) + request(WRITE, 0, 4) + b"data")
+        while len(disk.calls) < 2:
+            await trio.lowlevel.checkpoint()
+        await gone.aclose()
+        with trio.move_on_after(0.05):
+            await clients_gone(server)
+        assert server.clients == 1  # the write is not done yet
+        disk.gate.set()
+        await clients_gone(server)
+        assert disk.data[:4] == b"data"
+
+
+async def test_a_client_that_goes_away_while_only_reading_is_gone_at_once() -> None:
+    disk = MemoryExport(SIZE)
+    disk.misses = True
+    disk.gate = trio.Event()
+    async with serving([disk]) as (server, path):
+        gone = await RawClient.connect(path)
+        await gone.go()
+        await gone.send(request(READ, 0, 512) * 10)
+        while len(disk.calls) < 10:
+            await trio.lowlevel.checkpoint()
+        await gone.aclose()
+        await clients_gone(server)
+
+
+async def test_disconnect_waits_for_everything_in_flight() -> None:
+    disk = MemoryExport(SIZE)
+    disk.misses = True
+    disk.gate = trio.Event()
+    async with serving([disk]) as (server, path):
+        polite = await RawClient.connect(path)
+        await polite.go(structured=False)
+        await polite.send(request(READ, 0, 512) + request(Command.DISC))
+        while not disk.calls:
+            await trio.lowlevel.checkpoint()
+        disk.gate.set()
+        assert await polite.reply(512) == (1, 0, disk.data[:512])
+        assert await polite.hung_up()
+        await clients_gone(server)
+        await polite.aclose()
+
+
+async def test_a_killed_client_is_noticed_by_nobody_else() -> None:
+    disk = MemoryExport(SIZE)
+    async with attended(disk) as (server, path, bystander):
+        command = [
+            binary("FIO"), "--name=killed", "--ioengine=nbd", f"--uri={unix_uri(path)}",
+            "--rw=randrw", "--bs=4k", "--iodepth=16", "--time_based", "--runtime=60",
+            "--offset=1M", "--size=3M", "--thread",
+        ]  # fmt: skip
+        for _ in range(5):
+            disk.data[1 << 20 :] = blank = bytes(3 << 20)
+            process = await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL)
+            try:
+                while disk.data[1 << 20 :] == blank:  # until it has begun to write
+                    await check_service(bystander, disk)
+            finally:
+                process.kill()
+                await process.wait()
+            await clients_gone(server, 1)
+
+
+async def test_many_clients_at_once() -> None:
+    disk = MemoryExport(SIZE)
+    async with serving([disk]) as (server, path):
+
+        async def one() -> None:
+            each = await RawClient.connect(path)
+            await each.go(structured=False)
+            for _ in range(20):
+                await check_service(each, disk)
+            await each.aclose()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(server_module.MAX_CLIENTS + 40):
+                nursery.start_soon(one)
+        await clients_gone(server)
+
+
+async def test_too_many_clients_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    disk = MemoryExport(SIZE)
+    async with serving([disk]) as (_, path):
+        first = await RawClient.connect(path)
+        await first.go(structured=False)
+        second = await RawClient.connect(path)
+        with trio.move_on_after(0.05) as waiting:
+            await second.take(1)
+        assert waiting.cancelled_caught
+        await first.aclose()
+        await second.go(structured=False)
+        await check_service(second, disk)
+        await second.aclose()
+
+
+async def test_a_bug_in_the_disk_ends_that_connection_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    disk = MemoryExport(SIZE)
+    async with attended(disk) as (server, path, _):
+        unlucky = await RawClient.connect(path)
+        await unlucky.go()
+        disk.error = ZeroDivisionError("oops")
+        await unlucky.send(request(READ, 0, 512))
+        assert await unlucky.hung_up()
+        await clients_gone(server, 1)
+        disk.error = None
+        await unlucky.aclose()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+# --- accepting --------------------------------------------------------------------------
+
+
+async def test_running_out_of_descriptors_is_survived(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = MemoryExport(SIZE)
+    accept = Listener.accept
+    failures = [OSError(errno.EMFILE, os.strerror(errno.EMFILE)), ConnectionAbortedError()]
+
+    def failing(listener: Listener) -> object:
+        if failures:
+            raise failures.pop(0)
+        return accept(listener)
+
+    monkeypatch.setattr(Listener, "accept", failing)
+    monkeypatch.setattr(server_module, "_OVERLOAD_PAUSE", 0.001)
+    async with serving([disk]) as (_, path):
+        patient = await RawClient.connect(path)
+        await patient.go(structured=False)
+        await check_service(patient, disk)
+        await patient.aclose()
+    assert not failures
+    assert caplog.messages == ["cannot accept a client now: Too many open files"]
+
+
+async def test_clients_are_counted() -> None:
+    counts: list[int] = []
+    with temporary_directory() as directory:
+        server = Server([MemoryExport(SIZE)], clients_changed=counts.append)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.run, [listen_unix(directory / "nbd")])
+            await client("nbdinfo", "--size", unix_uri(directory / "nbd"))
+            await clients_gone(server)
+            server.stop()
+    assert set(counts) == {0, 1}
+    assert counts[-1] == 0
+
+
+async def test_tcp_clients() -> None:
+    disk = MemoryExport(SIZE)
+    server = Server([disk])
+    listeners = listen_tcp("127.0.0.1", 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.run, listeners)
+        uri = listeners[0].uri("disk")
+        assert await client("nbdinfo", "--size", uri) == f"{SIZE}\n"
+        copied = await client("nbdcopy", uri, "null:")
+        assert copied == ""
+        server.stop()
+
+
+# --- the end ----------------------------------------------------------------------------
+
+
+async def test_stop_finishes_what_is_in_flight_and_closes() -> None:
+    disk = MemoryExport(SIZE)
+    disk.misses = True
+    disk.gate = trio.Event()
+    with temporary_directory() as directory:
+        path = directory / "nbd"
+        server = Server([disk])
+        ended = trio.Event()
+
+        async def run() -> None:
+            await server.run([listen_unix(path)])
+            ended.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await trio.testing.wait_all_tasks_blocked()
+            idle, haggling, busy = [await RawClient.connect(path) for _ in range(3)]
+            await idle.go()
+            await busy.go(structured=False)
+            await busy.send(request(READ, 0, 512) + request(WRITE, 0, 4, cookie=2) + b"data")
+            while len(disk.calls) < 2:
+                await trio.lowlevel.checkpoint()
+            server.stop()
+            assert await idle.hung_up()
+            assert await answered(haggling) != b""  # the greeting, and then the end
+            assert not path.exists()
+            with pytest.raises(FileNotFoundError):
+                await RawClient.connect(path)
+            assert not ended.is_set()
+            disk.gate.set()
+            replies = sorted([await busy.reply(0 if i else 512) for i in range(2)])
+            assert [cookie for cookie, *_ in replies] == [1, 2]
+            assert await busy.hung_up()
+            await ended.wait()
+            for each in (idle, haggling, busy):
+                await each.aclose()
+
+
+async def test_stop_drops_what_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "STOP_TIMEOUT", 0.05)
+    disk = MemoryExport(SIZE)
+    disk.misses = True
+    disk.gate = trio.Event()
+    async with serving([disk]) as (server, path):
+        waiting = await RawClient.connect(path)
+        await waiting.go()
+        await waiting.send(request(READ, 0, 512))
+        while not disk.calls:
+            await trio.lowlevel.checkpoint()
+        server.stop()
+        assert await waiting.hung_up()
+        await waiting.aclose()
+    assert "dropped" in caplog.messages[-1]
+
+
+async def test_stop_under_load_loses_no_reply() -> None:
+    """Whatever was answered was answered whole, however busy the connection was."""
+    disk = MemoryExport(SIZE)
+    async with serving([disk]) as (server, path):
+        busy = await RawClient.connect(path)
+        await busy.go(structured=False)
+        answered_reads = 0
+
+        async def flood() -> None:
+            try:
+                while True:
+                    await busy.send(request(READ, 0, 4096) * 64)
+            except trio.BrokenResourceError:
+                pass
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flood)
+            try:
+                while True:
+                    assert await busy.reply(4096) == (1, 0, disk.data[:4096])
+                    answered_reads += 1
+                    if answered_reads == 1000:
+                        server.stop()
+            except (EOFError, trio.BrokenResourceError):
+                pass
+        assert answered_reads >= 1000
+        await busy.aclose()
