@@ -74,6 +74,10 @@ TARGET_PART = 0.05
 # Nor less than the path's own jitter: how far a round's replies are above its least on
 # average, smoothed.
 NOISE_GAIN = 0.125
+# While a guest is missing, a shorter queue will do: this part of it, for so many seconds
+# after each demand read.
+YIELD_PART = 0.4
+YIELD_TIME = 1.0
 # Steady state: how far to go to where the law points, each round.
 GAIN = 0.5
 # The rate is measured at its best, which is a little more than it is.
@@ -151,6 +155,8 @@ class Window:
         self.queue_delay = 0.0
         self._starting = True
         self._recent = Lowest()
+        self._now = 0.0
+        self._demand_time = -math.inf
         self._in_flight = 0
         self._delivered = 0
         self._delivered_time = 0.0
@@ -187,6 +193,7 @@ class Window:
         self, request: Sent, now: float, *, background: bool = True, limited: bool = True
     ) -> None:
         """Its reply is complete. ``limited``: more would have been sent had W allowed it."""
+        self._now = now
         self._in_flight -= request.length
         self._delivered += request.length
         self._delivered_time = now
@@ -195,6 +202,7 @@ class Window:
         if self.base_rtt == 0 or sample < self.base_rtt:
             self.base_rtt = sample
         if not background:
+            self._demand_time = now
             return
         if self._drain_start is not None and not self._is_drained(request):
             return
@@ -232,8 +240,9 @@ class Window:
     def target(self) -> float:
         """The queueing delay wanted, in seconds."""
         by_rate = TARGET_TIME * math.sqrt(TARGET_RATE / self.rate) if self.rate else TARGET_MOST
-        wanted = max(by_rate, self._noise, TARGET_LEAST)
-        return max(min(wanted, TARGET_MOST), TARGET_PART * self.base_rtt)
+        wanted = max(by_rate, self._noise, TARGET_LEAST, TARGET_PART * self.base_rtt)
+        yielding = self._now - self._demand_time < YIELD_TIME
+        return min(wanted, TARGET_MOST) * (YIELD_PART if yielding else 1.0)
 
     # -- start-up ----------------------------------------------------------------------
 
