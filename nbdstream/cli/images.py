@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """create, info, map, check: commands on a leaf that nobody is serving."""
 
+import itertools
 import json
 import os
 import sys
@@ -104,7 +105,8 @@ def info(leaf: str, as_json: bool) -> None:
         share = 100 * _integer(local[name]) / (image.size or 1)
         lines.append((name, f"{format_size(_integer(local[name]))} ({share:.1f} %)"))
     for name, value in image.describe().items():
-        lines.append((name, value))
+        if name not in facts:
+            lines.append((name.replace("-", " "), value))
     for name, value in lines:
         click.echo(f"{name}: {value}")
 
@@ -153,8 +155,15 @@ def map_(leaf: str, as_json: bool, svg: str | None) -> None:
         elif as_json:
             _print_json(walk(image))
         else:
-            for extent in walk(image):
-                click.echo(f"{extent.offset:>16} {extent.length:>16}  {_NAMES[extent.state]}")
+            _print_lines(walk(image))
+
+
+def _print_lines(extents: Iterator[LeafExtent]) -> None:
+    """One line for each stretch that is alike, wherever in the file it lies."""
+    for name, group in itertools.groupby(extents, lambda extent: _NAMES[extent.state]):
+        parts = list(group)
+        length = sum(part.length for part in parts)
+        click.echo(f"{parts[0].offset:>16} {length:>16}  {name}")
 
 
 def _print_json(extents: Iterator[LeafExtent]) -> None:
