@@ -112,6 +112,41 @@ async def test_a_cancelled_command_leaves_the_connection_sound() -> None:
         assert quick.outcome == "mine"
 
 
+class LastWords(trio.abc.Stream):
+    """A server that answers ``quit`` and hangs up, both before anybody else gets a turn."""
+
+    def __init__(self) -> None:
+        self._session = ServerSession({"qemu": {}})
+        self._to_client = [self._session.greeting()]
+        self._changed = trio.Event()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        while not self._to_client:
+            await self._changed.wait()
+            self._changed = trio.Event()
+        return self._to_client.pop(0)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        for message in self._session.receive(bytes(data)):
+            if isinstance(message, Command):
+                self._to_client += [encode(Return({"bye": True}, message.id)), b""]
+            else:
+                self._to_client.append(encode(message))
+        self._changed.set()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_an_answer_stands_though_the_server_hangs_up_at_once() -> None:
+    async with QMPClient.over(LastWords()) as qmp:
+        assert await qmp.execute("quit") == {"bye": True}
+
+
 async def test_a_lost_connection_tells_everyone_who_waits_or_comes_later() -> None:
     async with connected() as (qmp, peer), trio.open_nursery() as nursery:
         waiting = Caller(nursery, qmp, "stop")

@@ -100,8 +100,10 @@ class _Pending:
         self.outcome: Return | QMPError | None = None
 
     def settle(self, outcome: Return | QMPError) -> None:
-        self.outcome = outcome
-        self.done.set()
+        # An answer stands, though the connection may end before it has been taken.
+        if not self.done.is_set():
+            self.outcome = outcome
+            self.done.set()
 
 
 class QMPClient:
