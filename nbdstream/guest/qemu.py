@@ -24,8 +24,8 @@ from nbdstream.guest.accelerator import Accelerator, probe_accelerator, qemu_bin
 from nbdstream.guest.console import Console, ConsoleClosedError
 from nbdstream.guest.disks import Disk
 from nbdstream.guest.qmp import QMPClient
-from nbdstream.guest.tasks import open_background_nursery
 from nbdstream.qmp import QMPConnectionError
+from nbdstream.tasks import open_background_nursery
 
 MiB = 1 << 20
 

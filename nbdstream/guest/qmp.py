@@ -24,7 +24,6 @@ from typing import Any
 
 import trio
 
-from nbdstream.guest.tasks import open_background_nursery
 from nbdstream.qmp import (
     REPLY_LIMIT,
     Command,
@@ -40,6 +39,7 @@ from nbdstream.qmp import (
     encode,
     parse_server_message,
 )
+from nbdstream.tasks import open_background_nursery
 
 log = logging.getLogger(__name__)
 
