@@ -18,7 +18,6 @@ a process of its own (`LinkProcess`) are steered alike.
 
 import contextlib
 import json
-import os
 import re
 import socket
 import subprocess
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.link_model import Shape
+from benchmarks.processes import processor_seconds
 from nbdstream.errors import UsageError
 from nbdstream.units import parse_duration, parse_size
 
@@ -253,8 +253,7 @@ class LinkProcess(Steering):
 
     def processor_seconds(self) -> float:
         """Processor time, user and system, that the emulator has used."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return processor_seconds(self._process.pid)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks [NAME ...]`: run benchmarks and print one table each."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.report import Options, Report, describe_machine, versions
+from tests.peers import MissingPeer
+
+# Each is a module with `run(options: Options) -> Report`.
+NAMES = ("hotpath", "misses", "memory", "stream", "contention", "writes")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of: {', '.join(NAMES)}")
+    parser.add_argument("--rounds", type=int, default=Options.rounds)
+    parser.add_argument("--seconds", type=float, default=Options.seconds, help="of each load")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(NAMES)
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    return arguments
+
+
+def _run(name: str, options: Options) -> Report:
+    report: Report = importlib.import_module(f"benchmarks.{name}").run(options)
+    report.machine, report.versions = describe_machine(), versions()
+    return report
+
+
+def main() -> None:
+    arguments = _arguments()
+    options = Options(arguments.rounds, arguments.seconds)
+    reports = {}
+    for name in arguments.names or NAMES:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            report = _run(name, options)
+        except MissingPeer as error:
+            sys.exit(f"benchmarks: error: {error}")
+        report.print()
+        reports[name] = report.as_json()
+        if arguments.json:
+            # After each, so that an interrupted run keeps what it has.
+            arguments.json.write_text(json.dumps(reports, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process costs, from /proc."""
+
+import os
+from pathlib import Path
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time, user and system, that the process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_bytes(pid: int, *, peak: bool = False) -> int:
+    """Resident memory now, or the most that it ever was."""
+    wanted = "VmHWM:" if peak else "VmRSS:"
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(wanted):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"/proc/{pid}/status has no {wanted}")
