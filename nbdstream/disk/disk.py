@@ -18,10 +18,10 @@ import enum
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import islice
+from itertools import starmap
 from typing import ParamSpec, TypeVar
 
 import trio
@@ -29,10 +29,11 @@ import trio
 from nbdstream.backing.base import Backing, Priority
 from nbdstream.disk.fetch import Fetch, Fetcher
 from nbdstream.disk.flush import Flusher, run_checkpoints
+from nbdstream.disk.lookup import Lookup, is_remote, same_place
 from nbdstream.disk.readahead import Readahead
+from nbdstream.disk.status import block_status
 from nbdstream.disk.zeroes import is_zero, zeroes
-from nbdstream.extents import align_down, align_up
-from nbdstream.leaf.base import ALL_ZERO, ColdMetadata, FlushNeeded, Leaf, LeafExtent, State, joined
+from nbdstream.leaf.base import ALL_ZERO, ColdMetadata, FlushNeeded, Leaf, LeafExtent, State
 from nbdstream.server.export import Hit, StatusExtent
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class StreamedDisk:
         self._block_size = leaf.block_size
         self._locate = leaf.locate
         self._flusher = Flusher(leaf)
+        self._lookup = Lookup(leaf, backing)
         self._fetcher: Fetcher | None = None
         self._readahead: Readahead | None = None
         if backing is not None:
@@ -164,7 +166,7 @@ class StreamedDisk:
         if host >= 0:
             return Hit.DONE if os.pwrite(self.leaf.fd, view, host) == length else Hit.MISS
         try:
-            if self._obstacle(offset, length) is not None:
+            if self._lookup.obstacle(offset, length) is not None:
                 return Hit.MISS
             self.leaf.write(offset, view)
         except (ColdMetadata, FlushNeeded):
@@ -180,8 +182,8 @@ class StreamedDisk:
             on_read(offset, len(view))
         fetched: list[Fetch] = []
         while True:
-            plan = await self._atomically(self._read_plan, offset, len(view), fetched)
-            missing = [extent for extent, source in plan if source is None and _remote(extent)]
+            plan = await self._atomically(self._lookup.plan, offset, len(view), fetched)
+            missing = [extent for extent, source in plan if source is None and is_remote(extent)]
             if not missing:
                 break
             fetched += await self._demand(missing)
@@ -200,23 +202,6 @@ class StreamedDisk:
         for extent in cold:
             await self._read_cold(extent, view[extent.offset - offset : extent.end - offset])
         return zero_ranges
-
-    def _read_plan(
-        self, offset: int, length: int, fetched: list[Fetch]
-    ) -> list[tuple[LeafExtent, Fetch | None]]:
-        """The extents of a range, each with the fetch that has its data, if any.
-
-        What the backing is known to have as zeroes counts as ZERO.
-        """
-        plan: list[tuple[LeafExtent, Fetch | None]] = []
-        for extent in joined(self.leaf.extents(offset, length)):
-            if not _remote(extent):
-                plan.append((extent, None))
-            elif self._known_zero(extent):
-                plan.append((extent._replace(state=State.ZERO), None))
-            else:
-                plan += _by_fetch(extent, fetched)
-        return plan
 
     async def _demand(self, missing: list[LeafExtent]) -> list[Fetch]:
         """Fetch what a guest waits for."""
@@ -245,8 +230,8 @@ class StreamedDisk:
         """Read local data in a worker. Meanwhile the space may have been given back and
         used for something else: then what was read is not ours, and is read again."""
         await trio.to_thread.run_sync(self.leaf.read, extent, view)
-        now = await self._atomically(self._look, extent.offset, extent.length)
-        if not all(_same_place(part, extent) for part in now):
+        now = await self._atomically(self._lookup.extents, extent.offset, extent.length)
+        if not all(same_place(part, extent) for part in now):
             await self.read(view, extent.offset)
 
     # -- writing ---------------------------------------------------------------------
@@ -264,7 +249,7 @@ class StreamedDisk:
         """The plain call that stores this data."""
         if (
             self.detect_zeroes is not DetectZeroes.OFF
-            and self._aligned(offset, len(view))
+            and self._lookup.whole_blocks(offset, len(view)) == (offset, offset + len(view))
             and is_zero(view)
         ):
             unmap = self.detect_zeroes is DetectZeroes.UNMAP
@@ -275,15 +260,17 @@ class StreamedDisk:
         self, offset: int, length: int, *, may_trim: bool, fast_only: bool, fua: bool
     ) -> None:
         """Make a range read as zeroes; see `Export.zero`. Raises OSError, BackingError."""
-        start, end = self._whole_blocks(offset, length)
+        start, end = self._lookup.whole_blocks(offset, length)
         if start < end:
             edges = [(offset, start - offset), (end, offset + length - end)]
         else:
             edges = [(offset, length)]
-        if fast_only and await self._atomically(lambda: any(map(self._slow_to_zero, edges))):
+        if fast_only and await self._atomically(
+            lambda: any(starmap(self._lookup.slow_to_zero, edges))
+        ):
             raise OSError(errno.ENOTSUP, "a part of a block would have to be fetched first")
         for at, size in edges:
-            if size and not await self._atomically(self._reads_zero, at, size):
+            if size and not await self._atomically(self._lookup.reads_zero, at, size):
                 await self.write(memoryview(zeroes(size)), at, fua=False)
         await self._zero_blocks(start, end, unmap=may_trim)
         if fua:
@@ -291,7 +278,7 @@ class StreamedDisk:
 
     async def trim(self, offset: int, length: int, *, fua: bool) -> None:
         """Give back whole blocks; see `Export.trim`. Raises OSError."""
-        start, end = self._whole_blocks(offset, length)
+        start, end = self._lookup.whole_blocks(offset, length)
         await self._zero_blocks(start, end, unmap=True)
         if fua:
             await self.flush()
@@ -307,7 +294,7 @@ class StreamedDisk:
         """Clear what is in the way of a change of the leaf, then make it."""
 
         def attempt() -> LeafExtent | None:
-            obstacle = self._obstacle(offset, length)
+            obstacle = self._lookup.obstacle(offset, length)
             if obstacle is None:
                 change()
             return obstacle
@@ -315,36 +302,14 @@ class StreamedDisk:
         while (obstacle := await self._atomically(attempt)) is not None:
             await self._clear(obstacle)
 
-    def _obstacle(self, offset: int, length: int) -> LeafExtent | None:
-        """What the leaf must have as DATA before it takes a write or zero of this range:
-        blocks that it covers in part, and compressed clusters that it covers in part."""
-        end = offset + length
-        first = align_down(offset, self._block_size)
-        last = align_down(end, self._block_size)
-        edges = set()
-        if first != offset:
-            edges.add(first)
-        if last != end and end != self.size:
-            edges.add(last)
-        for edge in edges:
-            for extent in self.leaf.extents(edge, min(self._block_size, self.size - edge)):
-                if extent.state is not State.DATA:
-                    return extent
-        for extent in self.leaf.extents(offset, length):
-            if extent.state is State.COMPRESSED:
-                cluster, size = self._cluster(extent.offset)
-                if cluster < offset or cluster + size > end:
-                    return extent
-        return None
-
     async def _clear(self, obstacle: LeafExtent) -> None:
         """Make DATA of (at least) one obstacle, contents unchanged."""
         if obstacle.state is State.COMPRESSED:
             await self._expand(obstacle)
-        elif obstacle.state is State.ZERO or self._known_zero(obstacle):
+        elif obstacle.state is State.ZERO or self._lookup.known_zero(obstacle):
 
             def fill() -> None:
-                if self._holds_zero(obstacle):
+                if self._lookup.reads_zero(obstacle.offset, obstacle.length):
                     self.leaf.write(obstacle.offset, memoryview(zeroes(obstacle.length)))
 
             await self._atomically(fill)
@@ -359,14 +324,14 @@ class StreamedDisk:
 
     async def _expand(self, extent: LeafExtent) -> None:
         """Replace a compressed cluster by its plain content."""
-        offset, length = self._cluster(extent.offset)
+        offset, length = self._lookup.cluster(extent.offset)
 
-        before = await self._atomically(self._look, offset, length)
+        before = await self._atomically(self._lookup.extents, offset, length)
         data = memoryview(bytearray(length))
         await self.read(data, offset)
 
         def store() -> None:
-            if self._look(offset, length) == before:
+            if self._lookup.extents(offset, length) == before:
                 self.leaf.write(offset, data)
 
         await self._atomically(store)
@@ -388,10 +353,10 @@ class StreamedDisk:
         Raises BackingError, and OSError where the leaf would not take the data (ENOSPC).
         """
         done = 0
-        while missing := await self._atomically(self._unallocated, offset, length):
+        while missing := await self._atomically(self._lookup.unallocated, offset, length):
             fetches: list[Fetch] = []
             for extent in missing:
-                if self._known_zero(extent):
+                if self._lookup.known_zero(extent):
                     await self.fill_zero(extent.offset, extent.length)
                 else:
                     fetches += self._start_fetch(extent, priority, store=True)
@@ -405,10 +370,10 @@ class StreamedDisk:
     async def fill_zero(self, offset: int, length: int) -> None:
         """Mark as zero the unallocated whole blocks of a range that is a hole in the
         backing. Raises OSError."""
-        start, end = self._whole_blocks(offset, length)
+        start, end = self._lookup.whole_blocks(offset, length)
 
         def fill(at: int, size: int) -> None:
-            for extent in self._unallocated(at, size):
+            for extent in self._lookup.unallocated(at, size):
                 self.leaf.zero(extent.offset, extent.length, unmap=True)
 
         for at in range(start, end, ZERO_PIECE):
@@ -420,7 +385,7 @@ class StreamedDisk:
         it), or None if all is allocated from there on."""
         while offset < self.size:
             length = min(LOOK_PIECE, self.size - offset)
-            found = await self._atomically(self._first_unallocated, offset, length)
+            found = await self._atomically(self._lookup.first_unallocated, offset, length)
             if found is not None:
                 return found
             offset += length
@@ -445,42 +410,16 @@ class StreamedDisk:
     async def block_status(self, offset: int, length: int, limit: int) -> list[StatusExtent]:
         """See `Export.block_status`. Raises BackingError."""
         length = min(length, LOOK_PIECE)
-        result: list[StatusExtent] = []
-        for extent in await self._atomically(self._some_extents, offset, length, limit):
-            for status in await self._status(extent):
-                if result and result[-1][2:] == status[2:]:
-                    joined = result[-1].length + status.length
-                    result[-1] = result[-1]._replace(length=joined)
-                elif len(result) == limit:
-                    return result
-                else:
-                    result.append(status)
-        return result
+        backing = self.backing
+        extents = await self._atomically(self._lookup.some_extents, offset, length, limit)
+        return await block_status(extents, backing, limit)
 
     async def leaf_extents(self, offset: int, length: int, limit: int) -> list[LeafExtent]:
         """At least one and at most ``limit`` of the leaf's extents from ``offset`` on; may
         cover less than asked. Never asks the backing, so its loss is no obstacle."""
-        return await self._atomically(self._some_extents, offset, min(length, LOOK_PIECE), limit)
-
-    async def _status(self, extent: LeafExtent) -> list[StatusExtent]:
-        backing = self.backing
-        if not _remote(extent) or backing is None:
-            zero = extent.state is State.ZERO
-            return [
-                StatusExtent(
-                    extent.offset, extent.length, local=True, zero=zero, hole=zero, depth=1
-                )
-            ]
-        result: list[StatusExtent] = []
-        offset = extent.offset
-        while offset < extent.end:
-            for part in await backing.extents(offset, extent.end - offset):
-                hole = part.zero
-                depth = 0 if hole else 2
-                status = StatusExtent(*part[:2], local=False, zero=hole, hole=hole, depth=depth)
-                result.append(status)
-                offset = part.end
-        return result
+        return await self._atomically(
+            self._lookup.some_extents, offset, min(length, LOOK_PIECE), limit
+        )
 
     def statistics(self) -> dict[str, int]:
         """Counters since the disk was opened, in bytes where the name says so."""
@@ -518,78 +457,3 @@ class StreamedDisk:
             raise OSError(errno.EIO, "unallocated data, but no backing to fetch it from")
         store = store and not self.read_only
         return self._fetcher.start(extent.offset, extent.length, priority, store=store)
-
-    def _known_zero(self, extent: LeafExtent) -> bool:
-        return self.backing is not None and self.backing.known_zero(extent.offset, extent.length)
-
-    def _look(self, offset: int, length: int) -> list[LeafExtent]:
-        return list(joined(self.leaf.extents(offset, length)))
-
-    def _unallocated(self, offset: int, length: int) -> list[LeafExtent]:
-        return [extent for extent in joined(self.leaf.extents(offset, length)) if _remote(extent)]
-
-    def _first_unallocated(self, offset: int, length: int) -> LeafExtent | None:
-        return next(filter(_remote, joined(self.leaf.extents(offset, length))), None)
-
-    def _some_extents(self, offset: int, length: int, limit: int) -> list[LeafExtent]:
-        return list(islice(joined(self.leaf.extents(offset, length)), limit))
-
-    def _holds_zero(self, extent: LeafExtent) -> bool:
-        """Whether it is (still) without data, and reads as zeroes."""
-        return all(
-            part.state is State.ZERO or (_remote(part) and self._known_zero(part))
-            for part in self.leaf.extents(extent.offset, extent.length)
-        )
-
-    def _reads_zero(self, offset: int, length: int) -> bool:
-        return self._holds_zero(LeafExtent(offset, length, State.ZERO))
-
-    def _slow_to_zero(self, edge: tuple[int, int]) -> bool:
-        return edge[1] > 0 and any(
-            part.state is State.COMPRESSED or (_remote(part) and not self._known_zero(part))
-            for part in self.leaf.extents(*edge)
-        )
-
-    def _aligned(self, offset: int, length: int) -> bool:
-        return self._whole_blocks(offset, length) == (offset, offset + length)
-
-    def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
-        """The (start, end) of the whole blocks in a range; the disk's last block counts
-        as whole, however short. Empty: start is not below end."""
-        end = offset + length
-        start = align_up(offset, self._block_size)
-        return start, end if end == self.size else align_down(end, self._block_size)
-
-    def _cluster(self, offset: int) -> tuple[int, int]:
-        """The (offset, length) of the cluster around an offset, within the disk."""
-        start = align_down(offset, self.leaf.cluster_size)
-        return start, min(self.leaf.cluster_size, self.size - start)
-
-
-def _remote(extent: LeafExtent) -> bool:
-    return extent.state is State.UNALLOCATED
-
-
-def _by_fetch(
-    extent: LeafExtent, fetched: list[Fetch]
-) -> Iterator[tuple[LeafExtent, Fetch | None]]:
-    """Cut an unallocated extent by the fetches that have its data."""
-    offset = extent.offset
-    while offset < extent.end:
-        source: Fetch | None = None
-        end = extent.end
-        for fetch in fetched:
-            if fetch.covers(offset, 1):
-                source, end = fetch, min(end, fetch.offset + fetch.length)
-                break
-            if offset < fetch.offset < end:
-                end = fetch.offset
-        yield LeafExtent(offset, end - offset, State.UNALLOCATED), source
-        offset = end
-
-
-def _same_place(part: LeafExtent, extent: LeafExtent) -> bool:
-    """Whether a part of an extent is still where the extent had it."""
-    if extent.state is State.COMPRESSED:
-        return part.state is State.COMPRESSED and part.host == extent.host
-    return part.state is State.DATA and part.host - extent.host == part.offset - extent.offset
