@@ -39,17 +39,23 @@ DEBIAN = System("debian login:", r"root@debian:.*# ", "systemctl poweroff", 512 
 
 
 @dataclass(frozen=True)
-class BootedGuest:
-    """A guest at its shell prompt."""
+class RunningGuest:
+    """A guest of a known system."""
 
     system: System
     guest: Guest
-    login_seconds: float
-    """From the start of QEMU to the login."""
 
     @property
     def console(self) -> Console:
         return self.guest.console
+
+    async def wait_login(self) -> None:
+        """Wait for the end of the boot: somebody could log in now."""
+        await self.console.wait_for(self.system.login, BOOT_TIMEOUT)
+
+    async def wait_shell(self) -> None:
+        """Wait for the prompt: ``run`` may be used now."""
+        await self.console.wait_for(self.system.prompt, BOOT_TIMEOUT)
 
     async def run(self, command: str, within: float = 120) -> str:
         """Run *command* in the guest's shell; see ``Console.run``."""
@@ -64,20 +70,30 @@ class BootedGuest:
 
 
 @asynccontextmanager
+async def start(
+    system: System,
+    *disks: Disk,
+    on_console: Callable[[str], None] | None = None,
+    extra: tuple[str, ...] = (),
+) -> AsyncIterator[RunningGuest]:
+    """Start *system* from the first of *disks*; QEMU has just begun when the block does."""
+    machine = Machine(disks=disks, memory=system.memory, extra=("-no-reboot", *extra))
+    async with run_qemu(machine, on_console) as guest:
+        yield RunningGuest(system, guest)
+
+
+@asynccontextmanager
 async def boot(
     system: System,
     *disks: Disk,
     on_console: Callable[[str], None] | None = None,
     extra: tuple[str, ...] = (),
-) -> AsyncIterator[BootedGuest]:
-    """Boot *system* from the first of *disks*; it is at its shell when the block begins."""
-    machine = Machine(disks=disks, memory=system.memory, extra=("-no-reboot", *extra))
-    started = trio.current_time()
-    async with run_qemu(machine, on_console) as guest:
-        await guest.console.wait_for(system.login, BOOT_TIMEOUT)
-        seconds = trio.current_time() - started
-        await guest.console.wait_for(system.prompt, BOOT_TIMEOUT)
-        yield BootedGuest(system, guest, seconds)
+) -> AsyncIterator[RunningGuest]:
+    """As ``start``, but the guest is at its shell prompt when the block begins."""
+    async with start(system, *disks, on_console=on_console, extra=extra) as guest:
+        await guest.wait_login()
+        await guest.wait_shell()
+        yield guest
 
 
 def direct_boot(image: Path) -> tuple[str, ...]:

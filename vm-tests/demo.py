@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: a real guest boots at once from a slow remote image, and ends up local.
+
+    ./dev demo [--format raw|qcow2|qed] [--rate 200M] [--delay 10ms] [--brief]
+
+1. A Debian guest boots through nbdstream from an image behind a slow link while the rest
+   of its disk is streamed. It verifies some files and writes one.
+2. The remote is cut off. The same guest boots again from the leaf alone, verifies all of
+   its files, and finds what it wrote.
+3. The same guest from the same link without nbdstream: image copied first, and QEMU's own
+   copy-on-read with its own stream job. One table compares the three.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import trio
+
+import images
+from benchmarks.link_control import parse_bit_rate, parse_seconds
+from benchmarks.link_model import Shape
+from guests import DEBIAN, boot, check_filesystem
+from nbdstream.guest.disks import Disk
+from nbdstream.units import format_size
+from peers import (
+    Task,
+    copy_then_boot,
+    slow_remote,
+    stream_with_nbdstream,
+    stream_with_qemu,
+)
+from show import Result, Show
+from tests.peers import nbdstream_serve
+
+CHECK = "cd /srv/check && sha256sum --quiet -c SHA256SUMS"
+EVERYTHING = "cd /srv/payload && sha256sum --quiet -c SHA256SUMS"
+NOTE = "written while the disk was far away"
+WORK = f"{CHECK} && echo {NOTE} > /root/note && sync /root/note"
+WORK_DONE = "verified some files and written one"
+
+
+def main() -> None:
+    """Run the demo as the command line says."""
+    parser = argparse.ArgumentParser(description="Boot a Debian guest from a slow remote image.")
+    parser.add_argument("--format", default="raw", choices=["raw", "qcow2", "qed"])
+    parser.add_argument("--rate", default="200M", help="of the link, bits per second")
+    parser.add_argument("--delay", default="10ms", help="of the link, one way")
+    parser.add_argument("--brief", action="store_true", help="leave the comparison away")
+    arguments = parser.parse_args()
+    shape = Shape(rate=parse_bit_rate(arguments.rate), delay=parse_seconds(arguments.delay))
+    trio.run(demo, shape, arguments.format, arguments.brief)
+
+
+async def demo(shape: Shape, leaf_format: str, brief: bool) -> None:
+    """Run all parts; temporary files are gone afterwards."""
+    show = Show()
+    image = images.debian() / "disk.raw"
+    with tempfile.TemporaryDirectory(dir=images.CACHE.parent, prefix="demo-") as name:
+        directory = Path(name)
+        results = [await boot_at_once(show, image, shape, directory, leaf_format)]
+        await boot_from_leaf(show, directory / f"leaf.{leaf_format}")
+        if not brief:
+            results += await compare(show, image, shape, directory)
+        rate = "unlimited" if shape.rate is None else f"{shape.rate / 1e6:g} Mbit/s"
+        show.table(f"{rate}, {2000 * shape.delay:g} ms round trip", results)
+
+
+async def boot_at_once(
+    show: Show, image: Path, shape: Shape, directory: Path, leaf_format: str
+) -> Result:
+    """Part 1: boot through nbdstream, until the disk is wholly local."""
+    with slow_remote(image, shape) as link:
+        show.begin("A guest boots at once from a slow remote image")
+        show.note(f"remote: {link.uri()}, {describe(image)}")
+        task = Task(DEBIAN, WORK, WORK_DONE, link, show)
+        return await stream_with_nbdstream(task, directory, leaf_format)
+
+
+async def boot_from_leaf(show: Show, leaf: Path) -> None:
+    """Part 2: the remote is gone; the leaf alone must do."""
+    show.begin("The remote is cut off: the same guest from the leaf alone")
+    show_command(show, "nbdstream", "info", str(leaf))
+    with nbdstream_serve(leaf) as server:
+        async with boot(DEBIAN, Disk.nbd(server.uri)) as guest:
+            show.note("the guest is up")
+            await guest.run(CHECK)
+            await guest.run(EVERYTHING)
+            show.note("every checksum in the guest is right")
+            if (await guest.run("cat /root/note")).strip() != NOTE:
+                raise RuntimeError("the guest lost what it had written")
+            show.note(f"and it reads: {NOTE}")
+            await guest.power_off()
+    if leaf.suffix == ".raw":
+        check_filesystem(leaf)
+        show.note("e2fsck finds nothing wrong with its file system")
+
+
+async def compare(show: Show, image: Path, shape: Shape, directory: Path) -> list[Result]:
+    """Part 3: the same with the peers, each with a link of its own that is alike."""
+    results = []
+    for title, way in (
+        ("For comparison: copy the image, then boot", copy_then_boot),
+        ("For comparison: QEMU's own copy-on-read and block-stream", stream_with_qemu),
+    ):
+        with slow_remote(image, shape) as link:
+            show.begin(title)
+            results.append(await way(Task(DEBIAN, WORK, WORK_DONE, link, show), directory))
+    return results
+
+
+def describe(image: Path) -> str:
+    """The image's size, and how much of it is data."""
+    status = image.stat()
+    return f"{format_size(status.st_size)}, {format_size(status.st_blocks * 512)} of it data"
+
+
+def show_command(show: Show, *command: str) -> None:
+    """Run one of our own commands and show what it prints."""
+    program = Path(sys.executable).with_name(command[0])
+    done = subprocess.run([program, *command[1:]], check=True, capture_output=True, text=True)
+    show.note("$ " + " ".join(command))
+    for line in done.stdout.splitlines():
+        show.note(f"  {line}")
+
+
+if __name__ == "__main__":
+    main()
