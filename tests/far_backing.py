@@ -79,3 +79,19 @@ class FarBacking(GatedBacking):
                 twice.append((offset, length))
             reached = max(reached, offset + length)
         return twice
+
+
+class PacedBacking(FarBacking):
+    """Which also keeps to the speed cap, by spacing what it gives room for."""
+
+    def __init__(self, content: bytes, *, rate: float, rtt: float) -> None:
+        super().__init__(content, rate=rate, rtt=rtt)
+        self.room = 64 << 10
+        self._next = 0.0
+
+    async def wait_for_room(self, priority: Priority) -> int:
+        room = await super().wait_for_room(priority)
+        if self.speed:
+            self._next = max(self._next, trio.current_time()) + room / self.speed
+            await trio.sleep_until(self._next)
+        return room

@@ -80,11 +80,19 @@ class Snapshot:
         return ", ".join(parts + ([self.trouble] if self.trouble else []))
 
 
+def _lateness(deadline: JSONObject | None) -> str:
+    if deadline is None or deadline["on-time"]:
+        return ""
+    if "late" not in deadline:
+        return "too late for its deadline"
+    return f"{format_duration(deadline['late'])} too late for its deadline"
+
+
 def _trouble(job: JSONObject, backing: JSONObject | None) -> str:
     if error := job.get("error"):
         return str(error)
     if backing is None or backing["connected"]:
-        return ""
+        return _lateness(job.get("finish-by"))
     lost = f"backing lost for {format_duration(max(time.time() - backing['since'], 0))}"
     return lost + (f": {backing['last-error']}" if backing["last-error"] else "")
 

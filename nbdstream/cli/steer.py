@@ -101,6 +101,9 @@ def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
     ]
     if job.get("speed"):
         facts.append(("cap", format_rate(job["speed"])))
+    if deadline := job.get("finish-by"):
+        pace = f"takes {format_rate(deadline['speed'])}"
+        facts.append(("finish", f"in {format_duration(deadline['left'])}: {pace}"))
     if backing is not None:
         facts.append(("COR", f"copy on read is {keeps}"))
     facts.append(

@@ -11,6 +11,7 @@ from typing import Protocol
 from nbdstream.backing.base import Backing
 from nbdstream.disk import DetectZeroes
 from nbdstream.leaf.base import Leaf, LeafExtent
+from nbdstream.streamer.deadline import Deadline
 from nbdstream.streamer.job import JobStatus
 
 EventListener = Callable[[str, Mapping[str, object]], None]
@@ -43,6 +44,9 @@ class ControlledJob(Protocol):
 
     @property
     def eta(self) -> float | None: ...
+
+    @property
+    def deadline(self) -> Deadline: ...
 
     def on_event(self, listener: EventListener) -> None: ...
 

@@ -115,6 +115,13 @@ class JobCommands:
     async def block_job_complete(self, device: str) -> None:
         self._verb(self._block_job(device), "complete")
 
+    @command("x-nbdstream-finish-by")
+    async def finish_by(self, device: str, seconds: int | None = None) -> None:
+        """Have the job done in so many seconds from now; without ``seconds``, whenever."""
+        if seconds is not None:
+            non_negative("seconds", seconds)
+        self._block_job(device).deadline.set(seconds)
+
     # -- qapi/job.json: by job id ------------------------------------------------------
 
     @command("query-jobs")

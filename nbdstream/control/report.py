@@ -5,11 +5,13 @@ The progress line, ``nbdstream status`` and the metrics are all made from this. 
 spelled as QMP spells them; sizes are bytes, rates bytes per second, times seconds.
 """
 
+import math
 from dataclasses import asdict
 
 from nbdstream.backing.base import BackingStatistics
 from nbdstream.control.api import ControlledDisk, ControlledJob
 from nbdstream.qmp import JSONObject
+from nbdstream.streamer.deadline import Deadline
 from nbdstream.streamer.job import JobStatus
 
 
@@ -45,9 +47,21 @@ def _job(disk: ControlledDisk, job: ControlledJob) -> JSONObject:
     }
     if job.status is JobStatus.RUNNING and job.eta is not None:
         report["eta"] = job.eta
+    if job.deadline.left is not None and disk.backing is not None:
+        report["finish-by"] = _deadline(job.deadline)
     if job.error:
         report["error"] = job.error
     return report
+
+
+def _deadline(deadline: Deadline) -> JSONObject:
+    """``late`` is missing if it will be kept, and while nobody can tell by how much it won't."""
+    report: JSONObject = {
+        "left": deadline.left,
+        "speed": deadline.needed if math.isfinite(deadline.needed) else 0.0,
+        "on-time": deadline.late == 0,
+    }
+    return report | ({"late": deadline.late} if 0 < deadline.late < math.inf else {})
 
 
 def _backing(uri: str, statistics: BackingStatistics) -> JSONObject:

@@ -27,8 +27,9 @@ SETTLED_TIME = 10.0
 # The pace: so much more than is needed, and never less than the least (bytes per second).
 MARGIN = 1.05
 PACE_LEAST = 64 << 10
-# A rate is too low when it is below this part of what is needed.
-ENOUGH = 0.97
+# It is too late by more than this part of the time left, or so many seconds at the end.
+LATE_PART = 0.03
+LATE_LEAST = 1.0
 
 
 class PacedJob(Protocol):
@@ -119,15 +120,14 @@ class Deadline:
             able = max(able, self._job.link_rate)
         if self._job.speed:
             able = min(able, float(self._job.speed))
+        takes = remaining / able if able > 0 else float("inf" if remaining else 0)
         was_late = self.late > 0
-        if remaining == 0 or able >= self.needed * ENOUGH:
-            self.late = 0.0
-            if was_late:
-                log.info("the deadline of the stream job can be met again")
-            return
-        self.late = remaining / able - left if able > 0 else float("inf")
-        if not was_late:
+        is_late = takes - left > max(LATE_PART * left, LATE_LEAST)
+        self.late = takes - left if is_late else 0.0
+        if is_late and not was_late:
             log.warning("%s", self._complaint(able, left))
+        elif was_late and not is_late:
+            log.info("the deadline of the stream job can be met again")
 
     def _complaint(self, able: float, left: float) -> str:
         if left <= 0:

@@ -155,6 +155,7 @@ class StreamJob:
         """Go on, also after an error that paused the job."""
         if self._status is JobStatus.PAUSED:
             self.io_status, self.error = "ok", ""
+            self._progress.resumed(trio.current_time())
             self._enter(JobStatus.RUNNING)
 
     def set_speed(self, speed: int) -> None:

@@ -10,8 +10,11 @@ arithmetic: the caller passes the time in.
 from collections import deque
 
 # The rate is that of the last few seconds: it follows a link that changes, and a
-# stall shows at once.
+# stall shows at once. On a slow link a few seconds may see but two or three units, too
+# few to tell a rate from: there it looks back over so many, up to so many seconds.
 RATE_SPAN = 5.0
+RATE_UNITS = 8
+RATE_SPAN_MOST = 20.0
 SAMPLE_INTERVAL = 0.25
 
 
@@ -45,10 +48,16 @@ class Progress:
         """``length`` bytes of what was seen as data have become local."""
         self.fetched += length
         self.settled += length
-        if now - self._samples[-1][0] >= SAMPLE_INTERVAL:
-            self._samples.append((now, self.fetched))
-        while now - self._samples[0][0] > RATE_SPAN and len(self._samples) > 2:
+        # The last sample is always up to date, so that a stall ends in a rate of nothing.
+        if len(self._samples) > 1 and now - self._samples[-2][0] < SAMPLE_INTERVAL:
+            self._samples.pop()
+        self._samples.append((now, self.fetched))
+        while now - self._samples[0][0] > RATE_SPAN_MOST and len(self._samples) > 2:
             self._samples.popleft()
+
+    def resumed(self, now: float) -> None:
+        """After a pause, during which nothing was meant to come: it says nothing of the rate."""
+        self._samples = deque([(now, self.fetched)])
 
     def remaining(self) -> int:
         """Bytes still to be fetched; an estimate until all extents have been looked up."""
@@ -59,13 +68,20 @@ class Progress:
 
     def rate(self, now: float) -> float:
         """Bytes fetched per second, over the last seconds."""
+        span = self._span()
         then, fetched = self._samples[0]
         for sample in self._samples:
-            if now - sample[0] <= RATE_SPAN:
+            if now - sample[0] <= span:
                 break
             then, fetched = sample
-        span = now - then
-        return (self.fetched - fetched) / span if span > 0 else 0.0
+        elapsed = now - then
+        return (self.fetched - fetched) / elapsed if elapsed > 0 else 0.0
+
+    def _span(self) -> float:
+        """How many seconds to look back."""
+        intervals = max(len(self._samples) - 1, 1)
+        interval = (self._samples[-1][0] - self._samples[0][0]) / intervals
+        return min(max(RATE_SPAN, RATE_UNITS * interval), RATE_SPAN_MOST)
 
     def eta(self, now: float) -> float | None:
         """Seconds until all is local, or None while nothing moves."""
