@@ -188,17 +188,11 @@ class _Check:
                 continue
             if self._wrong(entry):
                 self._fix(header.l1_table_offset + 8 * index, entry, repair=repair)
-            self._check_copied_table(table, repair=repair)
+            for place, data_entry, _ in self.walk.l2_entries(table):
+                if not data_entry & COMPRESSED and data_entry & OFFSET and self._wrong(data_entry):
+                    self._fix(place, data_entry, repair=repair)
         if repair:
             os.fdatasync(self._fd)
-
-    def _check_copied_table(self, table: int, *, repair: bool) -> None:
-        words = self.walk.read_words(table, self._geometry.cluster_size)
-        step = self._geometry.words
-        for index in range(0, len(words), step):
-            entry = words[index]
-            if entry and not entry & COMPRESSED and entry & OFFSET and self._wrong(entry):
-                self._fix(table + 8 * index, entry, repair=repair)
 
     def _wrong(self, entry: int) -> bool:
         cluster = (entry & OFFSET) >> self._geometry.cluster_bits

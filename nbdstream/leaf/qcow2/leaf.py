@@ -220,6 +220,8 @@ class Qcow2Leaf(Leaf):
         entry = entries[index]
         bitmap = entries[index + 1] if words == 2 else 0
         at = index + words
+        if not entry and not bitmap and not any(entries):
+            at = len(entries)  # the common case, and quick
         while at < len(entries):
             entry += step
             if entries[at] != entry or (words == 2 and entries[at + 1] != bitmap):

@@ -29,6 +29,7 @@ from nbdstream.leaf.qcow2.layout import (
     OFFSET,
     RESERVED_L1,
     RESERVED_L2,
+    SLICE_BYTES,
     ZERO,
     load_words,
 )
@@ -215,20 +216,25 @@ class Walk:
         self._refer(table, size, times)
         if table % size:
             self._error("L2 table that is not aligned to a cluster", times)
-        for entry, bitmap in self.l2_entries(table):
+        for _, entry, bitmap in self.l2_entries(table):
             if entry & COMPRESSED:
                 self._compressed_entry(entry, times)
             else:
                 self._standard_entry(entry, bitmap, times)
 
-    def l2_entries(self, table: int) -> Iterator[tuple[int, int]]:
-        """The entries of an L2 table that say anything, with their bitmaps or 0."""
+    def l2_entries(self, table: int) -> Iterator[tuple[int, int, int]]:
+        """The entries of an L2 table that say anything: where each lies in the file, its
+        first word, and its bitmap or 0."""
         words = self.read_words(table, self._geometry.cluster_size)
-        if not any(words):
-            return iter(())
-        if self._geometry.extended:
-            return ((e, b) for e, b in zip(words[::2], words[1::2], strict=True) if e or b)
-        return ((entry, 0) for entry in words if entry)
+        step = self._geometry.words
+        for start in range(0, len(words), SLICE_BYTES // 8):
+            part = words[start : start + SLICE_BYTES // 8]
+            if not any(part):
+                continue
+            bitmaps = part[1::2] if step == 2 else bytes(len(part))
+            for index, (entry, bitmap) in enumerate(zip(part[::step], bitmaps, strict=True)):
+                if entry or bitmap:
+                    yield table + 8 * (start + index * step), entry, bitmap
 
     def _compressed_entry(self, entry: int, times: int) -> None:
         if entry & COPIED:
