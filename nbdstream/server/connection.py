@@ -99,9 +99,11 @@ class Connection:
         turn_end = time.perf_counter() + TURN
         while not self._stopping:
             hungry = transmission.process()
-            for slow in transmission.slow:
-                start(slow)
-            transmission.slow.clear()
+            if transmission.slow:
+                for slow in transmission.slow:
+                    start(slow)
+                transmission.slow.clear()
+                turn_end = 0.0  # let them begin
             replies = transmission.take_replies()
             if replies:
                 await self._wire.send(replies)

@@ -6,6 +6,7 @@ Whatever the export raises becomes the reply; nothing but cancellation gets past
 
 from collections.abc import Awaitable
 
+from nbdstream.server.buffers import new_buffer
 from nbdstream.server.constants import Command, CommandFlag
 from nbdstream.server.handshake import Agreement
 from nbdstream.server.replies import (
@@ -42,7 +43,7 @@ async def execute(request: Request, payload: memoryview, agreement: Agreement) -
 
 
 async def _read(request: Request, agreement: Agreement) -> list[Buffer]:
-    data = memoryview(bytearray(request.length))
+    data = new_buffer(request.length)
     zeroes = await agreement.export.read(data, request.offset)
     return read_data(request, data, zeroes, structured=agreement.structured)
 

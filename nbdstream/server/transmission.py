@@ -17,6 +17,7 @@ What must hold:
 from typing import NamedTuple
 
 from nbdstream.errors import NbdstreamError
+from nbdstream.server.buffers import new_buffer
 from nbdstream.server.constants import (
     CHUNK,
     CHUNK_DONE,
@@ -69,7 +70,7 @@ class _Body:
 
     def __init__(self, request: Request, start: memoryview) -> None:
         self.request = request
-        self.data = memoryview(bytearray(request.length))
+        self.data = new_buffer(request.length)
         self.data[: len(start)] = start
         self.filled = len(start)
 
@@ -87,10 +88,10 @@ class Transmission:
         self._write_nowait = agreement.export.write_nowait
         self._structured = agreement.structured
         self._data_header = DATA_CHUNK.size if agreement.structured else SIMPLE_REPLY.size
-        self._input = memoryview(bytearray(_RECEIVE_BUFFER))
+        self._input = new_buffer(_RECEIVE_BUFFER)
         self._input[: len(unconsumed)] = unconsumed
         self._start, self._end = 0, len(unconsumed)
-        self._replies = memoryview(bytearray(_REPLY_BUFFER))
+        self._replies = new_buffer(_REPLY_BUFFER)
         self._replies_end = 0
         self._slow_requests = 0
         self._slow_bytes = 0
