@@ -189,7 +189,7 @@ async def streaming(rate: float) -> AsyncIterator[tuple[StreamJob, PacedBacking]
 async def all_fetched(job: StreamJob) -> float:
     """The time when the last byte is there. What follows is a flush, in a worker thread: while
     that runs, nothing holds virtual time back."""
-    while job.remaining:
+    while job.remaining:  # noqa: ASYNC110
         await trio.sleep(0.1)
     return trio.current_time()
 
