@@ -227,6 +227,9 @@ class GatedBacking(Backing):
             start <= offset and offset + length <= start + size for start, size in self.holes
         )
 
+    def forget(self) -> None:
+        self.known = False
+
     async def extents(self, offset: int, length: int) -> list[BackingExtent]:
         await trio.lowlevel.checkpoint()
         if self.error is not None:

@@ -358,3 +358,55 @@ async def test_block_status_tells_local_remote_and_holes_apart() -> None:
             (4096, False, False, 2),
         ]
         assert len(await disk.block_status(0, 16384, 2)) == 2
+
+
+async def test_standing_by_keeps_nothing_and_believes_nothing() -> None:
+    async with gated_disk() as (disk, leaf, backing):
+        backing.gated = False
+        backing.holes, backing.known = [(0, 8192)], True
+        disk.stand_by()
+        assert await read(disk, 0, 2048) == CONTENT[:2048]  # the hole was filled meanwhile
+        assert disk.write_nowait(memoryview(b"x" * 512), 0) is Hit.MISS
+        for change in (
+            disk.write(memoryview(b"x" * 512), 0, fua=False),
+            disk.zero(0, 512, may_trim=True, fast_only=False, fua=False),
+            disk.trim(0, 512, fua=False),
+            disk.cache(0, 2048),
+        ):
+            with pytest.raises(OSError, match="standing by") as caught:
+                await change
+            assert caught.value.errno == errno.EPERM
+        assert leaf.stores == []
+        disk.activate()
+        assert not backing.known
+        assert await read(disk, 0, 2048) == CONTENT[:2048]
+        assert leaf.states[0] is State.DATA
+        assert disk.write_nowait(memoryview(b"x" * 512), 0) is Hit.DONE
+
+
+async def test_a_fetch_begun_while_standing_by_is_not_kept() -> None:
+    async with gated_disk() as (disk, leaf, backing):
+        disk.stand_by()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, disk, 0, 512)
+            await trio.testing.wait_all_tasks_blocked()
+            disk.activate()
+            nursery.start_soon(read, disk, 512, 512)
+            await trio.testing.wait_all_tasks_blocked()
+            for waiting in backing.reads:
+                waiting.gate.set()
+            await trio.testing.wait_all_tasks_blocked()
+        assert len(backing.reads) == 2
+        assert leaf.states[1] is State.DATA
+
+
+async def test_a_frozen_disk_is_flushed_and_refuses_changes_until_it_thaws() -> None:
+    async with gated_disk() as (disk, leaf, _backing):
+        disk.write_nowait(memoryview(b"x" * 512), 0)
+        await disk.freeze("sealed")
+        assert not leaf.dirty
+        with pytest.raises(OSError, match="sealed"):
+            await disk.write(memoryview(b"y" * 512), 0, fua=False)
+        assert await read(disk, 0, 512) == b"x" * 512
+        disk.thaw()
+        assert disk.write_nowait(memoryview(b"y" * 512), 0) is Hit.DONE

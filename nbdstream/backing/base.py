@@ -76,6 +76,10 @@ class Backing(abc.ABC):
         """Whether the whole range is already known to read as zeroes; asks nobody."""
 
     @abc.abstractmethod
+    def forget(self) -> None:
+        """Drop what is known of the extents: the image may have been written meanwhile."""
+
+    @abc.abstractmethod
     async def extents(self, offset: int, length: int) -> list[BackingExtent]:
         """What the backing reports of a range: at least one extent, starting at ``offset``.
 

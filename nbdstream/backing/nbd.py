@@ -16,7 +16,7 @@ from typing import TypeVar
 import trio
 
 from nbdstream.backing.base import Backing, BackingStatistics, Priority
-from nbdstream.backing.connect import connect
+from nbdstream.backing.connect import Endpoint
 from nbdstream.backing.connection import Connection, ConnectionLostError, Timing
 from nbdstream.backing.extentmap import ExtentMap
 from nbdstream.backing.identity import fingerprint_of
@@ -29,6 +29,7 @@ from nbdstream.errors import (
     UsageError,
 )
 from nbdstream.extents import BackingExtent, clip
+from nbdstream.tasks import open_background_nursery
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +53,13 @@ class NbdBacking(Backing):
         scheduler: for those who want to watch the window at work.
     """
 
-    def __init__(self, uri: str, nbd_uri: str, size: int, timeout: float | None) -> None:
-        """``uri``: as the user wrote it; ``nbd_uri``: where it is served."""
-        self.uri = uri
+    def __init__(self, endpoint: Endpoint, size: int, timeout: float | None) -> None:
+        self.uri = endpoint.name
         self.size = size
-        self.scheduler = Scheduler()
+        self.scheduler = Scheduler(endpoint.unit_least)
         self._timeout = timeout
         self._identity = ""
-        self._pool = Pool(nbd_uri, self._verify, timeout)
+        self._pool = Pool(endpoint, self._verify, timeout)
         self._extents = ExtentMap()
         self._status_length = STATUS_FIRST
         self._retries = 0
@@ -117,6 +117,10 @@ class NbdBacking(Backing):
     def known_zero(self, offset: int, length: int) -> bool:
         """See `Backing.known_zero`."""
         return self._extents.is_zero(offset, length)
+
+    def forget(self) -> None:
+        """See `Backing.forget`."""
+        self._extents = ExtentMap()
 
     async def extents(self, offset: int, length: int) -> list[BackingExtent]:
         """See `Backing.extents`."""
@@ -205,32 +209,26 @@ class NbdBacking(Backing):
 
 @contextlib.asynccontextmanager
 async def open_nbd(
-    uri: str,
-    nbd_uri: str,
+    endpoint: Endpoint,
+    first: Connection | None,
     *,
     timeout: float | None,  # noqa: ASYNC109
-    size: int = 0,
-    identity: str = "",
+    size: int,
+    identity: str,
 ) -> AsyncIterator[NbdBacking]:
-    """Open the backing that is served at ``nbd_uri``; see `nbdstream.backing.open_backing`."""
-    first: Connection | None = None
-    try:
-        first = await connect(nbd_uri)
-    except BackingGoneError as error:
-        if not (size and identity):
-            raise
-        log.warning("%s; going on with what is local", error)
-    backing = NbdBacking(uri, nbd_uri, size or (first.size if first is not None else 0), timeout)
+    """Open the backing that is served at ``endpoint``, beginning with the connection ``first``.
+
+    ``size`` and ``identity``: what it has to be; 0 and "" for whatever it is. Without a
+    ``first`` the size has to be known.
+
+    Raises BackingMismatchError or BackingGoneError, on account of ``first``.
+    """
+    known = size or (first.size if first is not None else 0)
+    backing = NbdBacking(endpoint, known, timeout)
     backing.expect(identity)
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
+    async with open_background_nursery() as nursery:
         try:
             await backing.start(nursery, first)
             yield backing
-        except Exception as error:
-            failure = error
         finally:
             await backing.aclose()
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure

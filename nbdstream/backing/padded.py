@@ -30,6 +30,10 @@ class PaddedBacking(Backing):
         inside = self._inside(offset, length)
         return not inside or self._backing.known_zero(offset, inside)
 
+    def forget(self) -> None:
+        """See `Backing.forget`."""
+        self._backing.forget()
+
     async def extents(self, offset: int, length: int) -> list[BackingExtent]:
         """See `Backing.extents`."""
         if inside := self._inside(offset, length):

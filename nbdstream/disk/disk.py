@@ -118,7 +118,8 @@ class StreamedDisk:
         self.copy_on_write = 0
         self.detect_zeroes = detect_zeroes
         self.on_read: Callable[[int, int], None] | None = None
-        self._block_size = leaf.block_size
+        self._frozen = ""
+        self._standing_by = False
         self._locate = leaf.locate
         self._flusher = Flusher(leaf)
         self._lookup = Lookup(leaf, backing)
@@ -160,7 +161,7 @@ class StreamedDisk:
     def write_nowait(self, view: memoryview, offset: int) -> Hit:
         """Write to the page cache if neither the backing nor metadata is in the way."""
         length = len(view)
-        if length > WRITE_PIECE or self.detect_zeroes is not DetectZeroes.OFF:
+        if length > WRITE_PIECE or self.detect_zeroes is not DetectZeroes.OFF or self._frozen:
             return Hit.MISS
         host = self._locate(offset, length)
         if host >= 0:
@@ -206,12 +207,13 @@ class StreamedDisk:
     async def _demand(self, missing: list[LeafExtent]) -> list[Fetch]:
         """Fetch what a guest waits for."""
         self.demand_misses += 1
-        readahead = self._readahead if self.copy_on_read else None
+        keep = self.copy_on_read and not self._standing_by
+        readahead = self._readahead if keep else None
         fetches: list[Fetch] = []
         for extent in missing:
             self.demand_bytes += extent.length
             wanted = readahead.widened(extent) if readahead is not None else extent
-            fetches += self._start_fetch(wanted, Priority.DEMAND, store=self.copy_on_read)
+            fetches += self._start_fetch(wanted, Priority.DEMAND, store=keep)
         if readahead is not None:
             readahead.missed(fetches)
         for fetch in fetches:
@@ -291,9 +293,11 @@ class StreamedDisk:
             await trio.lowlevel.checkpoint()
 
     async def _change(self, offset: int, length: int, change: Callable[[], None]) -> None:
-        """Clear what is in the way of a change of the leaf, then make it."""
+        """Clear what is in the way of a change by a guest, then make it."""
 
         def attempt() -> LeafExtent | None:
+            if self._frozen:
+                raise OSError(errno.EPERM, self._frozen)
             obstacle = self._lookup.obstacle(offset, length)
             if obstacle is None:
                 change()
@@ -341,6 +345,39 @@ class StreamedDisk:
         if not self.read_only:
             await self._flusher.flush()
 
+    # -- whose copy counts (migration) -------------------------------------------------
+
+    @property
+    def frozen(self) -> str:
+        """Why guests may not change anything now, or ""."""
+        return self._frozen
+
+    async def freeze(self, reason: str) -> None:
+        """Refuse all changes by guests from now on (EPERM), and make durable those that
+        were completed. Raises OSError; it is frozen all the same."""
+        self._frozen = reason
+        await self.flush()
+
+    def thaw(self) -> None:
+        """Let guests change things again."""
+        self._frozen = ""
+
+    def stand_by(self) -> None:
+        """The backing may still be written: keep nothing of it, rely on nothing that it told
+        before, and let nobody write here."""
+        self._frozen = "standing by: the disk is still in use elsewhere"
+        self._standing_by = True
+        self._lookup.trusting = False
+
+    def activate(self) -> None:
+        """The backing does not change any more: from now on this is the disk."""
+        assert self.backing is not None and self._fetcher is not None
+        self.backing.forget()
+        self._fetcher.disown()
+        self._standing_by = False
+        self._lookup.trusting = True
+        self.thaw()
+
     # -- making it local -------------------------------------------------------------
 
     async def cache(self, offset: int, length: int) -> None:
@@ -352,6 +389,8 @@ class StreamedDisk:
 
         Raises BackingError, and OSError where the leaf would not take the data (ENOSPC).
         """
+        if self._standing_by:
+            raise OSError(errno.EPERM, self._frozen)
         done = 0
         while missing := await self._atomically(self._lookup.unallocated, offset, length):
             fetches: list[Fetch] = []

@@ -133,6 +133,10 @@ class Fetcher:
             fetches.append(self._send(first, last, priority, store=store, park=park))
         return fetches
 
+    def disown(self) -> None:
+        """Let nobody join the fetches under way any more: what they bring may be stale."""
+        self._by_cluster.clear()
+
     def _join(self, fetch: Fetch, priority: Priority, *, store: bool) -> None:
         fetch.store = fetch.store or store
         fetch.wanted.set()
@@ -172,7 +176,8 @@ class Fetcher:
             log.warning("%s: cannot keep what was read: %s", self._leaf.path, error)
         finally:
             for cluster in clusters:
-                del self._by_cluster[cluster]
+                if self._by_cluster.get(cluster) is fetch:
+                    del self._by_cluster[cluster]
             fetch.done.set()
 
     def _store(self, fetch: Fetch) -> None:

@@ -18,9 +18,14 @@ Plan = list[tuple[LeafExtent, Fetch | None]]
 
 
 class Lookup:
-    """Answers for one leaf; ``backing`` is asked what it knows to be zero."""
+    """Answers for one leaf; ``backing`` is asked what it knows to be zero.
+
+    Attributes:
+        trusting: whether what the backing knew a moment ago still counts.
+    """
 
     def __init__(self, leaf: Leaf, backing: Backing | None) -> None:
+        self.trusting = True
         self._leaf = leaf
         self._backing = backing
 
@@ -58,7 +63,9 @@ class Lookup:
 
     def known_zero(self, extent: LeafExtent) -> bool:
         """Whether the backing is known to read as zeroes there."""
-        return self._backing is not None and self._backing.known_zero(extent.offset, extent.length)
+        if self._backing is None or not self.trusting:
+            return False
+        return self._backing.known_zero(extent.offset, extent.length)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         """Whether the range is without data anywhere, and reads as zeroes."""
