@@ -8,12 +8,15 @@ the event loop.
 
 import errno
 import os
+import socket
+from dataclasses import dataclass
 from typing import Any
 
 import nbd
 import trio
 
 from nbdstream.backing.connection import Connection, plain, wait_ready
+from nbdstream.backing.window import UNIT_LEAST
 from nbdstream.errors import BackingError, BackingGoneError
 
 # A handshake takes about five round trips; nobody waits longer than this for one.
@@ -22,13 +25,29 @@ CONNECT_TIMEOUT = 30.0
 NAMES_SHOWN = 8
 
 
-async def connect(uri: str, timeout: float = CONNECT_TIMEOUT) -> Connection:  # noqa: ASYNC109
-    """Connect to an NBD URI (https://github.com/NetworkBlockDevice/nbd, doc/uri.md).
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a backing is served, and what is known of serving it.
+
+    ``name``: what the user calls it, for messages. ``unit_least``: a background read
+    below this would not be worth its request. ``bulk_connections``: how many to make for
+    background reads.
+    """
+
+    uri: str
+    name: str
+    unit_least: int = UNIT_LEAST
+    bulk_connections: int = 3
+
+
+async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Connection:  # noqa: ASYNC109
+    """Connect to an endpoint by its NBD URI (NBD's doc/uri.md).
 
     Raises:
         BackingGoneError: nobody answers, or not in ``timeout`` seconds: this may change.
         BackingError: the server answers, but not with this export: a misconfiguration.
     """
+    name = endpoint.name
     handle = nbd.NBD()
     handle.set_opt_mode(True)
     handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -38,19 +57,39 @@ async def connect(uri: str, timeout: float = CONNECT_TIMEOUT) -> Connection:  # 
     # The odd tail of an export whose size is no multiple of its block size is worth asking
     # for, so alignment is the server's to judge.
     handle.set_strict_mode(nbd.STRICT_MASK & ~nbd.STRICT_ALIGN)
-    with trio.move_on_after(timeout):
-        try:
+    try:
+        with trio.move_on_after(timeout):
             # In a thread, because libnbd resolves the host's name synchronously.
-            await trio.to_thread.run_sync(handle.aio_connect_uri, uri, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(
+                handle.aio_connect_uri, endpoint.uri, abandon_on_cancel=True
+            )
             await _settle(handle)
             if not handle.aio_is_ready():  # a server without options is ready by now
-                await _choose_export(handle, uri)
-        except nbd.Error as error:
-            raise _explain(uri, error) from error
-        if handle.get_size() == 0:
-            raise BackingError(f"{uri}: the export has a size of 0 bytes")
-        return Connection(handle)
-    raise BackingGoneError(f"{uri}: no answer in {timeout:g} s")
+                await _choose_export(handle, name)
+            if handle.get_size() == 0:
+                raise BackingError(f"{name}: the export has a size of 0 bytes")
+            return Connection(handle)
+    except nbd.Error as error:
+        _hang_up(handle)
+        raise _explain(name, error) from error
+    except BaseException:
+        _hang_up(handle)
+        raise
+    _hang_up(handle)
+    raise BackingGoneError(f"{name}: no answer in {timeout:g} s")
+
+
+def _hang_up(handle: nbd.NBD) -> None:
+    """Let the server go now, and not when nobody holds the handle any more."""
+    try:
+        fd = os.dup(handle.aio_get_fd())
+    except nbd.Error:
+        return  # not connected, or not any more
+    with socket.socket(fileno=fd) as sock:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the server was first
 
 
 async def _settle(handle: nbd.NBD) -> None:
@@ -64,7 +103,7 @@ async def _settle(handle: nbd.NBD) -> None:
         raise nbd.Error("the server closed the connection during the handshake", errno.EPROTO)
 
 
-async def _choose_export(handle: nbd.NBD, uri: str) -> None:
+async def _choose_export(handle: nbd.NBD, name: str) -> None:
     """Ask for the URI's export. Raises BackingError if the server refuses it."""
     code = errno.EPROTO
 
@@ -77,13 +116,13 @@ async def _choose_export(handle: nbd.NBD, uri: str) -> None:
     await _settle(handle)
     if handle.aio_is_ready():
         return
-    name = handle.get_export_name()
+    export = handle.get_export_name()
     if code == errno.ENOTSUP and not handle.get_tls_negotiated():
-        raise BackingError(f"{uri}: the server wants TLS: use nbds:// (or nbds+unix://)")
+        raise BackingError(f"{name}: the server wants TLS: use nbds:// (or nbds+unix://)")
     if code != errno.ENOENT:
-        raise BackingError(f"{uri}: the server refuses export {name!r}: {os.strerror(code)}")
+        raise BackingError(f"{name}: the server refuses export {export!r}: {os.strerror(code)}")
     offered = await _export_names(handle)
-    raise BackingError(f"{uri}: the server has no export {name!r}{offered}")
+    raise BackingError(f"{name}: the server has no export {export!r}{offered}")
 
 
 async def _export_names(handle: nbd.NBD) -> str:
@@ -102,13 +141,13 @@ async def _export_names(handle: nbd.NBD) -> str:
     return f"; it offers {shown}" + (" and others" if len(names) > NAMES_SHOWN else "")
 
 
-def _explain(uri: str, error: nbd.Error) -> BackingError:
+def _explain(name: str, error: nbd.Error) -> BackingError:
     """One line for a failed connect or handshake."""
     text = plain(error)
     if "magic" in text:
-        return BackingError(f"{uri}: what listens there is no NBD server ({text})")
+        return BackingError(f"{name}: what listens there is no NBD server ({text})")
     if error.errnum == errno.EINVAL:
-        return BackingError(f"{uri}: not a URI that libnbd understands ({text})")
+        return BackingError(f"{name}: not a URI that libnbd understands ({text})")
     if error.errnum in (errno.ENOENT, errno.ECONNREFUSED):
-        return BackingGoneError(f"{uri}: no server listens there ({os.strerror(error.errnum)})")
-    return BackingGoneError(f"{uri}: cannot connect: {text}")
+        return BackingGoneError(f"{name}: no server listens there ({os.strerror(error.errnum)})")
+    return BackingGoneError(f"{name}: cannot connect: {text}")

@@ -3,7 +3,7 @@
 
 The first connection is for demand: bulk data never fills it, so a demand read waits
 for nothing but the link itself. If the server allows several connections
-(NBD_FLAG_CAN_MULTI_CONN), `BULK_CONNECTIONS` more carry background reads. Otherwise the
+(NBD_FLAG_CAN_MULTI_CONN), a few more carry background reads. Otherwise the
 one carries everything, which is correct, only less prompt.
 
 Each connection has a slot and a task that replaces it for as long as the pool lives,
@@ -23,13 +23,12 @@ from dataclasses import dataclass
 import trio
 
 from nbdstream.backing.base import Priority
-from nbdstream.backing.connect import CONNECT_TIMEOUT, connect
+from nbdstream.backing.connect import CONNECT_TIMEOUT, Endpoint, connect
 from nbdstream.backing.connection import Connection, ConnectionLostError
 from nbdstream.errors import BackingError, BackingGoneError, BackingMismatchError
 
 log = logging.getLogger(__name__)
 
-BULK_CONNECTIONS = 3
 BACKOFF_FIRST = 0.1
 BACKOFF_MOST = 5.0
 # A connection that lasted this long was a good one: its successor is made without delay.
@@ -57,7 +56,7 @@ class _Slot:
 
 
 class Pool:
-    """Connections to one NBD URI.
+    """Connections to one endpoint.
 
     Attributes:
         connected: there is a connection in service.
@@ -66,9 +65,9 @@ class Pool:
         reconnects: connections made to replace lost ones.
     """
 
-    def __init__(self, uri: str, verify: Verify, timeout: float | None) -> None:
+    def __init__(self, endpoint: Endpoint, verify: Verify, timeout: float | None) -> None:
         """``timeout``: how long `acquire` waits without any connection; None is for ever."""
-        self._uri = uri
+        self._endpoint = endpoint
         self._verify = verify
         self._timeout = timeout
         self._slots: list[_Slot] = []
@@ -100,7 +99,8 @@ class Pool:
                 await self._changed.wait()
                 continue
             raise BackingGoneError(
-                f"{self._uri}: out of reach for more than {self._timeout:g} s: {self.last_error}"
+                f"{self._endpoint.name}: out of reach for more than {self._timeout:g} s: "
+                f"{self.last_error}"
             )
 
     def _give_up_at(self) -> float:
@@ -163,11 +163,11 @@ class Pool:
         if self._failure is not None:
             raise self._failure
         if first is not None and slot.connection is None:
-            raise BackingGoneError(f"{self._uri}: {self.last_error}")
+            raise BackingGoneError(f"{self._endpoint.name}: {self.last_error}")
 
     def close(self) -> None:
         """End all connections; whoever waits for one gets BackingGoneError."""
-        self._fail(BackingGoneError(f"{self._uri}: the backing was closed"))
+        self._fail(BackingGoneError(f"{self._endpoint.name}: the backing was closed"))
 
     def _fail(self, error: BackingError) -> None:
         self._failure = self._failure or error
@@ -185,9 +185,9 @@ class Pool:
             self.since = time.time()
             self._lost_at = trio.current_time()
             if connected:
-                log.info("%s: connected", self._uri)
+                log.info("%s: connected", self._endpoint.name)
             elif self._failure is None:
-                log.warning("%s: disconnected: %s", self._uri, self.last_error)
+                log.warning("%s: disconnected: %s", self._endpoint.name, self.last_error)
         self._changed.set()
         self._changed = trio.Event()
 
@@ -197,7 +197,7 @@ class Pool:
         while self._failure is None:
             began = trio.current_time()
             try:
-                connection = ready or await connect(self._uri)
+                connection = ready or await connect(self._endpoint)
                 ready = None
                 await self._serve(slot, connection, nursery)
             except BackingMismatchError as error:
@@ -234,11 +234,11 @@ class Pool:
         with trio.move_on_after(CONNECT_TIMEOUT):
             await self._verify(connection)
             return
-        raise BackingGoneError(f"{self._uri}: no answer in {CONNECT_TIMEOUT:g} s")
+        raise BackingGoneError(f"{self._endpoint.name}: no answer in {CONNECT_TIMEOUT:g} s")
 
     def _add_bulk_slots(self, connection: Connection, nursery: trio.Nursery) -> None:
         if connection.multi_conn and len(self._slots) == 1:
-            for _ in range(BULK_CONNECTIONS):
+            for _ in range(self._endpoint.bulk_connections):
                 slot = _Slot(bulk=True)
                 self._slots.append(slot)
                 nursery.start_soon(self._keep, slot, None, nursery)

@@ -70,8 +70,8 @@ class Scheduler:
         trace: called with a `Sample` for each answered read, if set.
     """
 
-    def __init__(self) -> None:
-        self.window = Window()
+    def __init__(self, unit_least: int) -> None:
+        self.window = Window(unit_least=unit_least)
         self.in_flight = 0
         self.requests = dict.fromkeys(Priority, 0)
         self.bytes = dict.fromkeys(Priority, 0)

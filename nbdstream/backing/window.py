@@ -146,10 +146,11 @@ class Window:
         queue_delay: the standing queue seen in the last round, in seconds.
     """
 
-    def __init__(self, *, rng: random.Random | None = None) -> None:
+    def __init__(self, *, unit_least: int = UNIT_LEAST, rng: random.Random | None = None) -> None:
+        """``unit_least``: a power of two, where requests are so dear that less is waste."""
         self._rng = rng or random.Random()
         self.size = WINDOW_FIRST
-        self.unit = UNIT_LEAST
+        self.unit = self._unit_least = unit_least
         self.rate = 0.0
         self.base_rtt = 0.0
         self.queue_delay = 0.0
@@ -323,7 +324,7 @@ class Window:
     def _choose_unit(self) -> None:
         """The unit is a power of two, so that it does not change with every breath."""
         wanted = min(self.rate * UNIT_TIME, self.size / UNITS_LEAST, UNIT_MOST)
-        unit = max(UNIT_LEAST, 1 << max(int(wanted), 1).bit_length() - 1)
+        unit = max(self._unit_least, 1 << max(int(wanted), 1).bit_length() - 1)
         if unit != self.unit and self.rate > 0:
             # What is longer by so much takes longer by so much. Too high a guess is put
             # right by the next replies; too low a one, by the next drain.

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Helper processes: NBD servers of our own for what libnbd does not read by itself.
+
+nbdkit and qemu-nbd already know HTTPS, SSH, S3 and image formats. A helper is one of
+them on a unix socket in a private directory.
+
+The socket is *ours*: we listen on it and pass it on by systemd's socket activation
+(``LISTEN_FDS``, fd 3). So there is nothing to wait for before the first connection, and
+when a helper dies and is started again, connections made meanwhile wait in the
+socket's queue for the next one. A helper never outlives us: it is killed at the end of
+the block, and by the kernel (PR_SET_PDEATHSIG) if we are killed ourselves.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+import trio
+
+from nbdstream.backing.pool import BACKOFF_FIRST, BACKOFF_MOST, GOOD_LIFE, jittered
+from nbdstream.errors import BackingError
+from nbdstream.tasks import open_background_nursery
+
+log = logging.getLogger(__name__)
+
+# Socket activation: the listening socket's number in the new process.
+LISTEN_FD = 3
+BACKLOG = 64
+# Of what a helper says on standard error, so many of the last lines are kept.
+LINES_KEPT = 8
+# LISTEN_PID has to be the helper's own, so a shell sets it and becomes the helper.
+LAUNCHER = 'export LISTEN_PID=$$; exec setpriv --pdeathsig KILL -- "$@"'
+
+
+class Helper:
+    """A helper process, started again whenever it dies.
+
+    Attributes:
+        uri: its export, for libnbd.
+        alive: whether it runs right now.
+        died: set when it has died once.
+        spoke: set when it has written to standard error.
+    """
+
+    def __init__(self, command: Sequence[str], path: str, listener: socket.socket) -> None:
+        self.uri = f"nbd+unix:///?socket={quote(path)}"
+        self.alive = False
+        self.died = trio.Event()
+        self.spoke = trio.Event()
+        self._command = list(command)
+        self._listener = listener
+        self._lines: deque[str] = deque(maxlen=LINES_KEPT)
+
+    @property
+    def words(self) -> str:
+        """The last thing that the helper had to say, or ""."""
+        return self._lines[-1] if self._lines else ""
+
+    async def run(self) -> None:
+        """Keep the helper running until cancelled."""
+        delay = BACKOFF_FIRST
+        while True:
+            began = trio.current_time()
+            status = await self._run_once()
+            log.warning("%s ended with status %d: %s", self._command[0], status, self.words)
+            self.died.set()
+            if trio.current_time() - began > GOOD_LIFE + delay:
+                delay = BACKOFF_FIRST
+            await trio.sleep(jittered(delay))
+            delay = min(delay * 2, BACKOFF_MOST)
+
+    async def _run_once(self) -> int:
+        """Start it and wait for its end; cancelled, kill it. Returns its exit status."""
+        reader, writer = os.pipe()
+        try:
+            pid = self._spawn(writer)
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        pidfd = os.pidfd_open(pid)
+        self.alive = True
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._listen_to, reader)
+                await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            self.alive = False
+            # It is ours until it is waited for, so the number cannot be another's.
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)  # noqa: ASYNC222 - it is dead
+            os.close(pidfd)
+        return os.waitstatus_to_exitcode(status)
+
+    def _spawn(self, stderr: int) -> int:
+        # From this thread and not from a worker: PR_SET_PDEATHSIG is about the thread.
+        null = os.open(os.devnull, os.O_RDWR)
+        try:
+            return os.posix_spawn(
+                "/bin/sh",
+                ["sh", "-c", LAUNCHER, "sh", *self._command],
+                {**os.environ, "LISTEN_FDS": "1"},
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, null, 0),
+                    (os.POSIX_SPAWN_DUP2, null, 1),
+                    (os.POSIX_SPAWN_DUP2, stderr, 2),
+                    (os.POSIX_SPAWN_DUP2, self._listener.fileno(), LISTEN_FD),
+                ],
+                # A Ctrl-C on the terminal is for us; the helper goes when we let it go.
+                setpgroup=0,
+            )
+        finally:
+            os.close(null)
+
+    async def _listen_to(self, reader: int) -> None:
+        """Keep the last lines that the helper writes, until it closes its end."""
+        async with trio.lowlevel.FdStream(reader) as stream:
+            rest = b""
+            async for data in stream:
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    text = line.decode(errors="replace").strip()
+                    if text:
+                        log.debug("%s: %s", self._command[0], text)
+                        self._lines.append(text)
+                        self.spoke.set()
+                rest = rest[-4096:]
+
+
+@asynccontextmanager
+async def run_helper(command: Sequence[str]) -> AsyncIterator[Helper]:
+    """Run a helper for the length of the block."""
+    with tempfile.TemporaryDirectory(prefix="nbdstream-") as directory:
+        path = os.path.join(directory, "nbd")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(path)
+            listener.listen(BACKLOG)
+            helper = Helper(command, path, listener)
+            async with open_background_nursery() as nursery:
+                nursery.start_soon(helper.run)
+                yield helper
+
+
+def program(name: str, package: str) -> str:
+    """Where a program is. Raises BackingError that names the Debian package if nowhere."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
+    if found is None:
+        raise BackingError(f"{name} is not installed (apt install {package})")
+    return found
