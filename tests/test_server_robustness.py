@@ -216,8 +216,8 @@ async def test_a_flood_of_misses_is_bounded_and_served(length: int) -> None:
     disk = MemoryExport(SIZE)
     disk.misses = True
     disk.gate = trio.Event()
-    total = 2 * MAX_SLOW_REQUESTS
     limit = min(MAX_SLOW_REQUESTS, MAX_SLOW_BYTES // length)
+    total = 2 * limit
     async with serving([disk]) as (server, path):
         flood = await RawClient.connect(path)
         await flood.go(structured=False)
