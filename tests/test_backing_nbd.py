@@ -326,6 +326,20 @@ async def test_closing_ends_reads_at_once(image: Path) -> None:
         peer.kill()
 
 
+async def test_tls(image: Path, content: bytes, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("guest:" + 32 * "5a" + "\n")
+    with peers.nbdkit("--tls=require", f"--tls-psk={keys}", "file", image) as peer:
+        uri = f"nbds+unix://guest@/?socket={peer.socket}&tls-psk-file={keys}"
+        async with open_backing(uri) as backing:
+            # Idle connections have session tickets waiting in their sockets.
+            await trio.sleep(0.1)
+            assert await read_all(backing) == content
+            await trio.sleep(0.1)
+            assert await read(backing, 0, 512) == content[:512]
+        assert "wants TLS" in await opens_with(peer.uri)
+
+
 # --- a server that lies -----------------------------------------------------------------
 
 

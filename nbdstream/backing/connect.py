@@ -66,9 +66,7 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
             await _settle(handle)
             if not handle.aio_is_ready():  # a server without options is ready by now
                 await _choose_export(handle, name)
-            if handle.get_size() == 0:
-                raise BackingError(f"{name}: the export has a size of 0 bytes")
-            return Connection(handle)
+            return _connection(handle, name)
     except nbd.Error as error:
         _hang_up(handle)
         raise _explain(name, error) from error
@@ -77,6 +75,12 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
         raise
     _hang_up(handle)
     raise BackingGoneError(f"{name}: no answer in {timeout:g} s")
+
+
+def _connection(handle: nbd.NBD, name: str) -> Connection:
+    if handle.get_size() == 0:
+        raise BackingError(f"{name}: the export has a size of 0 bytes")
+    return Connection(handle)
 
 
 def _hang_up(handle: nbd.NBD) -> None:

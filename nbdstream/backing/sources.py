@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import trio
 
@@ -169,13 +169,13 @@ def _serve(uri: str) -> AbstractAsyncContextManager[_Served]:
     prefix, _, rest = uri.partition("+")
     if rest and prefix in FORMATS:
         return _serve_format(uri, FORMATS[prefix], rest)
+    source = uri
     if "://" not in uri:
-        uri = "file:" + quote(str(Path(uri).absolute()))
-        scheme = "file"
+        source, scheme = Path(uri).absolute().as_uri(), "file"
     plugin = PLUGINS.get(scheme)
     if plugin is None:
         raise UsageError(f"{uri}: unknown kind of backing; known: {', '.join(known_kinds())}")
-    return _serve_plugin(uri, plugin)
+    return _serve_plugin(uri, source, plugin)
 
 
 @asynccontextmanager
@@ -184,9 +184,9 @@ async def _serve_as_is(uri: str) -> AsyncIterator[_Served]:
 
 
 @asynccontextmanager
-async def _serve_plugin(uri: str, plugin: _Plugin) -> AsyncIterator[_Served]:
-    """nbdkit with the plugin. Raises BackingError if that is not installed."""
-    parameters = plugin.parameters(uri, urlsplit(uri))
+async def _serve_plugin(uri: str, source: str, plugin: _Plugin) -> AsyncIterator[_Served]:
+    """nbdkit with the plugin on ``source``. Raises BackingError if that is not installed."""
+    parameters = plugin.parameters(source, urlsplit(source))
     nbdkit = program("nbdkit", "nbdkit")
     if not await trio.to_thread.run_sync(has_plugin, plugin.name):
         raise BackingError(

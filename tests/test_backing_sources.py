@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backings that are not NBD: web servers, files and image formats, by way of helpers."""
+
+import http.server
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from nbdstream.backing import Backing, Priority, fingerprint, open_backing
+from nbdstream.backing.sources import PLUGINS, has_plugin
+from nbdstream.errors import BackingError, UsageError
+from tests import peers
+
+MIB = 1 << 20
+SIZE = 3 * MIB
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[Path]:
+    with peers.temporary_directory() as directory:
+        path = directory / "image with spaces"
+        peers.make_image(path, SIZE, seed=2)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def content(image: Path) -> bytes:
+    return image.read_bytes()
+
+
+async def read(backing: Backing, offset: int, length: int) -> bytes:
+    data = bytearray(length)
+    await backing.read(memoryview(data), offset, Priority.DEMAND)
+    return bytes(data)
+
+
+async def assert_serves(uri: str, content: bytes) -> None:
+    async with open_backing(uri) as backing:
+        assert backing.uri == uri
+        assert backing.size == len(content)
+        assert await read(backing, 0, backing.size) == content
+        assert (await fingerprint(backing)).startswith("s1:")
+
+
+async def opens_with(uri: str) -> str:
+    with pytest.raises((BackingError, UsageError)) as caught, trio.fail_after(20):
+        async with open_backing(uri):
+            pass
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def helpers() -> set[int]:
+    """The processes that this one has started and that still run."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == os.getpid() and fields[0] != "Z":
+                found.add(int(entry.name))
+    return found
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what no event tells of."""
+    with trio.fail_after(20):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+# --- files and formats ------------------------------------------------------------------
+
+
+async def test_a_file_by_its_path_and_by_its_uri(image: Path, content: bytes) -> None:
+    await assert_serves(str(image), content)
+    await assert_serves(image.as_uri(), content)
+    await assert_serves(os.path.relpath(image), content)  # noqa: ASYNC240
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "qed", "vdi", "vhdx"])
+async def test_an_image_format(
+    image: Path, content: bytes, tmp_path: Path, image_format: str
+) -> None:
+    path = tmp_path / "converted"
+    peers.run(["qemu-img", "convert", "-q", "-f", "raw", "-O", image_format, image, path])
+    async with open_backing(f"{image_format}+{path}") as backing:
+        # Some formats round the size up.
+        assert (await read(backing, 0, backing.size))[: len(content)] == content
+
+
+async def test_an_image_format_over_nbd(image: Path, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    peers.run(["qemu-img", "convert", "-q", "-c", "-f", "raw", "-O", "qcow2", image, path])
+    with peers.nbdkit("file", path) as peer:
+        await assert_serves(f"qcow2+{peer.uri}", content)
+
+
+async def test_an_image_from_elsewhere_may_not_name_files_here(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "overlay.qcow2"
+    peers.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image, path])
+    with peers.nbdkit("file", path) as peer:
+        assert "backing file" in await opens_with(f"qcow2+{peer.uri}")
+
+
+async def test_no_such_file(tmp_path: Path) -> None:
+    assert "No such file" in await opens_with(str(tmp_path / "none"))
+    assert "No such file" in await opens_with(f"qcow2+{tmp_path}/none")
+
+
+async def test_not_of_that_format(image: Path) -> None:
+    message = await opens_with(f"qcow2+{image}")
+    assert re.search("qcow2 format|not in qcow2", message)
+
+
+async def test_an_unknown_kind_is_answered_with_those_that_are_known() -> None:
+    message = await opens_with("gopher://host/image")
+    for kind in ("nbd://", "https://", "qcow2+"):
+        assert kind in message
+
+
+async def test_what_is_not_installed_is_named_with_its_package(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_args, **_kwargs: None)
+    assert "apt install nbdkit" in await opens_with(str(image))
+    assert "apt install qemu-utils" in await opens_with(f"qcow2+{image}")
+
+
+# --- helpers ----------------------------------------------------------------------------
+
+
+async def test_a_helper_that_dies_is_started_again(image: Path, content: bytes) -> None:
+    before = helpers()
+    async with open_backing(str(image)) as backing:
+        assert await read(backing, 0, 512) == content[:512]
+        (pid,) = helpers() - before
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: helpers() - before - {pid})
+        with trio.fail_after(20):
+            assert await read(backing, 512, 4096) == content[512:4608]
+    assert helpers() == before
+
+
+async def test_a_helper_does_not_outlive_us(image: Path) -> None:
+    program = (
+        "import sys, trio\n"
+        "from nbdstream.backing import open_backing\n"
+        "async def main():\n"
+        "    async with open_backing(sys.argv[1]):\n"
+        "        print('open', flush=True)\n"
+        "        await trio.sleep_forever()\n"
+        "trio.run(main)\n"
+    )
+    with subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-c", program, str(image)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"open\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()  # noqa: ASYNC240
+        assert children
+        process.kill()
+    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+
+
+# --- the web ----------------------------------------------------------------------------
+
+
+@contextmanager
+def web_server(content: bytes, *, broken: list[int]) -> Iterator[str]:
+    """An HTTP server with ranges; while ``broken`` has a status, requests get that."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer(body=False)
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def _answer(self, *, body: bool) -> None:
+            if broken or self.path != "/image":
+                self.send_error(broken[0] if broken else 404)
+                return
+            data, wanted = content, re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if wanted:
+                data = content[int(wanted[1]) : int(wanted[2]) + 1]
+            self.send_response(206 if wanted else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/image"
+        server.shutdown()
+        thread.join()
+
+
+def need_plugin(name: str) -> None:
+    if not has_plugin(name):
+        pytest.skip(f"nbdkit's {name} plugin is not installed")
+
+
+async def test_a_web_server(content: bytes) -> None:
+    need_plugin("curl")
+    broken: list[int] = []
+    with web_server(content, broken=broken) as uri:
+        await assert_serves(uri, content)
+        async with open_backing(uri) as backing:
+            assert await backing.wait_for_room(Priority.STREAM) >= 256 << 10
+            broken.append(503)
+            got: list[bytes] = []
+
+            async def read_it() -> None:
+                got.append(await read(backing, 0, SIZE))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read_it)
+                await until(lambda: backing.statistics().retries)
+                assert not got
+                broken.clear()
+                await until(lambda: got)
+            assert got == [content]
+
+
+async def test_an_image_format_on_a_web_server(image: Path, content: bytes, tmp_path: Path) -> None:
+    need_plugin("curl")
+    path = tmp_path / "image.qcow2"
+    peers.run(["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", image, path])
+    with web_server(path.read_bytes(), broken=[]) as uri:
+        await assert_serves(f"qcow2+{uri}", content)
+
+
+async def test_what_a_web_server_does_not_have(content: bytes) -> None:
+    need_plugin("curl")
+    with web_server(content, broken=[]) as uri:
+        assert "404" in await opens_with(uri + "-not")
+    assert "onnect" in await opens_with("http://127.0.0.1:1/image")
+
+
+@pytest.mark.parametrize("uri", ["ssh:///path", "ssh://host", "s3://bucket", "file://host/path"])
+async def test_what_a_uri_lacks_is_said(uri: str) -> None:
+    assert "wanted" in await opens_with(uri)
+
+
+async def test_nobody_answers_ssh() -> None:
+    need_plugin("ssh")
+    assert "onnect" in await opens_with("ssh://127.0.0.1:1/image")
+
+
+def test_every_plugin_names_its_package() -> None:
+    assert all(plugin.package for plugin in PLUGINS.values())
