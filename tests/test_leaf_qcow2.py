@@ -30,7 +30,8 @@ KINDS = [
     by_qemu("qcow2", "compat=0.10"),
     by_qemu("qcow2", "compat=1.1,cluster_size=4k"),
     by_qemu("qcow2", "extended_l2=on,lazy_refcounts=on"),
-    *(by_qemu("qcow2", f"refcount_bits={bits},cluster_size=1k") for bits in (1, 2, 4, 8, 32, 64)),
+    by_qemu("qcow2", "refcount_bits=1,cluster_size=1k"),
+    by_qemu("qcow2", "refcount_bits=64,cluster_size=1k"),
 ]
 
 

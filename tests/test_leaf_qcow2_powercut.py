@@ -58,9 +58,9 @@ def test_power_cut(kind: ImageKind, finish: bool, memory: Path) -> None:
     size = (1 << 20) + 512
     windows: tuple[tuple[int, int], ...] = ((0, 16 * 4096), ((1 << 20) - 8 * 4096, 8 * 4096 + 512))
     if finish:
-        size = 128 * 1024
+        size = 64 * 1024
         windows = ((0, size),)
-    life = live(kind, memory / "life", seed=3, size=size, windows=windows, steps=100, finish=finish)
+    life = live(kind, memory / "life", seed=3, size=size, windows=windows, steps=70, finish=finish)
     judged = cut_everywhere(life, memory / "cut", seed=3, variants=2)
     assert judged >= 2 * len(life.journal.operations)
 

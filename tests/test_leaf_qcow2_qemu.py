@@ -13,7 +13,8 @@ import pytest
 from nbdstream.errors import LeafFormatError, LeafUnsupportedError
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference, CheckResult, State
-from nbdstream.leaf.qcow2.header import Header, read_header
+from nbdstream.leaf.qcow2.header import Header
+from nbdstream.leaf.qcow2.header_file import read_header
 from tests.leaf_support import (
     BACKING,
     ImageKind,
@@ -326,9 +327,9 @@ def refused(path: Path, match: str, *, read_only: bool) -> None:
 def test_features_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     secret = ["--object", "secret,id=s,data=abc"]
-    luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    aes = "encrypt.format=aes,encrypt.key-secret=s"
     for options, match in (
-        ([*secret, "-o", luks], "encryption"),
+        ([*secret, "-o", aes], "encryption"),
         (["-o", f"data_file={tmp_path / 'data'}"], "external data file"),
     ):
         run(["qemu-img", "create", "-q", "-f", "qcow2", *options, path, "1M"])
@@ -424,7 +425,30 @@ def test_we_repair_what_qemu_left(kind: ImageKind, tmp_path: Path, backing: byte
     assert_same(path, visible)
 
 
-# -- growing ---------------------------------------------------------------------------
+# -- refcounts ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
+def test_every_refcount_width(bits: int, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    by_qemu("qcow2", f"refcount_bits={bits},cluster_size=1k").make(path, SIZE, None)
+    visible = bytearray(SIZE)
+    rng = random.Random(bits)
+    for _ in range(3):
+        leaf = open_leaf(str(path))
+        for _ in range(20):
+            offset, count = rng.randrange(2900) * 1024, rng.randrange(1, 100)
+            data = pattern(offset, count * 1024, rng.randrange(100))
+            if rng.random() < 0.4:
+                data = bytes(len(data))
+                zero(leaf, offset, len(data))
+            else:
+                write(leaf, offset, data)
+            visible[offset : offset + len(data)] = data
+        assert leaf.describe()["refcount-bits"] == bits
+        leaf.close()
+        qemu_check(path, "qcow2")
+    assert_same(path, visible)
 
 
 def test_the_refcount_table_moves_when_it_has_to_grow(tmp_path: Path) -> None:

@@ -72,12 +72,12 @@ class Changes:
 
     def zero(self, offset: int, length: int, *, unmap: bool, backing: bool) -> None:
         """See `Leaf.zero`; without a backing, what is unallocated is zero already."""
-        for start, size in self._zero_ranges(offset, length, skip=unmap and not backing):
-            parts = self._plan(start, size)
+        ranges = list(self._zero_ranges(offset, length, skip=unmap and not backing))
+        for parts in [self._plan(start, size) for start, size in ranges]:
             for part in parts:
                 if part.old.packed >= 0 and not self._whole(part):
                     raise ValueError(
-                        f"a zero of {part.length} at {part.start} cuts a packed cluster"
+                        f"a zero of {part.length} at {part.start} cuts a compressed cluster"
                     )
             if unmap:
                 self._unmap(parts, backing=backing)

@@ -16,7 +16,8 @@ from functools import lru_cache
 
 from nbdstream.errors import LeafFormatError
 from nbdstream.leaf.base import CheckResult, write_exactly
-from nbdstream.leaf.qcow2.header import Header, store_fields
+from nbdstream.leaf.qcow2.header import Header
+from nbdstream.leaf.qcow2.header_file import store_fields
 from nbdstream.leaf.qcow2.layout import COMPRESSED, COPIED, OFFSET, store_words
 from nbdstream.leaf.qcow2.refcounts import (
     Refcounts,

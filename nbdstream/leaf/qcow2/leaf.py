@@ -27,7 +27,6 @@ not be recorded in; and clears the bits that stand for whatever else we would no
 
 import logging
 import os
-from array import array
 from collections.abc import Callable, Iterator
 
 from nbdstream.errors import LeafFormatError, UsageError
@@ -46,9 +45,11 @@ from nbdstream.leaf.base import (
 from nbdstream.leaf.qcow2.changes import Changes
 from nbdstream.leaf.qcow2.check import check_image
 from nbdstream.leaf.qcow2.compressed import unpack
-from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, Header, install, store_fields
-from nbdstream.leaf.qcow2.layout import COMPRESSED, LOW_32, OFFSET, ZERO
+from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, Header
+from nbdstream.leaf.qcow2.header_file import install, store_fields
+from nbdstream.leaf.qcow2.layout import COMPRESSED, OFFSET, ZERO
 from nbdstream.leaf.qcow2.refcounts import RefcountPlan, Refcounts
+from nbdstream.leaf.qcow2.slices import slice_extents
 from nbdstream.leaf.qcow2.space import Dropped, Metadata, Space
 from nbdstream.leaf.qcow2.tables import Tables, TableSnapshot, load_l1, write_tables
 
@@ -170,85 +171,8 @@ class Qcow2Leaf(Leaf):
                 yield LeafExtent(offset, stop - offset, hole)
             else:
                 stop = min(end, ((offset >> self._slice_bits) + 1) << self._slice_bits)
-                yield from self._slice_extents(entries, offset, stop, hole)
+                yield from slice_extents(self._geometry, entries, offset, stop, hole)
             offset = stop
-
-    def _slice_extents(
-        self, entries: "array[int]", offset: int, end: int, hole: State
-    ) -> Iterator[LeafExtent]:
-        """The extents of a range within one slice, neighbours joined."""
-        start, state, host = offset, hole, -1
-        while offset < end:
-            for length, now, place in self._cluster_extents(entries, offset, end, hole):
-                joins = now is state and (
-                    place == host + offset - start
-                    if now is State.DATA
-                    else now is not State.COMPRESSED
-                )
-                if not joins:
-                    if offset > start:
-                        yield LeafExtent(start, offset - start, state, host)
-                    start, state, host = offset, now, place
-                offset += length
-        yield LeafExtent(start, end - start, state, host)
-
-    def _cluster_extents(
-        self, entries: "array[int]", offset: int, end: int, hole: State
-    ) -> list[tuple[int, State, int]]:
-        """(length, state, host) of the pieces of one cluster from ``offset`` on, or of
-        several clusters that are alike throughout and in a row."""
-        geometry = self._geometry
-        index = ((offset >> self._cluster_bits) & self._slice_mask) * geometry.words
-        inside = offset & self._cluster_mask
-        bitmap = entries[index + 1] if self._extended else 0
-        host, data, zero, packed = geometry.decode(entries[index], bitmap)
-        if packed >= 0:
-            return [(min(end - offset, geometry.cluster_size - inside), State.COMPRESSED, packed)]
-        if data == geometry.full or (not data and zero in (0, geometry.full)):
-            length = self._run_length(entries, index, geometry.cluster_size if host else 0)
-            length = min(end - offset, length - inside)
-            if data:
-                return [(length, State.DATA, host + inside)]
-            return [(length, State.ZERO if zero else hole, -1)]
-        stop = min(inside + end - offset, geometry.cluster_size)
-        return self._block_extents(host, data, zero, inside, stop, hole)
-
-    def _run_length(self, entries: "array[int]", index: int, step: int) -> int:
-        """Bytes of the guest's from this entry to the end of its run: clusters of one
-        kind, each at ``step`` behind its predecessor."""
-        words = self._geometry.words
-        entry = entries[index]
-        bitmap = entries[index + 1] if words == 2 else 0
-        at = index + words
-        if not entry and not bitmap and not any(entries):
-            at = len(entries)  # the common case, and quick
-        while at < len(entries):
-            entry += step
-            if entries[at] != entry or (words == 2 and entries[at + 1] != bitmap):
-                break
-            at += words
-        return (at - index) // words << self._cluster_bits
-
-    def _block_extents(
-        self, host: int, data: int, zero: int, inside: int, stop: int, hole: State
-    ) -> list[tuple[int, State, int]]:
-        """The pieces of a cluster whose blocks differ, between two offsets inside of it."""
-        pieces = []
-        neither = ~(data | zero) & LOW_32
-        while inside < stop:
-            block = inside >> self._block_bits
-            if data >> block & 1:
-                state, run, place = State.DATA, data >> block, host + inside
-            elif zero >> block & 1:
-                state, run, place = State.ZERO, zero >> block, -1
-            else:
-                state, run, place = hole, neither >> block, -1
-            # The number of ones at the low end of the run.
-            blocks = (~run & (run + 1)).bit_length() - 1
-            after = min(stop, (block + blocks) << self._block_bits)
-            pieces.append((after - inside, state, place))
-            inside = after
-        return pieces
 
     def read(self, extent: LeafExtent, view: memoryview) -> None:
         """See `Leaf.read`. Raises OSError, EIO if compressed data is damaged."""
@@ -307,10 +231,11 @@ class Qcow2Leaf(Leaf):
 
     def _write_metadata(self, tables: TableSnapshot, plans: list[RefcountPlan]) -> None:
         """Worker: the flush proper."""
-        if not self._header.dirty:
-            self._header = self._header.marked(dirty=True)
-            store_fields(self.fd, self._header)
+        header = self._header.marked(dirty=True)
+        if header != self._header:
+            store_fields(self.fd, header)
         os.fdatasync(self.fd)
+        self._header = header
         write_tables(self.fd, tables, self._geometry, self._header.l1_table_offset)
         self._write_refcounts(plans)
 

@@ -23,9 +23,8 @@ from nbdstream.leaf.qcow2.header import (
     HEADER_LENGTH,
     STRUCT_V3,
     Header,
-    install,
-    read_header,
 )
+from nbdstream.leaf.qcow2.header_file import install, read_header
 from nbdstream.leaf.qcow2.leaf import Qcow2Leaf
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field, replace
 from nbdstream.errors import LeafFormatError
 from nbdstream.leaf.base import write_exactly
 from nbdstream.leaf.files import read_cached
-from nbdstream.leaf.qcow2.header import Header, store_fields
+from nbdstream.leaf.qcow2.header import Header
+from nbdstream.leaf.qcow2.header_file import store_fields
 from nbdstream.leaf.qcow2.layout import (
     MAX_REFCOUNT_TABLE_BYTES,
     OFFSET,
