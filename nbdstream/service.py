@@ -211,7 +211,7 @@ async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backi
             backing=reference,
         )
         async with _open_leaf(options) as leaf:
-            yield leaf, backing
+            yield leaf, _fitted(backing, leaf)
 
 
 @asynccontextmanager

@@ -80,6 +80,20 @@ def as_nbdinfo_has_it(server: Peer) -> list[tuple[int, int]]:
     return [(each["offset"], each["length"]) for each in json.loads(text)]
 
 
+def test_steps_in_a_loop_reach_the_end_of_a_disk_of_any_size(tmp_path: Path) -> None:
+    """qcow2 counts sectors: a new leaf is longer than its backing of 1,000,000 bytes."""
+    image, leaf = tmp_path / "remote.raw", tmp_path / "leaf.qcow2"
+    image.write_bytes(os.urandom(1_000_000))
+    with nbdkit("file", image, readonly=True) as remote:
+        with nbdstream_serve(leaf, remote.uri, "--stream", "off") as server:
+            assert server.control is not None
+            with Qmp(server.control) as qmp:
+                step = {"next": 0}
+                while "next" in step:
+                    step = qmp.execute("x-nbdstream-stream", device="disk0", offset=step["next"])
+        run(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", image, leaf])
+
+
 def test_a_lost_backing_is_told_and_no_obstacle_to_looking(server: Peer, remote: Peer) -> None:
     assert server.control is not None
     remote.kill()
