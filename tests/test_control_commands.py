@@ -287,12 +287,14 @@ VALUES = st.one_of(
     st.lists(st.integers(), max_size=2),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
-NAMES = ["device", "job-id", "id", "speed", "offset", "length", "limit", "enable", "force", "odd"]
+NAMES = ["device", "job-id", "id", "speed", "offset", "length", "limit", "enable", "force"]
+NAMES += ["seconds", "odd"]
 COMMANDS = [
     "block-stream", "query-block-jobs", "query-jobs", "block-job-set-speed", "block-job-pause",
     "block-job-resume", "block-job-cancel", "block-job-complete", "job-pause", "job-resume",
     "job-cancel", "job-complete", "query-block", "query-version", "query-commands", "quit",
     "x-nbdstream-stats", "x-nbdstream-map", "x-nbdstream-stream", "x-nbdstream-copy-on-read",
+    "x-nbdstream-finish-by",
 ]  # fmt: skip
 REQUESTS = st.lists(
     st.builds(

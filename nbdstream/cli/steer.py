@@ -99,7 +99,7 @@ def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
         ("backing", _backing_fact(backing)),
         ("stream", str(Snapshot.of(report))),
     ]
-    if job.get("speed"):
+    if backing is not None and job.get("speed"):
         facts.append(("cap", format_rate(job["speed"])))
     if deadline := job.get("finish-by"):
         pace = f"takes {format_rate(deadline['speed'])}"
