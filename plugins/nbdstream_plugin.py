@@ -38,9 +38,10 @@ except ImportError:
     import nbdstream.service
 
 import trio
+
 from nbdstream.disk import DetectZeroes, StreamedDisk
 from nbdstream.errors import NbdstreamError
-from nbdstream.server.export import Hit
+from nbdstream.export import Hit
 from nbdstream.service import ServeOptions
 from nbdstream.units import parse_duration, parse_rate
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trio
 
-from nbdstream.server.export import Hit, StatusExtent
+from nbdstream.export import Hit, StatusExtent
 
 
 class FileExport:

@@ -5,7 +5,7 @@ import errno
 
 import trio
 
-from nbdstream.server.export import Hit, StatusExtent
+from nbdstream.export import Hit, StatusExtent
 
 
 class MemoryExport:

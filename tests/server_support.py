@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import trio
 
+from nbdstream.export import Export
 from nbdstream.server.constants import (
     CHUNK,
     GREETING,
@@ -26,7 +27,6 @@ from nbdstream.server.constants import (
     Option,
     OptionReply,
 )
-from nbdstream.server.export import Export
 from nbdstream.server.listeners import listen_unix
 from nbdstream.server.server import Server
 from tests.peers import run, temporary_directory

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from nbdstream.backing.base import Priority
 from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk
 from nbdstream.errors import BackingError
-from nbdstream.server.export import Hit
+from nbdstream.export import Hit
 from tests.doubles import GatedBacking, MemoryLeaf
 
 CELL = 128

@@ -12,8 +12,8 @@ import trio.testing
 from nbdstream.backing.base import Priority
 from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk
 from nbdstream.errors import BackingReadError
+from nbdstream.export import Hit
 from nbdstream.leaf.base import State
-from nbdstream.server.export import Hit
 from tests.doubles import GatedBacking, MemoryLeaf
 
 SIZE = 64 * 1024 + 300  # the last block is a short one

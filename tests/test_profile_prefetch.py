@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from nbdstream.backing.base import Priority
 from nbdstream.disk import StreamedDisk, open_disk
 from nbdstream.errors import BackingMismatchError, BackingReadError
+from nbdstream.export import Hit
 from nbdstream.leaf.base import BackingReference, State
-from nbdstream.server.export import Hit
 from nbdstream.streamer.job import StreamJob
 from nbdstream.streamer.prefetch import LOOK_AHEAD, MERGE_MOST, Prefetcher, merged
 from nbdstream.streamer.profile import Profile, Range

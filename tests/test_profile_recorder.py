@@ -13,8 +13,8 @@ import trio.testing
 
 from nbdstream.backing.base import Priority
 from nbdstream.disk import StreamedDisk, open_disk
+from nbdstream.export import Hit
 from nbdstream.leaf.base import BackingReference
-from nbdstream.server.export import Hit
 from nbdstream.streamer.profile import Profile, Range, read_profile, write_profile
 from nbdstream.streamer.recorder import (
     BYTES_LEAST,

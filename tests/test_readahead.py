@@ -14,8 +14,8 @@ from nbdstream.disk import StreamedDisk, open_disk
 from nbdstream.disk.fetch import PARK_TIME
 from nbdstream.disk.readahead import STREAMS, WINDOW_FIRST, WINDOW_MOST_LEAST
 from nbdstream.errors import BackingReadError
+from nbdstream.export import Hit
 from nbdstream.leaf.base import State
-from nbdstream.server.export import Hit
 from tests.far_backing import CachedLeaf, FarBacking
 
 KIB = 1024

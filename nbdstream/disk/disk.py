@@ -33,8 +33,8 @@ from nbdstream.disk.lookup import Lookup, is_remote, same_place
 from nbdstream.disk.readahead import Readahead
 from nbdstream.disk.status import block_status
 from nbdstream.disk.zeroes import is_zero, zeroes
+from nbdstream.export import Hit, StatusExtent
 from nbdstream.leaf.base import ALL_ZERO, ColdMetadata, FlushNeeded, Leaf, LeafExtent, State
-from nbdstream.server.export import Hit, StatusExtent
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -86,7 +86,7 @@ async def open_disk(
 
 
 class StreamedDisk:
-    """Implements `nbdstream.server.export.Export` over a leaf and a backing.
+    """Implements `nbdstream.export.Export` over a leaf and a backing.
 
     Attributes:
         copy_on_read: whether what a guest reads is kept; may be set at any time.

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from nbdstream.backing.base import Backing
 from nbdstream.disk.lookup import is_remote
+from nbdstream.export import StatusExtent
 from nbdstream.leaf.base import LeafExtent, State
-from nbdstream.server.export import StatusExtent
 
 
 async def block_status(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NBD server: the wire, and nothing of disks but `nbdstream.server.export`.
+"""The NBD server: the wire, and nothing of disks but `nbdstream.export`.
 
 From the outside in: `server` accepts clients on `listeners`; a `connection` moves the
 bytes of one client over its `wire`. Without I/O: `handshake` (with `options`, `cursor`)

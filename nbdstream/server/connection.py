@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from nbdstream.export import Export
 from nbdstream.server.execute import execute
-from nbdstream.server.export import Export
 from nbdstream.server.handshake import Agreement, Handshake, ProtocolError
 from nbdstream.server.requests import is_change
 from nbdstream.server.transmission import SlowRequest, Transmission

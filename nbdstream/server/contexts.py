@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from struct import Struct
 from typing import NamedTuple
 
+from nbdstream.export import StatusExtent
 from nbdstream.server.constants import STATE_HOLE, STATE_ZERO
-from nbdstream.server.export import StatusExtent
 
 _DESCRIPTOR = Struct(">II")  # length, flags
 

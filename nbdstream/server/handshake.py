@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from nbdstream.errors import NbdstreamError
+from nbdstream.export import Export
 from nbdstream.server import options
 from nbdstream.server.constants import (
     EXPORT_NAME_REPLY,
@@ -30,7 +31,6 @@ from nbdstream.server.constants import (
 )
 from nbdstream.server.contexts import MetaContext, list_matches, set_matches
 from nbdstream.server.cursor import MalformedError
-from nbdstream.server.export import Export
 
 # Data of an option that is kept in memory: names and queries of any sensible length.
 MAX_OPTION_DATA = 64 << 10

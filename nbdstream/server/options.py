@@ -7,6 +7,7 @@ not the one that "Option types" gives; they hold no state and know no export.
 
 from typing import NamedTuple
 
+from nbdstream.export import Export
 from nbdstream.server.constants import (
     INFO_BLOCK_SIZE,
     INFO_EXPORT,
@@ -19,7 +20,6 @@ from nbdstream.server.constants import (
 )
 from nbdstream.server.contexts import MetaContext
 from nbdstream.server.cursor import Cursor
-from nbdstream.server.export import Export
 
 
 class InfoRequest(NamedTuple):

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from nbdstream.errors import NbdstreamError
+from nbdstream.export import StatusExtent
 from nbdstream.server.constants import (
     CHUNK,
     CHUNK_DONE,
@@ -25,7 +26,6 @@ from nbdstream.server.constants import (
     Error,
 )
 from nbdstream.server.contexts import MetaContext, descriptors
-from nbdstream.server.export import StatusExtent
 from nbdstream.server.requests import Refusal, Request
 
 logger = logging.getLogger(__name__)

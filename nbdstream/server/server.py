@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
+from nbdstream.export import Export
 from nbdstream.server.connection import Connection
-from nbdstream.server.export import Export
 from nbdstream.server.listeners import Listener, close_all
 from nbdstream.server.wire import Wire
 

@@ -17,6 +17,7 @@ What must hold:
 from typing import NamedTuple
 
 from nbdstream.errors import NbdstreamError
+from nbdstream.export import Hit
 from nbdstream.server.buffers import new_buffer
 from nbdstream.server.constants import (
     CHUNK,
@@ -32,7 +33,6 @@ from nbdstream.server.constants import (
     Chunk,
     Command,
 )
-from nbdstream.server.export import Hit
 from nbdstream.server.handshake import Agreement, ProtocolError
 from nbdstream.server.replies import failure
 from nbdstream.server.requests import Request, refusal

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the NBD server asks of a disk.
+"""What a front end (the NBD server, the nbdkit plugin) asks of a disk.
 
 The ``…_nowait`` methods are the hot path: plain calls that neither await nor block, to
 be tried first for every request. They answer `MISS` when they cannot finish at once
