@@ -194,6 +194,7 @@ async def test_fio_verifies_what_it_wrote(disk: FileExport, connections: int) ->
             f"--size={SIZE // connections}",
             f"--offset_increment={SIZE // connections}",
             "--verify=crc32c",
+            "--verify_state_save=0",
             "--verify_fatal=1",
             "--output-format=json",
         )
