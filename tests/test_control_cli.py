@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands on a control socket, run as programs against a real one; progress lines."""
 
+import errno
 import io
 import json
 import logging
@@ -352,6 +353,17 @@ async def test_progress_is_shown_until_the_job_ends(
     assert capsys.readouterr().err.startswith("100.0 % local")
 
 
+def everything(controller: int) -> str:
+    """What was written to a terminal that is closed by now."""
+    output = b""
+    try:
+        while data := os.read(controller, 65536):
+            output += data
+    except OSError as error:
+        assert error.errno == errno.EIO  # Linux's way to say so
+    return output.decode()
+
+
 def test_on_a_terminal_it_is_one_line_and_the_log_goes_above_it() -> None:
     handler = logging.StreamHandler(sys.__stderr__)
     logging.getLogger().addHandler(handler)
@@ -363,7 +375,7 @@ def test_on_a_terminal_it_is_one_line_and_the_log_goes_above_it() -> None:
                     line.show(Snapshot.of(report(offset=offset)))
                 logging.getLogger("nbdstream.test").warning("the link is down")
                 line.show(Snapshot.of(report(offset=12 << 20)))
-            output = os.read(controller, 65536).decode()
+        output = everything(controller)
         assert handler.stream is sys.__stderr__
     finally:
         os.close(controller)
