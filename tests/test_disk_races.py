@@ -13,7 +13,7 @@ from nbdstream.backing.base import Priority
 from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk
 from nbdstream.errors import BackingReadError
 from nbdstream.export import Hit
-from nbdstream.leaf.base import State
+from nbdstream.leaf.base import State, SyncError
 from tests.doubles import GatedBacking, MemoryLeaf
 
 SIZE = 64 * 1024 + 300  # the last block is a short one
@@ -330,7 +330,7 @@ async def test_a_failed_sync_fails_all_later_flushes(caplog: pytest.LogCaptureFi
         async with open_disk(leaf, GatedBacking(CONTENT)) as disk:
 
             def fail() -> None:
-                raise OSError(errno.EIO, "bad sector")
+                raise SyncError(errno.EIO, "bad sector")
 
             begin, leaf.begin_flush = leaf.begin_flush, lambda: fail  # type: ignore[method-assign]
             disk.write_nowait(memoryview(b"x" * 512), 0)
@@ -342,6 +342,22 @@ async def test_a_failed_sync_fails_all_later_flushes(caplog: pytest.LogCaptureFi
                 await disk.flush()
     assert "sync failed" in caplog.text
     leaf.close()
+
+
+async def test_a_flush_without_space_for_metadata_can_be_repeated() -> None:
+    async with gated_disk() as (disk, leaf, _backing):
+
+        def fail() -> None:
+            raise OSError(errno.ENOSPC, "no space")
+
+        begin, leaf.begin_flush = leaf.begin_flush, lambda: fail  # type: ignore[method-assign]
+        disk.write_nowait(memoryview(b"x" * 512), 0)
+        with pytest.raises(OSError, match="no space"):
+            await disk.flush()
+        assert leaf.dirty
+        leaf.begin_flush = begin  # type: ignore[method-assign]
+        await disk.flush()
+        assert not leaf.dirty
 
 
 async def test_block_status_tells_local_remote_and_holes_apart() -> None:

@@ -119,6 +119,8 @@ class StreamedDisk:
         self.detect_zeroes = detect_zeroes
         self.on_read: Callable[[int, int], None] | None = None
         self._frozen = ""
+        self._refuse_at = 0.0
+        self._thawed = trio.Event()
         self._standing_by = False
         self._locate = leaf.locate
         self._flusher = Flusher(leaf)
@@ -303,8 +305,15 @@ class StreamedDisk:
                 change()
             return obstacle
 
+        if self._frozen:
+            await self._wait_thawed()
         while (obstacle := await self._atomically(attempt)) is not None:
             await self._clear(obstacle)
+
+    async def _wait_thawed(self) -> None:
+        """Hold a change back for as long as `freeze` says: it may yet be welcome."""
+        with trio.move_on_at(self._refuse_at):
+            await self._thawed.wait()
 
     async def _clear(self, obstacle: LeafExtent) -> None:
         """Make DATA of (at least) one obstacle, contents unchanged."""
@@ -352,15 +361,21 @@ class StreamedDisk:
         """Why guests may not change anything now, or ""."""
         return self._frozen
 
-    async def freeze(self, reason: str) -> None:
+    async def freeze(self, reason: str, *, hold: float = 0.0) -> None:
         """Refuse all changes by guests from now on (EPERM), and make durable those that
-        were completed. Raises OSError; it is frozen all the same."""
+        were completed. Raises OSError; it is frozen all the same.
+
+        For ``hold`` seconds changes wait instead: a `thaw` by then lets them happen.
+        """
         self._frozen = reason
+        self._refuse_at = trio.current_time() + hold
+        self._thawed = trio.Event()
         await self.flush()
 
     def thaw(self) -> None:
         """Let guests change things again."""
         self._frozen = ""
+        self._thawed.set()
 
     def stand_by(self) -> None:
         """The backing may still be written: keep nothing of it, rely on nothing that it told

@@ -8,7 +8,7 @@ Any number of flush requests may be waiting; each is served by the first flush t
 A failed sync is final. The kernel may have dropped the dirty pages and will report
 success next time, so that no later sync could be trusted ("fsync failure"); every
 later flush fails with the same error, until the leaf is opened anew and shows what
-is really there.
+is really there. A flush that found no space for metadata can be repeated.
 """
 
 import logging
@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from nbdstream.leaf.base import Leaf
+from nbdstream.leaf.base import Leaf, SyncError
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,10 @@ class Flusher:
         try:
             await trio.to_thread.run_sync(finish)
         except OSError as error:
-            self._failure = error
             self._leaf.end_flush(ok=False)
+            if not isinstance(error, SyncError):
+                raise  # no space for metadata: that can be mended
+            self._failure = error
             log.critical("%s: sync failed, flushes fail from now on: %s", self._leaf.path, error)
             raise
         self._leaf.end_flush(ok=True)
@@ -83,5 +85,7 @@ async def run_checkpoints(leaf: Leaf, flush: Callable[[], Awaitable[None]]) -> N
         if leaf.dirty:
             try:
                 await flush()
-            except OSError:
+            except SyncError:
                 return  # the flusher has said so, and tells every client that flushes
+            except OSError as error:
+                log.warning("%s: cannot make durable what is local: %s", leaf.path, error)

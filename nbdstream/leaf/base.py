@@ -80,6 +80,11 @@ class FlushNeeded(Exception):  # noqa: N818 - a signal to the caller, not an err
     """The dirty metadata has reached its bound: flush, then retry."""
 
 
+class SyncError(OSError):
+    """A sync failed. The kernel may have dropped what it could not write, and reports
+    that only once: no later sync of this file proves anything."""
+
+
 @dataclass(frozen=True)
 class BackingReference:
     """What a leaf records of the backing that it belongs to (invariant 6).
@@ -213,7 +218,7 @@ class Leaf(abc.ABC):
 
         The returned function is run in a worker exactly once. It makes durable all
         data that was written before this call, and then the snapshot. It raises
-        OSError.
+        SyncError if it must not be tried again, else OSError (no space for metadata).
         """
 
     @abc.abstractmethod
@@ -253,6 +258,14 @@ class Leaf(abc.ABC):
     def describe(self) -> dict[str, object]:
         """Format-specific facts for ``nbdstream info``, by QEMU's names where it has them."""
         return {}
+
+
+def sync(fd: int) -> None:
+    """Make durable what was written to a file (may block). Raises SyncError."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise SyncError(error.errno, f"sync failed: {error.strerror}") from error
 
 
 def joined(extents: Iterable[LeafExtent]) -> Iterator[LeafExtent]:

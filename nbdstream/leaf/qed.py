@@ -38,6 +38,7 @@ from nbdstream.leaf.base import (
     Leaf,
     LeafExtent,
     State,
+    sync,
     write_exactly,
 )
 from nbdstream.leaf.locking import open_locked
@@ -97,7 +98,7 @@ class QedLeaf(Leaf):
         if self._header.autoclear_features and not self.read_only:
             self._header = replace(self._header, autoclear_features=0)
             self._header.write(self.fd)
-            os.fdatasync(self.fd)
+            sync(self.fd)
         self._marked = bool(self._header.features & NEED_CHECK)  # durably so
         self._mark_wanted = False
         self._marking = False
@@ -220,11 +221,11 @@ class QedLeaf(Leaf):
         def flush() -> None:
             if marking:
                 replace(self._header, features=self._header.features | NEED_CHECK).write(self.fd)
-            os.fdatasync(self.fd)
+            sync(self.fd)
             for pages in (l2_pages, l1_pages):
                 if pages:
                     write_pages(self.fd, pages.items())
-                    os.fdatasync(self.fd)
+                    sync(self.fd)
 
         return flush
 
@@ -245,7 +246,7 @@ class QedLeaf(Leaf):
             raise LeafError(f"{self.path} still needs its backing: nothing at {missing} yet")
         header = without_backing(self._header)
         header.write(self.fd)  # within one sector: it happens, or it does not
-        os.fdatasync(self.fd)
+        sync(self.fd)
         self._header = header
         self.backing = None
 
@@ -272,9 +273,9 @@ class QedLeaf(Leaf):
             return
         if os.fstat(self.fd).st_size != self._tables.end:
             os.ftruncate(self.fd, self._tables.end)
-            os.fdatasync(self.fd)  # while the bit is set: what is cut off was a leak
+            sync(self.fd)  # while the bit is set: what is cut off was a leak
         replace(self._header, features=self._header.features & ~NEED_CHECK).write(self.fd)
-        os.fdatasync(self.fd)
+        sync(self.fd)
 
     # -- looking at it ---------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from nbdstream.leaf.base import (
     Leaf,
     LeafExtent,
     State,
+    sync,
     write_exactly,
 )
 from nbdstream.leaf.locking import open_locked
@@ -136,10 +137,10 @@ class RawLeaf(Leaf):
         snapshot = allocation.cache.begin_flush() if allocation else {}
 
         def flush() -> None:
-            os.fdatasync(self.fd)
+            sync(self.fd)
             if allocation is not None and snapshot:
                 write_pages(allocation.fd, snapshot.items())
-                os.fdatasync(allocation.fd)
+                sync(allocation.fd)
 
         return flush
 

@@ -40,6 +40,7 @@ from nbdstream.leaf.base import (
     LeafExtent,
     State,
     read_exactly,
+    sync,
     write_exactly,
 )
 from nbdstream.leaf.qcow2.changes import Changes
@@ -222,7 +223,7 @@ class Qcow2Leaf(Leaf):
 
         def finish() -> None:
             if tables is None and not plans:
-                os.fdatasync(self.fd)
+                sync(self.fd)
             else:
                 self._write_metadata(tables or TableSnapshot(), plans)
             self._punch(dropped)
@@ -234,7 +235,7 @@ class Qcow2Leaf(Leaf):
         header = self._header.marked(dirty=True)
         if header != self._header:
             store_fields(self.fd, header)
-        os.fdatasync(self.fd)
+        sync(self.fd)
         self._header = header
         write_tables(self.fd, tables, self._geometry, self._header.l1_table_offset)
         self._write_refcounts(plans)
@@ -314,10 +315,10 @@ class Qcow2Leaf(Leaf):
         self._settle()
         self._space.trim_file()
         if self._header.dirty and not self._refcounts.lost:
-            os.fdatasync(self.fd)
+            sync(self.fd)
             self._header = self._header.marked(dirty=False)
             store_fields(self.fd, self._header)
-            os.fdatasync(self.fd)
+            sync(self.fd)
 
     # -- looking at it -----------------------------------------------------------------
 

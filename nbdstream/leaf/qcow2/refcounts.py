@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from nbdstream.errors import LeafFormatError
-from nbdstream.leaf.base import write_exactly
+from nbdstream.leaf.base import sync, write_exactly
 from nbdstream.leaf.files import read_cached
 from nbdstream.leaf.qcow2.header import Header
 from nbdstream.leaf.qcow2.header_file import store_fields
@@ -89,14 +89,14 @@ class RefcountPlan:
         if self.moved_table is None:
             return header
         write_exactly(fd, memoryview(store_words(self.moved_table)), self.table_offset)
-        os.fdatasync(fd)
+        sync(fd)
         header = replace(
             header,
             refcount_table_offset=self.table_offset,
             refcount_table_clusters=self.geometry.clusters(8 * len(self.moved_table)),
         )
         store_fields(fd, header)
-        os.fdatasync(fd)
+        sync(fd)
         return header
 
     def _apply_step(self, fd: int, step: Step) -> None:

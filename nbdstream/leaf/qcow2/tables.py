@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nbdstream.errors import LeafFormatError
-from nbdstream.leaf.base import write_exactly
+from nbdstream.leaf.base import sync, write_exactly
 from nbdstream.leaf.files import read_cached, zero_range
 from nbdstream.leaf.qcow2.layout import (
     COMPRESSED,
@@ -315,10 +315,10 @@ def write_tables(fd: int, snapshot: TableSnapshot, geometry: Geometry, l1_offset
     ):
         write_exactly(fd, memoryview(data), offset)
     if snapshot.pointers:
-        os.fdatasync(fd)
+        sync(fd)
         for offset, data in joined_runs(
             (l1_offset + 8 * index, store_words([entry]))
             for index, entry in sorted(snapshot.pointers)
         ):
             write_exactly(fd, memoryview(data), offset)
-    os.fdatasync(fd)
+    sync(fd)
