@@ -260,13 +260,13 @@ class Disk:
         else:
             target.pending.append(operation)
 
-    def survivors(self, rng: random.Random) -> dict[str, bytes]:
+    def survivors(self, rng: random.Random) -> dict[str, bytearray]:
         """One of the many states that the directory may be in, by file name."""
         keep = rng.choice(_STRATEGIES)
         names = dict(self._names)
         _apply_names(names, keep(list(self._pending_names), rng))
         return {
-            name: bytes(self._left_of(self._files[inode], keep, rng))
+            name: self._left_of(self._files[inode], keep, rng)
             for name, inode in names.items()
             if inode in self._files
         }
