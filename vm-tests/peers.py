@@ -79,7 +79,7 @@ async def stream_with_nbdstream(task: Task, directory: Path, leaf_format: str) -
                 async with start(task.system, disk, on_console=task.show.guest) as guest:
                     login = await _bring_up(task, guest)
                     local = await stream.wait()
-                    await guest.power_off()
+                    await _power_off(task, guest)
     return Result("nbdstream", login, local, task.moved())
 
 
@@ -92,7 +92,7 @@ async def copy_then_boot(task: Task, directory: Path) -> Result:
         task.show.note("nbdcopy is done: the disk is wholly local")
         async with start(task.system, Disk.file(copy)) as guest:
             login = await _bring_up(task, guest)
-            await guest.power_off()
+            await _power_off(task, guest)
     return Result("nbdcopy, then boot", login, local, task.moved())
 
 
@@ -111,7 +111,7 @@ async def stream_with_qemu(task: Task, directory: Path) -> Result:
             async with _watched(task, qmp) as stream:
                 login = await _bring_up(task, guest)
                 local = await stream.wait()
-                await guest.power_off()
+                await _power_off(task, guest)
     return Result("QEMU alone", login, local, task.moved())
 
 
@@ -124,6 +124,12 @@ async def _bring_up(task: Task, guest: RunningGuest) -> float:
     await guest.run(task.work, within=STREAM_TIMEOUT)
     task.show.note(f"the guest has {task.work_done}")
     return login
+
+
+async def _power_off(task: Task, guest: RunningGuest) -> None:
+    task.show.mute_guest()
+    await guest.power_off()
+    task.show.note("the guest has switched itself off")
 
 
 class _StreamWatch:

@@ -44,6 +44,7 @@ class Show:
         self._live: Live | None = None
         self._begun = self._printed = trio.current_time()
         self._line = ""
+        self._guest_muted = False
 
     @property
     def elapsed(self) -> float:
@@ -55,6 +56,7 @@ class Show:
         self._console.print()
         self._console.rule(f"[bold]{title}", align="left")
         self._begun = self._printed = trio.current_time()
+        self._guest_muted = False
 
     def note(self, text: str) -> None:
         """Something happened: one line with the time."""
@@ -65,8 +67,12 @@ class Show:
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             plain = _CONTROL_SEQUENCE.sub("", line).strip()
-            if plain and not _RUN_MARK.search(plain):
+            if plain and not self._guest_muted and not _RUN_MARK.search(plain):
                 self._console.print(Text(f"{self.elapsed:7.2f} s  │ {plain}", style="dim"))
+
+    def mute_guest(self) -> None:
+        """Nobody wants to read what the guest says from now on, in this chapter."""
+        self._guest_muted = True
 
     @contextmanager
     def live(self) -> Iterator[None]:
