@@ -20,9 +20,12 @@ from nbdstream.backing.base import Backing
 from nbdstream.backing.identity import fingerprint
 from nbdstream.backing.padded import PaddedBacking
 from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk
-from nbdstream.errors import UsageError
+from nbdstream.disk.readonly import ReadOnlyExport
+from nbdstream.errors import BackingMismatchError, UsageError
+from nbdstream.export import Export
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf
+from nbdstream.leaf.seal import Seal, generation_of, read_seal
 from nbdstream.server.listeners import Listener
 from nbdstream.server.server import Server
 from nbdstream.streamer.job import StreamJob
@@ -32,6 +35,10 @@ from nbdstream.streamer.recorder import record_boot
 
 log = logging.getLogger(__name__)
 
+# What a leaf records instead of its backing's identity as long as it has none: it was made
+# to stand by for a disk that somebody still writes (`nbdstream.migrate.standby`).
+STANDBY = "standby"
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -39,7 +46,8 @@ class ServeOptions:
 
     ``stream`` is "on", "off" or "paused"; ``speed`` in bytes per second, 0 for no cap;
     ``finish_by`` in seconds from now, None for whenever; ``prefetch`` the file of a boot
-    profile; ``backing_timeout`` in seconds, None to wait for a lost backing for ever.
+    profile; ``backing_timeout`` in seconds, None to wait for a lost backing for ever;
+    ``standby``: the backing may still be written, so keep nothing of it until told.
     """
 
     leaf: str
@@ -54,16 +62,19 @@ class ServeOptions:
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     backing_timeout: float | None = None
     keep_backing: bool = False
+    standby: bool = False
 
 
 @dataclass
 class Opened:
-    """A leaf that is ready for use. ``job`` is None where there is nothing to stream."""
+    """A leaf that is ready for use. ``job`` is None where there is nothing to stream;
+    ``seal`` is set if the disk was handed over: nobody writes it any more."""
 
     leaf: Leaf
     backing: Backing | None
     disk: StreamedDisk
     job: StreamJob | None
+    seal: Seal | None
 
 
 @dataclass
@@ -119,6 +130,12 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
             leaf, backing, copy_on_read=options.copy_on_read, detect_zeroes=options.detect_zeroes
         ) as disk:
             disk.name = options.export
+            if options.standby:
+                disk.stand_by()
+            seal = read_seal(options.leaf)
+            if seal is not None:
+                log.warning("%s is %s; it is served read-only", options.leaf, seal.reason)
+                await disk.freeze(seal.reason)
             job = _job(options, disk)
             async with trio.open_nursery() as nursery:
                 if job is not None:
@@ -127,7 +144,7 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
                 if profile is not None and backing is not None:
                     nursery.start_soon(Prefetcher(disk, profile).run)
                 nursery.start_soon(record_boot, disk)
-                yield Opened(leaf, backing, disk, job)
+                yield Opened(leaf, backing, disk, job, seal)
                 nursery.cancel_scope.cancel()
 
 
@@ -147,7 +164,10 @@ async def open_service(
         def clients_changed(_count: int) -> None:
             clients.unpark_all()
 
-        server = Server([opened.disk], clients_changed=clients_changed)
+        export: Export = opened.disk
+        if opened.seal is not None:
+            export = ReadOnlyExport(export, export.name, opened.seal.reason)
+        server = Server([export], clients_changed=clients_changed)
         service = Service(opened, server, listeners, clients, trio.Event())
         nursery.start_soon(_serve, service)
         yield service
@@ -172,7 +192,7 @@ def _job(options: ServeOptions, disk: StreamedDisk) -> StreamJob | None:
     job = StreamJob(disk, job_id=device_name(disk), keep_backing=options.keep_backing)
     job.set_speed(options.speed)
     job.deadline.set(options.finish_by)
-    if options.stream != "off":
+    if options.stream != "off" and not options.standby:
         job.start(paused=options.stream == "paused")
     return job
 
@@ -191,18 +211,24 @@ async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backi
                 yield leaf, None
                 return
             known = leaf.backing
+            uri = options.backing or known.uri
+            _check_hand_over(options, known, uri)
             async with open_backing(
-                options.backing or known.uri,
+                uri,
                 timeout=options.backing_timeout,
                 size=known.size,
-                identity=known.identity,
+                identity="" if options.standby else known.identity,
             ) as backing:
-                await _record(leaf, backing)
+                if not options.standby:
+                    await _record(leaf, backing)
                 yield leaf, _fitted(backing, leaf)
         return
     assert options.backing is not None
     async with open_backing(options.backing, timeout=options.backing_timeout) as backing:
-        reference = await _reference(backing)
+        if options.standby:
+            reference = BackingReference(backing.uri, "raw", backing.size, STANDBY)
+        else:
+            reference = await _reference(backing)
         create_leaf(
             options.leaf,
             format=format_from_suffix(options.leaf),
@@ -212,6 +238,23 @@ async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backi
         )
         async with _open_leaf(options) as leaf:
             yield leaf, _fitted(backing, leaf)
+
+
+def _check_hand_over(options: ServeOptions, known: BackingReference, uri: str) -> None:
+    """A leaf that stands by is no disk yet, and one that was handed a generation of its
+    source stays with it. Raises UsageError, BackingMismatchError."""
+    if options.standby and known.identity != STANDBY:
+        raise UsageError(f"{options.leaf} is a disk already: only a new leaf can stand by")
+    if known.identity == STANDBY and not options.standby:
+        raise UsageError(
+            f"{options.leaf} only stood by for {known.uri}, which never handed over: the disk "
+            "is still there; delete this leaf"
+        )
+    if generation_of(known.uri) != generation_of(uri):
+        raise BackingMismatchError(
+            f"{uri}: not generation {generation_of(known.uri) or 'known'} of the source's disk, "
+            f"which the leaf belongs to ({known.uri})"
+        )
 
 
 @asynccontextmanager

@@ -158,7 +158,8 @@ async def test_a_plain_local_disk_has_no_job(tmp_path: Path) -> None:
                 await qmp.execute(name, arguments)
         with pytest.raises(DeviceNotActive):
             await qmp.execute("block-job-pause", {"device": DEVICE})
-        assert (await qmp.execute("x-nbdstream-stats")).keys() == {"size", "copy-on-read", "disk"}
+        facts = {"size", "copy-on-read", "canonical", "disk"}
+        assert (await qmp.execute("x-nbdstream-stats")).keys() == facts
         (block,) = await qmp.execute("query-block")
         assert block["inserted"]["backing_file_depth"] == 0
 

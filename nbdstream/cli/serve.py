@@ -19,6 +19,8 @@ from nbdstream.control.metrics import DiskCollector, listen_metrics, serve_metri
 from nbdstream.control.report import statistics
 from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
+from nbdstream.migrate.offer import Offering
+from nbdstream.migrate.standby import Standby
 from nbdstream.qmp import JSONObject
 from nbdstream.server.listeners import (
     Listener,
@@ -81,6 +83,11 @@ DEFAULT_ADDRESS = "localhost:10809"
     help="End once everything is local and no client is connected.",
 )
 @click.option("--keep-backing", is_flag=True, help="Name the backing even when complete.")
+@click.option(
+    "--standby",
+    is_flag=True,
+    help="Keep nothing and let nobody write until activated (see 'nbdstream migrate').",
+)
 @click.option("--run", "command", metavar="COMMAND", help="Run COMMAND, end when it ends.")
 def serve(
     leaf: str,
@@ -100,6 +107,7 @@ def serve(
     metrics: str | None,
     exit_when_complete: bool,
     keep_backing: bool,
+    standby: bool,
     command: str | None,
 ) -> None:
     """Serve a leaf image over NBD.
@@ -121,6 +129,7 @@ def serve(
         detect_zeroes=DetectZeroes(detect_zeroes),
         backing_timeout=backing_timeout,
         keep_backing=keep_backing,
+        standby=standby,
     )
     with listening(socket, listen, private=command is not None) as listeners:
         with steering(control, metrics) as (control_listener, metrics_listeners):
@@ -208,8 +217,14 @@ def start_steering(
 ) -> None:
     """Serve the control socket and the metrics until the nursery is cancelled."""
     disk, job = service.opened.disk, service.opened.job
+    offering = Offering(disk, device_name(disk), nursery)
+    if service.opened.seal is not None:
+        offering.resume(service.opened.seal)
     if control is not None:
-        server = control_server(disk, job, device=device_name(disk), stop=service.stop)
+        hand_over = (offering, Standby(disk, job))
+        server = control_server(
+            disk, job, device=device_name(disk), stop=service.stop, more=hand_over
+        )
         nursery.start_soon(server.serve, control)
     if metrics:
         nursery.start_soon(serve_metrics, metrics, DiskCollector(disk, job, device_name(disk)))

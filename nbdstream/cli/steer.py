@@ -96,6 +96,7 @@ def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
             "leaf",
             f"{inserted['file']} ({inserted['drv']}, {format_size(report['size'])}, {access})",
         ),
+        ("copy", "canonical" if report["canonical"] else f"not canonical: {report['frozen']}"),
         ("backing", _backing_fact(backing)),
         ("stream", str(Snapshot.of(report))),
     ]

@@ -83,6 +83,11 @@ class ControlledDisk(Protocol):
     @property
     def detect_zeroes(self) -> DetectZeroes: ...
 
+    @property
+    def frozen(self) -> str:
+        """Why guests may not change anything now, or ""."""
+        ...
+
     def statistics(self) -> Mapping[str, int]:
         """Counters since the disk was opened; bytes where the name says so."""
         ...

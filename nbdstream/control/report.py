@@ -18,14 +18,19 @@ from nbdstream.streamer.job import JobStatus
 def statistics(disk: ControlledDisk, job: ControlledJob | None) -> JSONObject:
     """The disk, its job and its backing as they are now.
 
-    ``backing`` is missing once there is none (everything is local), ``job`` where there
-    never was anything to stream; it describes the last run where its status is "null".
+    ``canonical`` is false, and ``frozen`` says why, where another host's copy of the disk is
+    the one that counts (docs/migration.md). ``backing`` is missing once there is none
+    (everything is local), ``job`` where there never was anything to stream; it describes the
+    last run where its status is "null".
     """
     report: JSONObject = {
         "size": disk.size,
         "copy-on-read": disk.copy_on_read,
+        "canonical": not disk.frozen,
         "disk": {_spell(name): value for name, value in disk.statistics().items()},
     }
+    if disk.frozen:
+        report["frozen"] = disk.frozen
     if job is not None:
         report["job"] = _job(disk, job)
     if disk.backing is not None:

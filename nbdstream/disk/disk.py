@@ -34,7 +34,15 @@ from nbdstream.disk.readahead import Readahead
 from nbdstream.disk.status import block_status
 from nbdstream.disk.zeroes import is_zero, zeroes
 from nbdstream.export import Hit, StatusExtent
-from nbdstream.leaf.base import ALL_ZERO, ColdMetadata, FlushNeeded, Leaf, LeafExtent, State
+from nbdstream.leaf.base import (
+    ALL_ZERO,
+    BackingReference,
+    ColdMetadata,
+    FlushNeeded,
+    Leaf,
+    LeafExtent,
+    State,
+)
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -392,6 +400,10 @@ class StreamedDisk:
         self._standing_by = False
         self._lookup.trusting = True
         self.thaw()
+
+    async def record_backing(self, backing: BackingReference) -> None:
+        """Have the leaf know, durably, what it belongs to. Raises LeafError, OSError."""
+        await self._flusher.flush_then(partial(self.leaf.record_backing, backing))
 
     # -- making it local -------------------------------------------------------------
 
