@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seal on a leaf whose disk was handed over: LEAF.sealed beside it, a line of JSON.
+
+While the record is there, nbdstream serves the leaf to nobody for writing, and offers the
+*generation* of its content that was handed over, and no other, under a name of its own:
+``DEVICE@GENERATION``. A generation is a random token, made anew for each offer. Whoever
+uses the disk for writing again has to remove the record first; the name is gone with it,
+so that a destination which still depends on the old content can never connect to the
+new one, whatever else is the same about the two.
+"""
+
+import json
+import os
+import re
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from nbdstream.errors import LeafFormatError
+from nbdstream.leaf.files import sync_directory
+
+SUFFIX = ".sealed"
+_GENERATION = re.compile(r"@([0-9a-f]{16})$")
+
+
+@dataclass(frozen=True)
+class Seal:
+    """``export`` is the name under which the content is offered at ``listen``
+    (``HOST:PORT`` or ``unix:PATH``)."""
+
+    generation: str
+    export: str
+    listen: str
+
+    @property
+    def reason(self) -> str:
+        """Why nobody may write, in one line."""
+        return f"sealed: the disk was handed over as generation {self.generation}"
+
+
+def new_generation() -> str:
+    """A token that no other hand-over ever had."""
+    return secrets.token_hex(8)
+
+
+def export_name(device: str, generation: str) -> str:
+    """Under which name a generation of a device's content is offered."""
+    return f"{device}@{generation}"
+
+
+def generation_of(uri: str) -> str:
+    """The generation that an NBD URI names, or "" where it names none."""
+    parts = urlsplit(uri)
+    named = _GENERATION.search(unquote(parts.path)) if parts.scheme.startswith("nbd") else None
+    return named[1] if named else ""
+
+
+def read_seal(leaf: str) -> Seal | None:
+    """The seal on a leaf, if it is sealed. Raises LeafFormatError for a damaged record (the
+    leaf has to be taken as sealed then), OSError."""
+    try:
+        text = _path(leaf).read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        values = json.loads(text)
+        return Seal(*(str(values[name]) for name in ("generation", "export", "listen")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise LeafFormatError(
+            f"{_path(leaf)} is damaged; remove it only if the disk is not in use elsewhere"
+        ) from error
+
+
+def write_seal(leaf: str, seal: Seal) -> None:
+    """Seal a leaf, durably (worker). Raises OSError; it is not sealed then."""
+    path = _path(leaf)
+    new = path.with_name(path.name + ".new")
+    with open(new, "w") as file:
+        json.dump(asdict(seal), file)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    sync_directory(str(path))
+
+
+def remove_seal(leaf: str) -> None:
+    """Take the seal off, durably (worker). Raises OSError."""
+    _path(leaf).unlink(missing_ok=True)
+    sync_directory(leaf)
+
+
+def _path(leaf: str) -> Path:
+    return Path(leaf + SUFFIX)

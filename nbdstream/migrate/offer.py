@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's side: the disk offered to another host, and sealed when that takes over.
+
+One generation of the disk is offered at a time, read-only, on a listener of its own. What
+must hold:
+
+- Once sealed, no guest changes the disk, in this process or in a later one, until the
+  seal is taken off (`nbdstream.leaf.seal`).
+- The seal comes off only after the offer has ended: a destination that was made to rely on
+  the sealed content has then lost it for good.
+"""
+
+from pathlib import Path
+
+import trio
+
+from nbdstream.control.table import command
+from nbdstream.disk import StreamedDisk
+from nbdstream.disk.readonly import ReadOnlyExport
+from nbdstream.errors import UsageError
+from nbdstream.leaf.seal import Seal, export_name, new_generation, remove_seal, write_seal
+from nbdstream.qmp import GenericError, JSONObject
+from nbdstream.server.listeners import Listener, listen_tcp, listen_unix, parse_address
+from nbdstream.server.server import Server
+
+# Seconds for which a sealed disk holds the guest's writes back instead of failing them: a
+# QEMU whose migration failed at the last moment lets its guest go on by itself, and it
+# takes whoever runs the migration a moment to see that and to take the seal off.
+HOLD = 30.0
+
+
+class Offering:
+    """The one offer of a disk, and its commands on the control socket."""
+
+    def __init__(self, disk: StreamedDisk, device: str, nursery: trio.Nursery) -> None:
+        self._disk = disk
+        self._device = device
+        self._nursery = nursery
+        self._seal: Seal | None = None
+        self._server: Server | None = None
+        self._ended = trio.Event()
+        self._uri = ""
+
+    def resume(self, seal: Seal) -> None:
+        """Offer again what was sealed in an earlier process. Raises UsageError, OSError."""
+        self._start(seal, listen(seal.listen))
+
+    @command("x-nbdstream-export-add")
+    async def add(self, listen_at: str) -> JSONObject:
+        """Offer the disk's content at HOST:PORT or unix:PATH, as a new generation."""
+        if self._seal is not None:
+            raise GenericError(f"the disk is offered already, as {self._seal.export}")
+        if self._disk.frozen:
+            raise GenericError(f"not the disk's canonical copy: {self._disk.frozen}")
+        generation = new_generation()
+        listeners = listen(listen_at)
+        address = listen_at
+        if not address.startswith("unix:"):  # the system may have chosen the port
+            port = listeners[0].socket.getsockname()[1]
+            address = f"{address.rpartition(':')[0]}:{port}"
+        self._start(Seal(generation, export_name(self._device, generation), address), listeners)
+        return {"uri": self._uri, "generation": generation, "size": self._disk.size}
+
+    @command("x-nbdstream-export-remove")
+    async def remove(self, generation: str) -> None:
+        """End the offer. A seal stays: the disk was handed over."""
+        self._check(generation)
+        await self._stop()
+
+    @command("x-nbdstream-seal")
+    async def seal(self, generation: str) -> JSONObject:
+        """Let nobody write any more; durable when it returns."""
+        seal = self._check(generation)
+        try:
+            await self._disk.freeze(seal.reason, hold=HOLD)
+            await trio.to_thread.run_sync(write_seal, self._disk.leaf.path, seal)
+        except OSError:
+            self._disk.thaw()
+            raise
+        return {"generation": generation, "size": self._disk.size}
+
+    @command("x-nbdstream-unseal")
+    async def unseal(self, generation: str) -> None:
+        """The disk did not move after all: end the offer for good, then let guests write."""
+        self._check(generation)
+        await self._stop()
+        await trio.to_thread.run_sync(remove_seal, self._disk.leaf.path)
+        self._disk.thaw()
+
+    def _check(self, generation: str) -> Seal:
+        if self._seal is None or self._seal.generation != generation:
+            raise GenericError(f"generation {generation} of the disk is not offered here")
+        return self._seal
+
+    def _start(self, seal: Seal, listeners: list[Listener]) -> None:
+        self._seal, self._ended = seal, trio.Event()
+        self._server = Server(
+            [ReadOnlyExport(self._disk, seal.export, "handed over to another host")]
+        )
+        self._uri = listeners[0].uri(seal.export)
+        self._nursery.start_soon(self._run, self._server, listeners, self._ended)
+
+    async def _run(self, server: Server, listeners: list[Listener], ended: trio.Event) -> None:
+        try:
+            await server.run(listeners)
+        finally:
+            ended.set()
+
+    async def _stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            await self._ended.wait()
+        self._server, self._seal = None, None
+
+
+def listen(address: str) -> list[Listener]:
+    """Listen at ``HOST:PORT`` or ``unix:PATH``. Raises UsageError, OSError."""
+    if address.startswith("unix:"):
+        return [listen_unix(Path(address.removeprefix("unix:")))]
+    host, port = parse_address(address)
+    if not host:
+        raise UsageError(f"{address}: name the address at which the other host finds this one")
+    return listen_tcp(host, port)

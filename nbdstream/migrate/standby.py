@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The destination's side: a leaf that stands by until the source is sealed.
+
+What must hold: nothing is kept of a source that may still be written. A leaf that was
+created for standing by says so in itself (`STANDBY` in place of its backing's identity),
+so that a later process does not take it for a disk either. `activate` finds out what the
+sealed source is, records that durably, and only then lets copy on read and streaming begin.
+"""
+
+from dataclasses import replace
+
+from nbdstream.backing.base import Backing
+from nbdstream.backing.identity import fingerprint
+from nbdstream.backing.nbd import NbdBacking
+from nbdstream.control.table import command
+from nbdstream.disk import StreamedDisk
+from nbdstream.leaf.seal import generation_of
+from nbdstream.qmp import GenericError, JSONObject
+from nbdstream.service import STANDBY
+from nbdstream.streamer.job import StreamJob
+
+
+class Standby:
+    """The commands of a disk that was started to stand by."""
+
+    def __init__(self, disk: StreamedDisk, job: StreamJob | None) -> None:
+        self._disk = disk
+        self._job = job
+
+    @command("x-nbdstream-activate")
+    async def activate(self, generation: str, size: int) -> JSONObject:
+        """The source is sealed as this generation: from now on this is the disk.
+
+        Raises BackingError if the source does not answer, OSError if the leaf's record
+        cannot be written; the disk goes on standing by then.
+        """
+        backing, leaf = self._disk.backing, self._disk.leaf
+        if backing is None or leaf.backing is None or leaf.backing.identity != STANDBY:
+            raise GenericError("this disk does not stand by")
+        offered = generation_of(leaf.backing.uri)
+        if offered != generation or backing.size != size:
+            raise GenericError(
+                f"this disk stands by for generation {offered or 'unknown'}, {backing.size} bytes; "
+                f"the source sealed {generation}, {size} bytes"
+            )
+        backing.forget()
+        identity = await fingerprint(backing)
+        record = replace(leaf.backing, size=size, identity=identity)
+        await self._disk.record_backing(record)
+        _expect(backing, identity)
+        self._disk.activate()
+        if self._job is not None:
+            self._job.start()
+        return {"generation": generation, "identity": identity}
+
+
+def _expect(backing: Backing, identity: str) -> None:
+    if isinstance(backing, NbdBacking):
+        backing.expect(identity)
