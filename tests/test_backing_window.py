@@ -167,8 +167,8 @@ def test_flows_share_fairly_also_those_that_come_late(count: int, delay: float) 
     rate = 100 * MBIT
     link = Link(rate, delay, jitter=0.0005)
     flows = [link.add(start=10.0 * number) for number in range(count)]
-    link.run(120)
-    rates = [flow.rate(60, 120) for flow in flows]
+    link.run(180)
+    rates = [flow.rate(60, 180) for flow in flows]
     assert sum(rates) >= 0.93 * rate
     # Jain's index: 1 is equal shares, 1 / count is one flow taking all.
     fairness = sum(rates) ** 2 / (count * sum(one * one for one in rates))
@@ -233,6 +233,21 @@ def test_a_link_without_rate_or_delay_is_given_large_units() -> None:
     link.run(5)
     assert flow.rate(1, 5) >= 0.95e9
     assert flow.window.unit >= UNIT_MOST // 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rate=st.floats(1 * MBIT, 8000 * MBIT),
+    delay=st.floats(0.00005, 0.3),
+    jitter=st.floats(0, 0.3),
+)
+def test_uses_any_link(rate: float, delay: float, jitter: float) -> None:
+    link = Link(rate, delay, jitter=jitter * delay)
+    flow = link.add()
+    link.run(12)
+    # What the largest window can use of it.
+    possible = min(rate, WINDOW_MOST / (delay * (1 + jitter / 2)))
+    assert flow.rate(6, 12) >= 0.7 * possible
 
 
 @settings(max_examples=200, deadline=None)

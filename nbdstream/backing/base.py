@@ -27,7 +27,9 @@ class BackingStatistics:
     """A snapshot of how the backing does, for ``status``, metrics and tests.
 
     ``since`` is a POSIX time: when ``connected`` last changed. ``requests`` and
-    ``bytes`` count completed reads by priority.
+    ``bytes`` count completed reads by priority. ``window`` is how many bytes background
+    reads may have in flight; ``rate`` (bytes per second), ``base_rtt`` and ``queue_delay``
+    (seconds) are what it rests on, see `nbdstream.backing.window`.
     """
 
     connected: bool
@@ -42,6 +44,7 @@ class BackingStatistics:
     window: int
     rate: float
     base_rtt: float
+    queue_delay: float = 0.0
 
 
 class Backing(abc.ABC):

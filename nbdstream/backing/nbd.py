@@ -174,6 +174,7 @@ class NbdBacking(Backing):
             window=scheduler.window.size,
             rate=scheduler.window.rate,
             base_rtt=scheduler.window.base_rtt,
+            queue_delay=scheduler.window.queue_delay,
         )
 
     # -- life --------------------------------------------------------------------------

@@ -72,18 +72,19 @@ TARGET_LEAST = 0.002
 TARGET_MOST = 0.030
 TARGET_PART = 0.05
 # Nor less than the path's own jitter: how far a round's replies are above its least on
-# average, smoothed.
+# average, smoothed, up to a part of the base.
 NOISE_GAIN = 0.125
+NOISE_PART = 0.5
 # While a guest is missing, a shorter queue will do: this part of it, for so many seconds
 # after each demand read.
-YIELD_PART = 0.4
+YIELD_PART = 0.6
 YIELD_TIME = 1.0
 # Steady state: how far to go to where the law points, each round.
 GAIN = 0.5
 # The rate is measured at its best, which is a little more than it is.
 PIPE_PART = 0.8
-# Start-up ends after so many rounds in which the rate grew by less than a quarter.
-FLAT_ROUNDS = 3
+# Start-up ends after so many spans in which the rate grew by less than a quarter.
+FLAT_SPANS = 3
 FLAT_GROWTH = 1.25
 # Start-up again after so many rounds with more units under way than in the one before and
 # still next to no queue.
@@ -97,8 +98,14 @@ DRAIN_PART = 0.75
 # A base that changes by more than this calls for another drain, soon.
 MOVED_PART = 0.1
 MOVED_INTERVAL = 1.0
-# The rate is the best of the current and the last period of this length.
+# The rate is measured over spans of a round trip, and no less than this; the best of the
+# current and the last period counts.
+RATE_SPAN = 0.05
 RATE_PERIOD = 1.0
+# Whatever the delays say, W is no more than so many times what the rate calls for: servers
+# that answer out of order hide their queue.
+MOST_STARTING = 4.0
+MOST_STEADY = 1.5
 # Replies that a verdict on the queue is based on, at the least.
 SAMPLES_LEAST = 3
 # Start-up looks for a standing queue over one round trip, and no less than this.
@@ -110,8 +117,6 @@ class Sent(NamedTuple):
 
     time: float
     length: int
-    delivered: int
-    delivered_time: float
     in_flight: int
 
 
@@ -160,13 +165,14 @@ class Window:
         self._demand_time = -math.inf
         self._in_flight = 0
         self._delivered = 0
-        self._delivered_time = 0.0
+        self._mark_time = 0.0
+        self._mark_delivered = 0
         self._periods = (0.0, 0.0)  # the best rate of the last period, and of this one
         self._period_end = -math.inf
         self._round_start = -math.inf
         self._round: list[float] = []
         self._round_limited = False
-        self._flat_rounds = 0
+        self._flat_spans = 0
         self._flat_rate = 0.0
         self._empty_rounds = 0
         self._empty_units = 0
@@ -182,9 +188,9 @@ class Window:
     def sent(self, now: float, length: int) -> Sent:
         """A request of any priority went out; hand the result to `delivered` or `lost`."""
         if self._in_flight == 0:
-            self._delivered_time = now
+            self._mark_time, self._mark_delivered = now, self._delivered
         self._in_flight += length
-        return Sent(now, length, self._delivered, self._delivered_time, self._in_flight)
+        return Sent(now, length, self._in_flight)
 
     def lost(self, request: Sent) -> None:
         """It will not be answered, or its reply says nothing about the link."""
@@ -197,8 +203,7 @@ class Window:
         self._now = now
         self._in_flight -= request.length
         self._delivered += request.length
-        self._delivered_time = now
-        self._measure_rate(request, now)
+        self._measure_rate(now)
         sample = self._as_unit(now - request.time, request.length)
         if self.base_rtt == 0 or sample < self.base_rtt:
             self.base_rtt = sample
@@ -218,18 +223,21 @@ class Window:
 
     # -- what it means -----------------------------------------------------------------
 
-    def _measure_rate(self, request: Sent, now: float) -> None:
-        """What was delivered while the request was under way, per second."""
-        elapsed = now - request.delivered_time
-        if elapsed <= 0:
+    def _measure_rate(self, now: float) -> None:
+        """What was delivered per second, over a span long enough to be no mere burst."""
+        elapsed = now - self._mark_time
+        if elapsed < max(RATE_SPAN, self.base_rtt):
             return
-        sample = (self._delivered - request.delivered) / elapsed
+        sample = (self._delivered - self._mark_delivered) / elapsed
+        self._mark_time, self._mark_delivered = now, self._delivered
         last, this = self._periods
         if now >= self._period_end:
             last, this = this, 0.0
             self._period_end = now + max(RATE_PERIOD, 4 * self.base_rtt)
         self._periods = (last, max(this, sample))
         self.rate = max(self._periods)
+        if self._starting:
+            self._judge_growth(now)
 
     def _as_unit(self, rtt: float, length: int) -> float:
         """The round trip, had the request been one unit long."""
@@ -241,17 +249,20 @@ class Window:
     def target(self) -> float:
         """The queueing delay wanted, in seconds."""
         by_rate = TARGET_TIME * math.sqrt(TARGET_RATE / self.rate) if self.rate else TARGET_MOST
-        wanted = max(by_rate, self._noise, TARGET_LEAST, TARGET_PART * self.base_rtt)
-        yielding = self._now - self._demand_time < YIELD_TIME
-        return min(wanted, TARGET_MOST) * (YIELD_PART if yielding else 1.0)
+        wanted = max(by_rate, TARGET_LEAST)
+        if self._now - self._demand_time < YIELD_TIME:
+            wanted *= YIELD_PART
+        noise = min(self._noise, NOISE_PART * self.base_rtt)
+        return min(max(wanted, noise, TARGET_PART * self.base_rtt), TARGET_MOST)
 
     # -- start-up ----------------------------------------------------------------------
 
     def _grow(self, now: float, length: int) -> None:
-        self._resize(self.size + length)
+        most = MOST_STARTING * self._fitting_size()
+        self._resize(max(min(self.size + length, most), self.size))
         # A standing queue is what every reply of the last round trip waited in. Doubling
         # sends in bursts, and most replies wait behind the rest of their own.
-        if self._recent.least - self.base_rtt > self._start_limit():
+        if self.rate > 0 and self._recent.least - self.base_rtt > self._start_limit():
             self._settle(now)
 
     def _start_limit(self) -> float:
@@ -272,15 +283,13 @@ class Window:
         self._round_limited = False
         self._round_start = now
 
-    def _start_round(self, now: float, queue: float) -> None:
-        """A round of start-up is over: did the rate still grow?"""
-        if queue > self._start_limit():
-            self._settle(now)
-        elif self.rate >= self._flat_rate * FLAT_GROWTH:
-            self._flat_rate, self._flat_rounds = self.rate, 0
+    def _judge_growth(self, now: float) -> None:
+        """The rate was measured anew: did it still grow?"""
+        if self.rate >= self._flat_rate * FLAT_GROWTH:
+            self._flat_rate, self._flat_spans = self.rate, 0
         elif self._round_limited:
-            self._flat_rounds += 1
-            if self._flat_rounds >= FLAT_ROUNDS:
+            self._flat_spans += 1
+            if self._flat_spans >= FLAT_SPANS:
                 self._settle(now)
 
     # -- steady ------------------------------------------------------------------------
@@ -289,13 +298,11 @@ class Window:
         """A round trip's worth of background replies is in."""
         best = min(self._round)
         self.queue_delay = max(best - self.base_rtt, 0.0)
-        spread = sum(self._round) / len(self._round) - best
-        self._noise += NOISE_GAIN * (spread - self._noise)
         if self._drain_start is not None:
             self._end_drain(now, best)
-        elif self._starting:
-            self._start_round(now, self.queue_delay)
-        else:
+        elif not self._starting:
+            spread = sum(self._round) / len(self._round) - best
+            self._noise += NOISE_GAIN * (spread - self._noise)
             self._follow(self.queue_delay)
             if now >= self._drain_at or self._deep_rounds >= DEEP_ROUNDS:
                 self._drain(now)
@@ -305,9 +312,8 @@ class Window:
     def _follow(self, queue: float) -> None:
         """One step of the steady law."""
         wanted = self.size * self.base_rtt / (self.base_rtt + queue) + self.rate * self.target
-        # On slow links a unit is a long time. So many whole ones are needed to fill the pipe:
-        whole = math.ceil(PIPE_PART * self.rate * self.base_rtt / self.unit) * self.unit
-        wanted = max(wanted, min(whole, self.size))
+        wanted = max(wanted, min(self._whole_units(), self.size))
+        wanted = min(wanted, MOST_STEADY * self._fitting_size())
         if self._round_limited or wanted < self.size:
             self._resize(self.size + GAIN * (wanted - self.size))
         units = self.size // self.unit
@@ -317,7 +323,7 @@ class Window:
             self._empty_rounds, self._empty_units = self._empty_rounds + 1, units
         if self._empty_rounds >= EMPTY_ROUNDS:
             self._recent = Lowest()
-            self._starting, self._flat_rounds, self._flat_rate = True, 0, self.rate
+            self._starting, self._flat_spans, self._flat_rate = True, 0, self.rate
         deep = queue > DEEP_TARGETS * self.target + self.unit / self.rate
         self._deep_rounds = self._deep_rounds + 1 if deep else 0
 
@@ -333,7 +339,11 @@ class Window:
 
     def _fitting_size(self) -> int:
         """The window that the measurements call for."""
-        return _bounded(self.rate * (self.base_rtt + self.target))
+        return _bounded(max(self.rate * (self.base_rtt + self.target), self._whole_units()))
+
+    def _whole_units(self) -> int:
+        """What fills the pipe, in units that go out whole: on slow links each is long."""
+        return math.ceil(PIPE_PART * self.rate * self.base_rtt / self.unit) * self.unit
 
     def _resize(self, size: float) -> None:
         self.size = _bounded(size)
