@@ -25,7 +25,7 @@ from nbdstream.leaf.qcow2.refcounts import (
     saturated_entries,
     unpack_entries,
 )
-from nbdstream.leaf.qcow2.references import MANY, Walk
+from nbdstream.leaf.qcow2.references import MANY, Run, Walk
 from nbdstream.leaf.qcow2.space import Metadata, RefcountEvent, Space
 
 
@@ -189,11 +189,22 @@ class _Check:
                 continue
             if self._wrong(entry):
                 self._fix(header.l1_table_offset + 8 * index, entry, repair=repair)
-            for place, data_entry, _ in self.walk.l2_entries(table):
-                if not data_entry & COMPRESSED and data_entry & OFFSET and self._wrong(data_entry):
-                    self._fix(place, data_entry, repair=repair)
+            for run in self.walk.l2_runs(table):
+                if not run.entry & COMPRESSED and run.entry & OFFSET:
+                    self._check_copied_run(run, repair=repair)
         if repair:
             os.fdatasync(self._fd)
+
+    def _check_copied_run(self, run: Run, *, repair: bool) -> None:
+        cluster = (run.entry & OFFSET) >> self._geometry.cluster_bits
+        index, position = divmod(cluster, self._geometry.refcount_block_entries)
+        counts = self._stored(index)[position : position + run.length]
+        if run.entry & COPIED and counts == b"\1" * run.length:
+            return
+        for number in range(run.length):
+            entry = run.entry + (number << self._geometry.cluster_bits)
+            if self._wrong(entry):
+                self._fix(run.place + 8 * self._geometry.words * number, entry, repair=repair)
 
     def _wrong(self, entry: int) -> bool:
         cluster = (entry & OFFSET) >> self._geometry.cluster_bits

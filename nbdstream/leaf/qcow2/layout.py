@@ -174,6 +174,14 @@ def store_words(words: Iterable[int]) -> bytes:
     return out.tobytes()
 
 
+def is_run(words: "array[int]", step: int) -> bool:
+    """Whether each word is ``step`` above its predecessor. Quick for many."""
+    first, count = words[0], len(words)
+    if not step:
+        return words.count(first) == count
+    return words == array("Q", range(first, first + count * step, step))
+
+
 def joined_runs(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     """Join sorted pieces of a file (offset, content) that touch, up to a limit."""
     start, parts, end = 0, [b""], 0

@@ -16,6 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
+from typing import NamedTuple
 
 from nbdstream.errors import LeafFormatError
 from nbdstream.extents import align_up
@@ -31,12 +32,14 @@ from nbdstream.leaf.qcow2.layout import (
     RESERVED_L2,
     SLICE_BYTES,
     ZERO,
+    is_run,
     load_words,
 )
 
 # Counts are kept in pages, made when needed: one byte each, larger ones aside.
 PAGE = 1024
 MANY = 255
+ONES = b"\1" * PAGE
 # What hostile references, scattered over a huge sparse file, may cost beyond what the
 # file itself takes on the disk.
 SPARE_BYTES = 64 << 20
@@ -61,16 +64,26 @@ class References:
 
     def add(self, first: int, count: int = 1, times: int = 1) -> None:
         """Count references to a run of clusters. Raises LeafFormatError."""
-        self.clusters = max(self.clusters, first + count)
-        for cluster in range(first, first + count):
-            page = self._page(cluster // PAGE)
-            index = cluster % PAGE
-            total = page[index] + times
-            if total < MANY:
-                page[index] = total
+        end = first + count
+        self.clusters = max(self.clusters, end)
+        while first < end:
+            page = self._page(first // PAGE)
+            start = first % PAGE
+            stop = min(PAGE, start + end - first)
+            if times == 1 and not any(page[start:stop]):
+                page[start:stop] = ONES[start:stop]
             else:
-                self._large[cluster] += times if page[index] == MANY else total
-                page[index] = MANY
+                for index in range(start, stop):
+                    self._add_one(page, index, first - start + index, times)
+            first += stop - start
+
+    def _add_one(self, page: bytearray, index: int, cluster: int, times: int) -> None:
+        total = page[index] + times
+        if total < MANY:
+            page[index] = total
+        else:
+            self._large[cluster] += times if page[index] == MANY else total
+            page[index] = MANY
 
     def _page(self, number: int) -> bytearray:
         page = self._pages.get(number)
@@ -106,6 +119,16 @@ class References:
             parts.append(page[skip : skip + stop - at] if page is not None else bytes(stop - at))
             at = stop
         return b"".join(parts)
+
+
+class Run(NamedTuple):
+    """Entries of an L2 table at ``place`` in the file: ``length`` clusters that are alike, one
+    behind the other; ``entry`` and ``bitmap`` are the first one's words (or 0)."""
+
+    place: int
+    entry: int
+    bitmap: int
+    length: int
 
 
 class Walk:
@@ -216,44 +239,60 @@ class Walk:
         self._refer(table, size, times)
         if table % size:
             self._error("L2 table that is not aligned to a cluster", times)
-        for _, entry, bitmap in self.l2_entries(table):
-            if entry & COMPRESSED:
-                self._compressed_entry(entry, times)
+        for run in self.l2_runs(table):
+            if run.entry & COMPRESSED:
+                self._compressed_entry(run.entry, times)
             else:
-                self._standard_entry(entry, bitmap, times)
+                self._standard_entries(run, times)
 
-    def l2_entries(self, table: int) -> Iterator[tuple[int, int, int]]:
-        """The entries of an L2 table that say anything: where each lies in the file, its
-        first word, and its bitmap or 0."""
+    def l2_runs(self, table: int) -> Iterator[Run]:
+        """The entries of an L2 table that say anything."""
         words = self.read_words(table, self._geometry.cluster_size)
         step = self._geometry.words
         for start in range(0, len(words), SLICE_BYTES // 8):
             part = words[start : start + SLICE_BYTES // 8]
-            if not any(part):
-                continue
-            bitmaps = part[1::2] if step == 2 else bytes(len(part))
-            for index, (entry, bitmap) in enumerate(zip(part[::step], bitmaps, strict=True)):
-                if entry or bitmap:
-                    yield table + 8 * (start + index * step), entry, bitmap
+            if any(part):
+                bitmaps = part[1::2] if step == 2 else array("Q", bytes(8 * len(part)))
+                yield from self._runs(table + 8 * start, part[::step], bitmaps)
+
+    def _runs(self, place: int, entries: "array[int]", bitmaps: "array[int]") -> Iterator[Run]:
+        """Runs in these entries: all of them, or those of each half."""
+        entry, bitmap = entries[0], bitmaps[0]
+        count = len(entries)
+        step = self._geometry.cluster_size if entry & OFFSET else 0
+        if count == 1 or (not entry & COMPRESSED and is_run(entries, step) and is_run(bitmaps, 0)):
+            if entry or bitmap:
+                yield Run(place, entry, bitmap, count)
+            return
+        half = count // 2
+        yield from self._runs(place, entries[:half], bitmaps[:half])
+        place += 8 * self._geometry.words * half
+        yield from self._runs(place, entries[half:], bitmaps[half:])
 
     def _compressed_entry(self, entry: int, times: int) -> None:
         if entry & COPIED:
             self._error("compressed cluster with the copied flag", times)
         self._refer(*self._geometry.packed_range(entry & (COMPRESSED - 1)), times)
 
-    def _standard_entry(self, entry: int, bitmap: int, times: int) -> None:
-        extended = self._geometry.extended
-        if entry & (RESERVED_L2 | (ZERO if extended else 0)):
-            self._error("L2 entry with reserved bits set", times)
+    def _standard_entries(self, run: Run, times: int) -> None:
+        entry, bitmap = run.entry, run.bitmap
+        times_all = times * run.length
+        if entry & (RESERVED_L2 | (ZERO if self._geometry.extended else 0)):
+            self._error("L2 entry with reserved bits set", times_all)
         host = entry & OFFSET
         if host:
             if bitmap & (bitmap >> 32):
-                self._error("subcluster that is both data and zero", times)
+                self._error("subcluster that is both data and zero", times_all)
             if host % self._geometry.cluster_size:
-                self._error("data cluster that is not aligned", times)
-            self._refer(host, self._geometry.cluster_size, times)
+                self._error("data cluster that is not aligned", times_all)
+            size = self._geometry.cluster_size
+            if host + run.length * size <= self._file_size:
+                self._refer(host, run.length * size, times)
+            else:
+                for number in range(run.length):
+                    self._refer(host + number * size, size, times)
         elif bitmap & LOW_32:
-            self._error("allocated subcluster in no cluster", times)
+            self._error("allocated subcluster in no cluster", times_all)
 
     # -- what this package does not use ----------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nbdstream.leaf.base import LeafExtent, State
-from nbdstream.leaf.qcow2.layout import LOW_32, Cluster, Geometry
+from nbdstream.leaf.qcow2.layout import LOW_32, Cluster, Geometry, is_run
 
 
 class _Piece(NamedTuple):
@@ -56,7 +56,9 @@ def _pieces(
         length = min(end - offset, geometry.cluster_size - inside)
         return [_Piece(length, State.COMPRESSED, cluster.packed)]
     if cluster.data == geometry.full or (not cluster.data and cluster.zero in (0, geometry.full)):
-        run = _run_length(geometry, entries, index, geometry.cluster_size if cluster.host else 0)
+        limit = index + geometry.clusters(inside + end - offset) * geometry.words
+        step = geometry.cluster_size if cluster.host else 0
+        run = _run_length(geometry, entries[index:limit], step)
         length = min(end - offset, run - inside)
         if cluster.data:
             return [_Piece(length, State.DATA, cluster.host + inside)]
@@ -65,21 +67,21 @@ def _pieces(
     return _block_pieces(geometry, cluster, inside, stop, hole)
 
 
-def _run_length(geometry: Geometry, entries: "array[int]", index: int, step: int) -> int:
-    """Bytes of the guest's from this entry to the end of its run: clusters of one kind, each
-    at ``step`` behind its predecessor."""
+def _run_length(geometry: Geometry, entries: "array[int]", step: int) -> int:
+    """Bytes of the guest's in the run that these entries begin with: clusters of one kind,
+    each at ``step`` behind its predecessor."""
     words = geometry.words
-    entry = entries[index]
-    bitmap = entries[index + 1] if words == 2 else 0
-    at = index + words
-    if not entry and not bitmap and not any(entries):
-        at = len(entries)  # the common case, and quick
-    while at < len(entries):
-        entry += step
-        if entries[at] != entry or (words == 2 and entries[at + 1] != bitmap):
-            break
-        at += words
-    return (at - index) // words << geometry.cluster_bits
+    firsts = entries[::words]
+    bitmaps = entries[1::2] if words == 2 else firsts[:0]
+    count = 1
+    if is_run(firsts, step) and (not bitmaps or is_run(bitmaps, 0)):
+        count = len(firsts)
+    else:
+        entry = firsts[0] + step
+        while firsts[count] == entry and (not bitmaps or bitmaps[count] == bitmaps[0]):
+            count += 1
+            entry += step
+    return count << geometry.cluster_bits
 
 
 def _block_pieces(
