@@ -27,7 +27,7 @@ def fake_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
 
 
 async def test_firmware_speaks_on_the_console_and_qemu_quits_with_the_block() -> None:
-    heard = []
+    heard: list[str] = []
     async with run_qemu(NO_DISK, heard.append) as guest:
         await guest.console.wait_for(FIRMWARE, 30)
         status = await guest.qmp.execute("query-status")

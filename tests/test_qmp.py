@@ -19,6 +19,7 @@ from nbdstream.qmp import (
     Failure,
     GenericError,
     Greeting,
+    JSONObject,
     LineReader,
     Message,
     QMPError,
@@ -33,7 +34,7 @@ from nbdstream.qmp import (
 
 VERSION = {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}
 
-SERVER_MESSAGES = [
+SERVER_MESSAGES: list[Message] = [
     Greeting(VERSION, ["oob"]),
     Return({}, 1),
     Return([1, "two"], {"any": "thing"}),
@@ -94,7 +95,8 @@ def test_lines_may_be_cut_anywhere() -> None:
     whole.feed(LINES)
     expected = list(whole.messages())
     assert len(expected) == 2
-    bytewise, got = LineReader(1000), []
+    bytewise = LineReader(1000)
+    got: list[JSONObject] = []
     for byte in LINES:
         bytewise.feed(bytes([byte]))
         got += bytewise.messages()

@@ -93,9 +93,8 @@ async def boot_from_leaf(show: Show, leaf: Path) -> None:
                 raise RuntimeError("the guest lost what it had written")
             show.note(f"and it reads: {NOTE}")
             await guest.power_off()
-    if leaf.suffix == ".raw":
-        check_filesystem(leaf)
-        show.note("e2fsck finds nothing wrong with its file system")
+    check_filesystem(leaf, leaf.suffix.removeprefix("."))
+    show.note("e2fsck finds nothing wrong with its file system")
 
 
 async def compare(show: Show, image: Path, shape: Shape, directory: Path) -> list[Result]:

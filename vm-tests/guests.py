@@ -5,6 +5,7 @@ No wait here is a sleep: each ends with what the guest prints, with its death, o
 time limit, and the error shows the end of its console.
 """
 
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -105,10 +106,15 @@ def direct_boot(image: Path) -> tuple[str, ...]:
     return ("-kernel", kernel, "-initrd", initrd, "-append", busybox_image.KERNEL_ARGUMENTS)
 
 
-def check_filesystem(disk: Path) -> None:
-    """Check the guest's file system on the raw image *disk*; RuntimeError if it is damaged.
+def check_filesystem(disk: Path, image_format: str = "raw") -> None:
+    """Check the guest's file system on the image *disk*; RuntimeError if it is damaged.
 
     Only looks. A guest that was not switched off properly leaves a journal to be
     replayed, which counts as damage here.
     """
-    bootdisk.run("e2fsck", "-f", "-n", f"{disk}?offset={bootdisk.PARTITION_OFFSET}")
+    with tempfile.TemporaryDirectory(dir=disk.parent) as directory:
+        raw = disk
+        if image_format != "raw":
+            raw = Path(directory, "disk.raw")
+            bootdisk.run("qemu-img", "convert", "-f", image_format, "-O", "raw", disk, raw)
+        bootdisk.run("e2fsck", "-f", "-n", f"{raw}?offset={bootdisk.PARTITION_OFFSET}")

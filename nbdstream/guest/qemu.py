@@ -69,8 +69,9 @@ class Machine:
         for number, disk in enumerate(self.disks):
             name = f"disk{number}"
             arguments += ["-blockdev", json.dumps({**disk.blockdev, "node-name": name})]
-            device = f"virtio-blk-pci,drive={name},id=virtio-{name},bootindex={number + 1},discard=on"
-            arguments += ["-device", device]
+            device = f"virtio-blk-pci,drive={name},id=virtio-{name},discard=on"
+            # 0 is what QEMU gives to a kernel that it boots by itself.
+            arguments += ["-device", f"{device},bootindex={number + 1}"]
         if self.network:
             arguments += ["-netdev", "user,id=net0", "-device"]
             arguments += ["virtio-net-pci,netdev=net0,romfile="]
