@@ -34,6 +34,7 @@ _COMMANDS = {
     "speed": "nbdstream.cli.steer",
     "cancel": "nbdstream.cli.steer",
     "stream": "nbdstream.cli.steer",
+    "migrate": "nbdstream.cli.migrate",
 }
 
 

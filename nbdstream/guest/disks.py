@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks as QEMU names them: block device options for NBD exports and image files."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ class Disk:
     """A virtio disk of a guest. *blockdev* is as in QMP's ``blockdev-add``, unnamed."""
 
     blockdev: JSONObject
+
+    def named(self, name: str) -> str:
+        """QEMU's ``-blockdev`` argument for this disk as a node of that name."""
+        return json.dumps({**self.blockdev, "node-name": name})
 
     @classmethod
     def file(cls, path: Path | str, image_format: str = "raw") -> "Disk":

@@ -61,6 +61,13 @@ class Offering:
         self._start(Seal(generation, export_name(self._device, generation), address), listeners)
         return {"uri": self._uri, "generation": generation, "size": self._disk.size}
 
+    @command("x-nbdstream-export-query")
+    async def query(self) -> JSONObject:
+        """The offer there is, or the empty object."""
+        if self._seal is None:
+            return {}
+        return {"uri": self._uri, "generation": self._seal.generation}
+
     @command("x-nbdstream-export-remove")
     async def remove(self, generation: str) -> None:
         """End the offer. A seal stays: the disk was handed over."""

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""migrate: a running guest moves to another host, its disks follow."""
+
+import json
+import shlex
+import signal
+import sys
+from dataclasses import asdict
+
+import click
+import trio
+from rich.console import Console
+
+from nbdstream.cli.params import DURATION, RATE
+from nbdstream.cli.progress import Snapshot
+from nbdstream.migrate.plan import DiskPlan, MigrationPlan
+from nbdstream.migrate.recover import take_back
+from nbdstream.migrate.run import Migration, Summary
+from nbdstream.migrate.switchover import PHASE_WORDS, Phase
+from nbdstream.qmp import JSONObject
+from nbdstream.tasks import open_background_nursery
+from nbdstream.units import format_duration, format_size
+
+# Exit status when the migration was cancelled: as of a program that SIGINT has ended.
+CANCELLED = 130
+
+
+@click.command()
+@click.option("--source-qmp", required=True, metavar="SOCKET", help="QMP of the guest's QEMU.")
+@click.option(
+    "--destination-qmp",
+    required=True,
+    metavar="SOCKET",
+    help="QMP of the QEMU at the destination, once it has been started.",
+)
+@click.option("--memory", required=True, metavar="URI", help="How memory goes: tcp:HOST:PORT …")
+@click.option(
+    "--disk",
+    "disks",
+    required=True,
+    multiple=True,
+    metavar="KEY=VALUE,…",
+    help="A disk: source-control=SOCKET or source-node=NAME, listen=HOST:PORT|unix:PATH, "
+    "leaf=FILE, socket=SOCKET, control=SOCKET. Once per disk.",
+)
+@click.option("--at", "prefix", default="", metavar="PREFIX", help="Runs commands over there.")
+@click.option("--postcopy-ram", is_flag=True, help="Let the guest go before its memory has.")
+@click.option("--max-bandwidth", type=RATE, default=0, help="For memory, bytes per second.")
+@click.option("--downtime-limit", type=DURATION, default=0.0, help="QEMU's goal for the pause.")
+@click.option("--no-follow", is_flag=True, help="End as soon as the guest runs over there.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@click.option(
+    "--cancel", is_flag=True, help="Take back what an interrupted 'migrate' has left behind."
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.argument("command", nargs=-1, metavar="[-- QEMU ARGS…]")
+def migrate(
+    source_qmp: str,
+    destination_qmp: str,
+    memory: str,
+    disks: tuple[str, ...],
+    prefix: str,
+    postcopy_ram: bool,
+    max_bandwidth: int,
+    downtime_limit: float,
+    no_follow: bool,
+    dry_run: bool,
+    cancel: bool,
+    as_json: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Move a running guest to another host; its disks follow while it runs there.
+
+    QEMU ARGS is the destination's QEMU without its disks, which it finds as the nodes disk0,
+    disk1, …; -incoming, -S and -qmp are added. Until the guest is told to run at the
+    destination, an error or Ctrl-C takes everything back.
+    """
+    plan = MigrationPlan(
+        source_qmp=source_qmp,
+        destination_qmp=destination_qmp,
+        memory=memory,
+        disks=tuple(DiskPlan.parse(disk) for disk in disks),
+        prefix=tuple(shlex.split(prefix)),
+        command=command,
+        postcopy_ram=postcopy_ram,
+        max_bandwidth=max_bandwidth,
+        downtime_limit=downtime_limit,
+    )
+    if cancel:
+        click.echo(trio.run(take_back, plan))
+        return
+    plan.check()
+    if dry_run:
+        for step in plan.describe():
+            click.echo(step)
+        return
+    with Phases() as phases:
+        summary = trio.run(_run, Migration(plan, phases.show), not no_follow)
+    if summary is None:
+        click.echo("nbdstream: cancelled; the guest stays at the source", err=True)
+        sys.exit(CANCELLED)
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+    else:
+        for line in _words(summary, follow=not no_follow):
+            click.echo(line)
+
+
+async def _run(migration: Migration, follow: bool) -> Summary | None:
+    """The summary, or None if a signal cancelled the migration before it was too late."""
+    with trio.CancelScope() as scope:
+        async with open_background_nursery() as nursery:
+
+            async def cancel_on_signal() -> None:
+                with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                    async for _ in signals:
+                        scope.cancel()
+
+            nursery.start_soon(cancel_on_signal)
+            return await migration.run(follow=follow)
+    return migration.summary if migration.phase >= Phase.TOLD else None
+
+
+class Phases:
+    """Shows phases on standard error: live on a terminal, else a line for each."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stderr, highlight=False)
+        self._status = self._console.status("") if self._console.is_terminal else None
+
+    def __enter__(self) -> "Phases":
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def show(self, phase: Phase, facts: JSONObject) -> None:
+        """See `nbdstream.migrate.run.Watch`."""
+        words = PHASE_WORDS[phase]
+        if not facts:
+            self._console.print(f"nbdstream: {words}", markup=False)
+        elif self._status is not None:
+            self._status.update(f"{words}: {_facts(facts)}")
+
+
+def _facts(facts: JSONObject) -> str:
+    if "disks" in facts:
+        return "; ".join(
+            str(Snapshot.of(report)) if report else "no answer" for report in facts["disks"]
+        )
+    ram = facts.get("ram")
+    if ram is None:
+        return str(facts.get("status", ""))
+    return (
+        f"{format_size(ram['transferred'])} sent, {format_size(ram['remaining'])} to go, "
+        f"pass {ram['dirty-sync-count']}"
+    )
+
+
+def _words(summary: Summary, *, follow: bool) -> list[str]:
+    lines = [
+        f"guest-visible pause:  {summary.downtime:.3f} s",
+        f"time until running:   {format_duration(summary.until_running)}",
+        f"memory moved:         {format_size(summary.memory_bytes)}",
+    ]
+    if follow:
+        lines += [
+            f"time until local:     {format_duration(summary.until_local)}",
+            f"disk moved:           {format_size(summary.disk_bytes)}",
+            f"disk moved twice:     {format_size(summary.disk_twice)}",
+            "the source's images are not needed any more: they may be deleted",
+        ]
+    return lines

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tool starts at the destination: an nbdstream for each disk, and QEMU.
+
+Both outlive the tool, in sessions of their own; what they have to say goes to files beside
+the leaf (``LEAF.log``) and the QMP socket. A command prefix (``ip netns exec …``) runs them
+where they belong.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+from nbdstream.guest.disks import Disk
+from nbdstream.guest.qmp import QMPClient
+from nbdstream.leaf import MAP_SUFFIX
+from nbdstream.migrate.plan import DiskPlan, MigrationError, MigrationPlan
+from nbdstream.migrate.sources import Offer
+from nbdstream.qmp import JSONObject, QMPConnectionError, QMPError
+
+# Seconds until a process that was started has its socket, and one that was told to end ends.
+START_SECONDS = 60.0
+END_SECONDS = 20.0
+# Seconds for which the destination's QEMU holds the guest's requests while its nbdstream is
+# away, to be started again.
+RECONNECT_DELAY = 600
+_POLL = 0.05
+_WORDS = 2048
+
+
+class Spawned:
+    """A process that goes on when the tool ends; its output is in a file."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log = log
+        with open(log, "ab") as output:
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise MigrationError(f"cannot run {command[0]}: {error.strerror}") from error
+
+    async def wait_socket(self, path: str) -> None:
+        """Return when the socket is there. Raises MigrationError if the process ends first."""
+        with trio.move_on_after(START_SECONDS):
+            while not await _listens(path):
+                if self._process.poll() is not None:
+                    raise MigrationError(f"{self.log}: {self._words()}")
+                await trio.sleep(_POLL)
+            return
+        raise MigrationError(f"nobody listens at {path} after {START_SECONDS:g} s; see {self.log}")
+
+    async def end(self) -> None:
+        """Have it end, gracefully if possible."""
+        self._process.terminate()
+        with trio.move_on_after(END_SECONDS):
+            while self._process.poll() is None:  # noqa: ASYNC110 - no event says so
+                await trio.sleep(_POLL)
+            return
+        self._process.kill()
+        self._process.wait()
+
+    def _words(self) -> str:
+        tail = self.log.read_text(errors="replace")[-_WORDS:].strip()
+        return tail.splitlines()[-1] if tail else f"ended with {self._process.returncode}"
+
+
+class DestinationDisk:
+    """One disk's nbdstream at the destination."""
+
+    def __init__(self, plan: DiskPlan, prefix: tuple[str, ...]) -> None:
+        self.plan = plan
+        self._prefix = prefix
+        self._process: Spawned | None = None
+
+    async def start(self, offer: Offer) -> None:
+        """Make the leaf, and have it stand by. Raises MigrationError."""
+        plan = self.plan
+        command = [*self._prefix, *nbdstream_command(), "serve", plan.leaf, "-b", offer.uri]
+        command += ["-U", plan.socket, "--control", plan.control, "--standby"]
+        for path in (plan.socket, plan.control):
+            if os.path.lexists(path) and not Path(path).is_socket():  # noqa: ASYNC240
+                raise MigrationError(f"{path} exists and is no socket")
+            Path(path).unlink(missing_ok=True)  # noqa: ASYNC240
+        self._process = Spawned(command, Path(plan.leaf + ".log"))
+        await self._process.wait_socket(plan.control)
+
+    async def activate(self, offer: Offer) -> None:
+        """The source is sealed: from now on this is the disk. Raises QMPError."""
+        arguments = {"generation": offer.generation, "size": offer.size}
+        await self._ask("x-nbdstream-activate", arguments)
+
+    async def report(self) -> JSONObject:
+        """What ``x-nbdstream-stats`` returns. Raises QMPError."""
+        return await self._ask("x-nbdstream-stats")
+
+    async def discard(self) -> None:
+        """End the server, and delete the leaf if it was made here."""
+        if self._process is None:
+            return
+        await self._process.end()
+        for path in (self.plan.leaf, self.plan.leaf + MAP_SUFFIX):
+            Path(path).unlink(missing_ok=True)  # noqa: ASYNC240
+
+    async def _ask(self, command: str, arguments: JSONObject | None = None) -> JSONObject:
+        async with QMPClient.connect(self.plan.control) as qmp:
+            answer: JSONObject = await qmp.execute(command, arguments)
+            return answer
+
+
+async def _listens(path: str) -> bool:
+    try:
+        await (await trio.open_unix_socket(path)).aclose()
+    except OSError:
+        return False
+    return True
+
+
+def nbdstream_command() -> list[str]:
+    """How to run this nbdstream."""
+    program = shutil.which("nbdstream", path=str(Path(sys.executable).parent))
+    return [program] if program else [sys.executable, "-m", "nbdstream"]
+
+
+def qemu_command(plan: MigrationPlan) -> list[str]:
+    """The destination's QEMU: what the user gave, waiting for a migration, with the disks as
+    nodes ``disk0``, ``disk1``, … for its devices to use."""
+    command = [*plan.prefix, *plan.command, "-incoming", "defer", "-S"]
+    for number, disk in enumerate(plan.disks):
+        node = Disk.nbd(f"nbd+unix:///?socket={disk.socket}", RECONNECT_DELAY)
+        command += ["-blockdev", node.named(f"disk{number}")]
+    return [*command, "-qmp", f"unix:{plan.destination_qmp},server=on,wait=off"]
+
+
+async def start_qemu(plan: MigrationPlan) -> Spawned | None:
+    """Start the destination's QEMU, or wait for the one that somebody else starts; returns
+    when its QMP socket is there. Raises MigrationError."""
+    if plan.command:
+        Path(plan.destination_qmp).unlink(missing_ok=True)  # noqa: ASYNC240
+        qemu = Spawned(qemu_command(plan), Path(plan.destination_qmp + ".log"))
+        try:
+            await qemu.wait_socket(plan.destination_qmp)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await qemu.end()
+            raise
+        return qemu
+    with trio.move_on_after(START_SECONDS):
+        while not await _listens(plan.destination_qmp):  # noqa: ASYNC110 - no event says so
+            await trio.sleep(_POLL)
+        return None
+    raise MigrationError(f"no QEMU at the destination listens at {plan.destination_qmp}")
+
+
+async def quit_qemu(qmp: QMPClient | None, process: Spawned | None) -> None:
+    """End the destination's QEMU, which has never run its guest. Best effort: one that is out
+    of reach still waits for a command to run, which nobody will give."""
+    if qmp is not None:
+        with suppress(QMPError), trio.move_on_after(END_SECONDS):
+            with suppress(QMPConnectionError):
+                await qmp.execute("quit")
+    if process is not None:
+        await process.end()

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One migration from beginning to end, or back to where it began.
+
+`Migration.run` walks through the phases of `nbdstream.migrate.switchover`. Whatever goes
+wrong before the destination was told to run (an error, a lost connection, being cancelled)
+is taken back as that module says, and raised; nothing that goes wrong later takes anything
+back: the guest's home is the destination then.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import trio
+
+from nbdstream.errors import NbdstreamError
+from nbdstream.guest.qmp import QMPClient
+from nbdstream.migrate.destination import (
+    DestinationDisk,
+    Spawned,
+    quit_qemu,
+    start_qemu,
+)
+from nbdstream.migrate.memory import Memory, cancel, resume
+from nbdstream.migrate.plan import MigrationError, MigrationPlan
+from nbdstream.migrate.sources import Offer, Source, make_sources
+from nbdstream.migrate.switchover import Phase, Undo, canonical, undo
+from nbdstream.qmp import JSONObject, QMPError
+
+log = logging.getLogger(__name__)
+
+# Seconds between two looks at the streams, and that one step back may take.
+POLL_SECONDS = 0.5
+UNDO_SECONDS = 60.0
+
+
+@dataclass
+class Summary:
+    """What a migration took. Times are seconds, sizes bytes.
+
+    ``downtime``: from the guest's stop at the source to its start at the destination, as
+    this process saw it. ``until_running`` and ``until_local`` count from the beginning,
+    ``memory_time`` only from the start of the memory's migration to the guest's start.
+    ``disk_twice``: what the destination read while it stood by, and could not keep.
+    """
+
+    downtime: float = 0.0
+    memory_time: float = 0.0
+    until_running: float = 0.0
+    until_local: float = 0.0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    disk_twice: int = 0
+    disks: list[JSONObject] = field(default_factory=list)
+
+
+Watch = Callable[[Phase, JSONObject], None]
+"""Called on entering a phase (with the empty object), and with what there is to know of it:
+query-migrate's answer in MEMORY, ``{"disks": [x-nbdstream-stats…]}`` in RUNNING."""
+
+
+class Migration:
+    """One migration; ``phase`` says how far it is."""
+
+    def __init__(self, plan: MigrationPlan, watch: Watch | None = None) -> None:
+        self.plan = plan
+        self.phase = Phase.PREPARING
+        self.summary = Summary()
+        self._watch = watch or (lambda _phase, _facts: None)
+        self._sources: list[Source] = []
+        self._offers: list[Offer] = []
+        self._disks = [DestinationDisk(disk, plan.prefix) for disk in plan.disks]
+        self._qemu: Spawned | None = None
+        self._source: QMPClient
+        self._destination: QMPClient | None = None
+        self._began = 0.0
+
+    async def run(self, *, follow: bool = True) -> Summary:
+        """Migrate; with ``follow`` until the disks are local and the source is released.
+
+        Raises MigrationError, QMPError, BackingError, OSError; the message says where the
+        guest is. Cancelled: the same way back, where there is one.
+        """
+        self.plan.check()
+        self._began = trio.current_time()
+        async with AsyncExitStack() as connections:
+            connect = connections.enter_async_context
+            self._source = await connect(QMPClient.connect(self.plan.source_qmp))
+            self._sources = make_sources(self.plan.disks, self._source)
+            try:
+                await self._prepare(connections)
+                await self._move()
+            except BaseException as error:
+                with trio.CancelScope(shield=True):
+                    troubles = await self._take_back()
+                cause = _lone(error)
+                if isinstance(cause, NbdstreamError | OSError):
+                    raise MigrationError(self._verdict(cause, troubles)) from error
+                raise
+            if follow:
+                await self._follow()
+        return self.summary
+
+    # -- forth -------------------------------------------------------------------------
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self._watch(phase, {})
+
+    async def _prepare(self, connections: AsyncExitStack) -> None:
+        self._enter(Phase.PREPARING)
+        for source, disk in zip(self._sources, self._disks, strict=True):
+            offer = await source.offer()
+            self._offers.append(offer)
+            await disk.start(offer)
+        self._qemu = await start_qemu(self.plan)
+        self._destination = await connections.enter_async_context(
+            QMPClient.connect(self.plan.destination_qmp)
+        )
+        status = (await self._destination.execute("query-status"))["status"]
+        if status != "inmigrate":
+            raise MigrationError(f"the destination's QEMU waits for no migration but is {status}")
+
+    async def _move(self) -> None:
+        """From the first byte of memory to the guest's first instruction over there."""
+        assert self._destination is not None
+        was_running = (await self._source.execute("query-status"))["running"]
+        memory = Memory(self._source, self._destination, self.plan)
+        with self._source.events() as events, self._source.events() as stops:
+            self._enter(Phase.MEMORY)
+            began = trio.current_time()
+            await memory.start()
+            paused = await memory.wait_stopped(
+                events, lambda facts: self._watch(Phase.MEMORY, facts)
+            )
+            stopped = trio.current_time()
+            if was_running:  # by the source's clock, which need not be ours
+                stopped -= paused.timestamp - (await stops.wait("STOP")).timestamp
+            self._enter(Phase.STOPPED)
+            await self._switch_disks()
+            self._enter(Phase.HANDING)
+            await memory.hand_over(events)
+            self._enter(Phase.TOLD)
+            await self._start_there(was_running)
+            now = trio.current_time()
+            self.summary.memory_time = now - began
+            self.summary.until_running = now - self._began
+            self.summary.downtime = now - stopped
+            self._enter(Phase.RUNNING)
+            await memory.wait_completed(events)
+        ram = (await self._source.execute("query-migrate")).get("ram", {})
+        self.summary.memory_bytes = ram.get("transferred", 0)
+
+    async def _switch_disks(self) -> None:
+        """The guest stands still: have the right to write change hands."""
+        self._enter(Phase.SEALING)
+        for source in self._sources:
+            await source.seal()
+        self._enter(Phase.ACTIVATING)
+        for disk in self._disks:
+            self.summary.disk_twice += (await disk.report())["disk"]["fetched-bytes"]
+        async with trio.open_nursery() as nursery:
+            for disk, offer in zip(self._disks, self._offers, strict=True):
+                nursery.start_soon(disk.activate, offer)
+
+    async def _start_there(self, was_running: bool) -> None:
+        """Have the guest go on. After a failure nobody knows whether it does."""
+        assert self._destination is not None
+        if not was_running:
+            return
+        with self._destination.events() as events:
+            await self._destination.execute("cont")
+            if not (await self._destination.execute("query-status"))["running"]:
+                await events.wait("RESUME")
+
+    # -- after it ----------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Wait until all is local, through anything; then let go of the source."""
+        while True:
+            reports = [await self._report(disk) for disk in self._disks]
+            self._watch(Phase.RUNNING, {"disks": reports})
+            if all(report and "backing" not in report for report in reports):
+                break
+            await trio.sleep(POLL_SECONDS)
+        for source in self._sources:
+            try:
+                await source.release()
+            except (QMPError, OSError) as error:
+                log.warning("the source could not be told that it is free: %s", error)
+        self.summary.until_local = trio.current_time() - self._began
+        self.summary.disks = reports
+        self.summary.disk_bytes = sum(report["disk"]["fetched-bytes"] for report in reports)
+        self._enter(Phase.LOCAL)
+
+    async def _report(self, disk: DestinationDisk) -> JSONObject:
+        try:
+            return await disk.report()
+        except QMPError as error:  # it was killed, say; it will be started again
+            log.debug("%s: %s", disk.plan.control, error)
+            return {}
+
+    # -- back --------------------------------------------------------------------------
+
+    async def _take_back(self) -> list[str]:
+        """Undo what was done, as far as it may be; what did not work out is returned."""
+        troubles: list[str] = []
+        for step in undo(self.phase):
+            with trio.move_on_after(UNDO_SECONDS) as patience:
+                try:
+                    await self._undo(step)
+                except (NbdstreamError, OSError, BaseExceptionGroup) as error:
+                    troubles.append(f"could not {step.value}: {error}")
+            if patience.cancelled_caught:
+                troubles.append(f"could not {step.value} in {UNDO_SECONDS:g} s")
+        return troubles
+
+    async def _undo(self, step: Undo) -> None:
+        match step:
+            case Undo.QUIT_DESTINATION:
+                await quit_qemu(self._destination, self._qemu)
+            case Undo.UNSEAL:
+                for source in self._sources:
+                    await source.unseal()
+            case Undo.CANCEL_MEMORY:
+                await cancel(self._source)
+            case Undo.RESUME_SOURCE:
+                await resume(self._source)
+            case Undo.DISCARD:
+                for disk in self._disks:
+                    await disk.discard()
+
+    def _verdict(self, error: Exception, troubles: list[str]) -> str:
+        if canonical(self.phase) == "source":
+            where = "the guest stays at the source, which is as before"
+            if troubles:
+                where = f"the guest belongs to the source, but {'; '.join(troubles)}"
+        else:
+            where = "the destination was told to run: its disks are the guest's now"
+        return f"{error}; {where}"
+
+
+def _lone(error: BaseException) -> BaseException:
+    """The first exception of a group, of anything else itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source of a disk, of either kind, as the tool sees it.
+
+`NbdstreamSource`: the disk is served by an nbdstream, which offers and seals it.
+`QemuSource`: the disk is a node of the guest's own QEMU, whose NBD server offers it. There
+the seal is QEMU's own: migrating, it gives up ("inactivates") its images, and goes on
+reading them for its NBD clients.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from nbdstream.guest.qmp import QMPClient
+from nbdstream.leaf.seal import export_name, new_generation
+from nbdstream.migrate.plan import DiskPlan, MigrationError
+from nbdstream.qmp import JSONObject
+from nbdstream.server.listeners import parse_address
+
+# How the ids of our block exports begin.
+_EXPORT_ID = "nbdstream-"
+# The states of a source QEMU in which its guest stands still for a migration.
+_STOPPED = ("finish-migrate", "postmigrate", "paused", "prelaunch", "shutdown")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the destination is to rely on."""
+
+    uri: str
+    generation: str
+    size: int
+
+
+class Source(ABC):
+    """One disk at the source. Methods raise QMPError, MigrationError."""
+
+    @abstractmethod
+    async def adopt(self) -> None:
+        """Take over an offer that an earlier tool left behind, if there is one."""
+
+    @abstractmethod
+    async def offer(self) -> Offer:
+        """Offer the disk's content, read-only, under a name that is new."""
+
+    @abstractmethod
+    async def seal(self) -> None:
+        """When this returns, nobody will write the content that was offered."""
+
+    @abstractmethod
+    async def unseal(self) -> None:
+        """End the offer for good; then the source may write again. Safe at any time."""
+
+    @abstractmethod
+    async def release(self) -> None:
+        """The destination needs it no more: end the offer. The seal stays."""
+
+
+class NbdstreamSource(Source):
+    """A disk that an nbdstream serves. Each command is a connection of its own, so that one
+    that was lost is no obstacle to the next command."""
+
+    def __init__(self, control: str, listen: str) -> None:
+        self._control = control
+        self._listen = listen
+        self._generation = ""
+
+    async def adopt(self) -> None:
+        self._generation = (await self._ask("x-nbdstream-export-query", {})).get("generation", "")
+
+    async def offer(self) -> Offer:
+        answer = await self._ask("x-nbdstream-export-add", {"listen-at": self._listen})
+        self._generation = answer["generation"]
+        return Offer(answer["uri"], answer["generation"], answer["size"])
+
+    async def seal(self) -> None:
+        await self._ask("x-nbdstream-seal", {"generation": self._generation})
+
+    async def unseal(self) -> None:
+        await self._end("x-nbdstream-unseal")
+
+    async def release(self) -> None:
+        await self._end("x-nbdstream-export-remove")
+
+    async def _end(self, command: str) -> None:
+        if self._generation:
+            await self._ask(command, {"generation": self._generation})
+            self._generation = ""
+
+    async def _ask(self, command: str, arguments: JSONObject) -> JSONObject:
+        async with QMPClient.connect(self._control) as qmp:
+            answer: JSONObject = await qmp.execute(command, arguments)
+            return answer
+
+
+class QemuServer:
+    """The NBD server in the source's QEMU: one for all disks, there while any is offered."""
+
+    def __init__(self, qmp: QMPClient) -> None:
+        self.qmp = qmp
+        self._offers: set[str] = set()
+        self._started = False
+
+    async def add(self, listen: str, node: str, generation: str) -> None:
+        """Export a node, read-only, as a generation of its own."""
+        if not self._started:
+            await self.qmp.execute("nbd-server-start", {"addr": _address(listen)})
+            self._started = True
+        identity = _EXPORT_ID + generation
+        name = export_name(node, generation)
+        arguments = {"type": "nbd", "id": identity, "node-name": node, "name": name}
+        await self.qmp.execute("block-export-add", {**arguments, "writable": False})
+        self._offers.add(generation)
+
+    async def remove(self, generation: str) -> None:
+        """Drop an export and its clients; with the last one the server."""
+        if generation in self._offers:
+            export = {"id": _EXPORT_ID + generation}
+            with self.qmp.events() as events:
+                await self.qmp.execute("block-export-del", {**export, "mode": "hard"})
+                await events.wait("BLOCK_EXPORT_DELETED", data=export)
+            self._offers.remove(generation)
+        if not self._offers and self._started:
+            await self.qmp.execute("nbd-server-stop")
+            self._started = False
+
+    async def adopt(self, node: str) -> str:
+        """Take over what an earlier tool left behind; the node's generation, or ""."""
+        for export in await self.qmp.execute("query-block-exports"):
+            if export["node-name"] == node and export["id"].startswith(_EXPORT_ID):
+                self._started = True
+                generation = str(export["id"].removeprefix(_EXPORT_ID))
+                self._offers.add(generation)
+                return generation
+        return ""
+
+
+class QemuSource(Source):
+    """A node of the source's QEMU."""
+
+    def __init__(self, server: QemuServer, node: str, listen: str) -> None:
+        self._server = server
+        self._node = node
+        self._listen = listen
+        self._generation = ""
+
+    async def adopt(self) -> None:
+        self._generation = await self._server.adopt(self._node)
+
+    async def offer(self) -> Offer:
+        nodes = await self._server.qmp.execute("query-named-block-nodes", {"flat": True})
+        sizes = [node["image"]["virtual-size"] for node in nodes if node["node-name"] == self._node]
+        if not sizes:
+            raise MigrationError(f"the source's QEMU has no block node {self._node}")
+        generation = new_generation()
+        # Noted before it is made: a QEMU whose server has started must get rid of it.
+        self._generation = generation
+        await self._server.add(self._listen, self._node, generation)
+        uri = nbd_uri(self._listen, export_name(self._node, generation))
+        return Offer(uri, generation, sizes[0])
+
+    async def seal(self) -> None:
+        status = (await self._server.qmp.execute("query-status"))["status"]
+        if status not in _STOPPED:
+            raise MigrationError(f"the source's guest is not stopped but {status}")
+
+    async def unseal(self) -> None:
+        await self.release()
+
+    async def release(self) -> None:
+        if self._generation:
+            await self._server.remove(self._generation)
+            self._generation = ""
+
+
+def make_sources(disks: tuple[DiskPlan, ...], qmp: QMPClient) -> list[Source]:
+    """The sources of a plan's disks, in order."""
+    server = QemuServer(qmp)
+    return [
+        NbdstreamSource(disk.source_control, disk.listen)
+        if disk.source_control
+        else QemuSource(server, disk.source_node, disk.listen)
+        for disk in disks
+    ]
+
+
+def nbd_uri(listen: str, name: str) -> str:
+    """The NBD URI of an export at HOST:PORT or unix:PATH."""
+    if listen.startswith("unix:"):
+        return f"nbd+unix:///{quote(name)}?socket={quote(listen.removeprefix('unix:'))}"
+    return f"nbd://{listen}/{quote(name)}"
+
+
+def _address(listen: str) -> JSONObject:
+    """QEMU's SocketAddressLegacy for HOST:PORT or unix:PATH. Raises UsageError."""
+    if listen.startswith("unix:"):
+        return {"type": "unix", "data": {"path": listen.removeprefix("unix:")}}
+    host, port = parse_address(listen)
+    return {"type": "inet", "data": {"host": host, "port": str(port)}}

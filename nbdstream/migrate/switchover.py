@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a migration has come, whose copy of the disk counts, and what takes it back.
+
+Pure: no I/O, so that every row of the table in docs/migration.md can be tested. The one
+rule that all of it serves: **the source may run again exactly as long as the destination
+has not been told to run.** That is `Phase.TOLD`; it is entered before the command is sent,
+because nobody can know whether a command that failed was carried out.
+"""
+
+import enum
+
+
+class Phase(enum.IntEnum):
+    """In order; each is entered before its first step is taken."""
+
+    PREPARING = 0  # offer the disks, start the destination
+    MEMORY = 1  # the guest runs at the source while its memory is copied
+    STOPPED = 2  # the guest stands still, its disks flushed
+    SEALING = 3  # the source gives up the right to write
+    ACTIVATING = 4  # the destination records what it may rely on
+    HANDING = 5  # the rest of the guest's state goes over
+    TOLD = 6  # the destination may run: no way back
+    RUNNING = 7  # it does; its disks follow
+    LOCAL = 8  # nothing depends on the source any more
+
+
+class Undo(enum.Enum):
+    """Steps back, in the order in which they must be taken."""
+
+    QUIT_DESTINATION = "end the QEMU at the destination"
+    UNSEAL = "end the offers for good, take the seals off"
+    CANCEL_MEMORY = "cancel the migration of memory"
+    RESUME_SOURCE = "let the guest go on at the source"
+    DISCARD = "delete what was made at the destination"
+
+
+PHASE_WORDS = {
+    Phase.PREPARING: "preparing the destination",
+    Phase.MEMORY: "copying memory",
+    Phase.STOPPED: "guest stopped",
+    Phase.SEALING: "sealing the source",
+    Phase.ACTIVATING: "activating the destination's disks",
+    Phase.HANDING: "handing over the guest's state",
+    Phase.TOLD: "starting the guest at the destination",
+    Phase.RUNNING: "the guest runs at the destination; streaming its disks",
+    Phase.LOCAL: "the disks are local",
+}
+
+
+def canonical(phase: Phase) -> str:
+    """Whose copy of the disks counts: "source" or "destination"."""
+    return "destination" if phase >= Phase.TOLD else "source"
+
+
+def undo(phase: Phase) -> tuple[Undo, ...]:
+    """What takes a migration back that failed or was cancelled in this phase.
+
+    The destination's QEMU goes first: it never ran, and now never will. Then the seals, so
+    that a source that goes on by itself when its migration is cancelled may write.
+    """
+    if phase >= Phase.TOLD:
+        return ()
+    steps = [Undo.QUIT_DESTINATION, Undo.UNSEAL]
+    if phase >= Phase.MEMORY:
+        steps += [Undo.CANCEL_MEMORY, Undo.RESUME_SOURCE]
+    return (*steps, Undo.DISCARD)
