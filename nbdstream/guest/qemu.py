@@ -9,7 +9,6 @@ nothing to wait for, and the end of the process is the end of both streams. When
 ends, QEMU is told to end (it flushes its disks), and killed if it does not.
 """
 
-import json
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -68,7 +67,7 @@ class Machine:
         ]  # fmt: skip
         for number, disk in enumerate(self.disks):
             name = f"disk{number}"
-            arguments += ["-blockdev", json.dumps({**disk.blockdev, "node-name": name})]
+            arguments += ["-blockdev", disk.named(name)]
             device = f"virtio-blk-pci,drive={name},id=virtio-{name},discard=on"
             # 0 is what QEMU gives to a kernel that it boots by itself.
             arguments += ["-device", f"{device},bootindex={number + 1}"]
