@@ -8,7 +8,7 @@ where they belong.
 
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -36,24 +36,31 @@ class Spawned:
     """A process that goes on when the tool ends; its output is in a file."""
 
     def __init__(self, command: list[str], log: Path) -> None:
+        """Start it. Raises MigrationError if there is no such program."""
         self.log = log
-        with open(log, "ab") as output:
+        self._status: int | None = None
+        with open(os.devnull, "rb") as nothing, open(log, "ab") as output:
+            streams = ((nothing.fileno(), 0), (output.fileno(), 1), (output.fileno(), 2))
+            actions = [(os.POSIX_SPAWN_DUP2, *pair) for pair in streams]
             try:
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
+                # Not by subprocess, which minds when a child is left alone.
+                self.pid = os.posix_spawnp(
+                    command[0], command, os.environ, file_actions=actions, setsid=True
                 )
             except OSError as error:
                 raise MigrationError(f"cannot run {command[0]}: {error.strerror}") from error
+
+    def _ended(self) -> bool:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = status if pid else None
+        return self._status is not None
 
     async def wait_socket(self, path: str) -> None:
         """Return when the socket is there. Raises MigrationError if the process ends first."""
         with trio.move_on_after(START_SECONDS):
             while not await _listens(path):
-                if self._process.poll() is not None:
+                if self._ended():
                     raise MigrationError(f"{self.log}: {self._words()}")
                 await trio.sleep(_POLL)
             return
@@ -61,17 +68,19 @@ class Spawned:
 
     async def end(self) -> None:
         """Have it end, gracefully if possible."""
-        self._process.terminate()
+        if self._ended():
+            return
+        os.kill(self.pid, signal.SIGTERM)
         with trio.move_on_after(END_SECONDS):
-            while self._process.poll() is None:  # noqa: ASYNC110 - no event says so
+            while not self._ended():  # noqa: ASYNC110 - no event says so
                 await trio.sleep(_POLL)
             return
-        self._process.kill()
-        self._process.wait()
+        os.kill(self.pid, signal.SIGKILL)
+        self._status = os.waitpid(self.pid, 0)[1]  # noqa: ASYNC222 - it takes no time now
 
     def _words(self) -> str:
         tail = self.log.read_text(errors="replace")[-_WORDS:].strip()
-        return tail.splitlines()[-1] if tail else f"ended with {self._process.returncode}"
+        return tail.splitlines()[-1] if tail else f"ended with status {self._status}"
 
 
 class DestinationDisk:
@@ -80,7 +89,7 @@ class DestinationDisk:
     def __init__(self, plan: DiskPlan, prefix: tuple[str, ...]) -> None:
         self.plan = plan
         self._prefix = prefix
-        self._process: Spawned | None = None
+        self.process: Spawned | None = None
 
     async def start(self, offer: Offer) -> None:
         """Make the leaf, and have it stand by. Raises MigrationError."""
@@ -91,8 +100,8 @@ class DestinationDisk:
             if os.path.lexists(path) and not Path(path).is_socket():  # noqa: ASYNC240
                 raise MigrationError(f"{path} exists and is no socket")
             Path(path).unlink(missing_ok=True)  # noqa: ASYNC240
-        self._process = Spawned(command, Path(plan.leaf + ".log"))
-        await self._process.wait_socket(plan.control)
+        self.process = Spawned(command, Path(plan.leaf + ".log"))
+        await self.process.wait_socket(plan.control)
 
     async def activate(self, offer: Offer) -> None:
         """The source is sealed: from now on this is the disk. Raises QMPError."""
@@ -105,9 +114,9 @@ class DestinationDisk:
 
     async def discard(self) -> None:
         """End the server, and delete the leaf if it was made here."""
-        if self._process is None:
+        if self.process is None:
             return
-        await self._process.end()
+        await self.process.end()
         for path in (self.plan.leaf, self.plan.leaf + MAP_SUFFIX):
             Path(path).unlink(missing_ok=True)  # noqa: ASYNC240
 

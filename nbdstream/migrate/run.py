@@ -61,7 +61,8 @@ query-migrate's answer in MEMORY, ``{"disks": [x-nbdstream-stats…]}`` in RUNNI
 
 
 class Migration:
-    """One migration; ``phase`` says how far it is."""
+    """One migration; ``phase`` says how far it is, ``disks`` and ``qemu`` are what was started
+    at the destination (``qemu`` None: by somebody else, or not yet)."""
 
     def __init__(self, plan: MigrationPlan, watch: Watch | None = None) -> None:
         self.plan = plan
@@ -70,8 +71,8 @@ class Migration:
         self._watch = watch or (lambda _phase, _facts: None)
         self._sources: list[Source] = []
         self._offers: list[Offer] = []
-        self._disks = [DestinationDisk(disk, plan.prefix) for disk in plan.disks]
-        self._qemu: Spawned | None = None
+        self.disks = [DestinationDisk(disk, plan.prefix) for disk in plan.disks]
+        self.qemu: Spawned | None = None
         self._source: QMPClient
         self._destination: QMPClient | None = None
         self._began = 0.0
@@ -110,11 +111,11 @@ class Migration:
 
     async def _prepare(self, connections: AsyncExitStack) -> None:
         self._enter(Phase.PREPARING)
-        for source, disk in zip(self._sources, self._disks, strict=True):
+        for source, disk in zip(self._sources, self.disks, strict=True):
             offer = await source.offer()
             self._offers.append(offer)
             await disk.start(offer)
-        self._qemu = await start_qemu(self.plan)
+        self.qemu = await start_qemu(self.plan)
         self._destination = await connections.enter_async_context(
             QMPClient.connect(self.plan.destination_qmp)
         )
@@ -158,10 +159,10 @@ class Migration:
         for source in self._sources:
             await source.seal()
         self._enter(Phase.ACTIVATING)
-        for disk in self._disks:
+        for disk in self.disks:
             self.summary.disk_twice += (await disk.report())["disk"]["fetched-bytes"]
         async with trio.open_nursery() as nursery:
-            for disk, offer in zip(self._disks, self._offers, strict=True):
+            for disk, offer in zip(self.disks, self._offers, strict=True):
                 nursery.start_soon(disk.activate, offer)
 
     async def _start_there(self, was_running: bool) -> None:
@@ -179,7 +180,7 @@ class Migration:
     async def _follow(self) -> None:
         """Wait until all is local, through anything; then let go of the source."""
         while True:
-            reports = [await self._report(disk) for disk in self._disks]
+            reports = [await self._report(disk) for disk in self.disks]
             self._watch(Phase.RUNNING, {"disks": reports})
             if all(report and "backing" not in report for report in reports):
                 break
@@ -219,7 +220,7 @@ class Migration:
     async def _undo(self, step: Undo) -> None:
         match step:
             case Undo.QUIT_DESTINATION:
-                await quit_qemu(self._destination, self._qemu)
+                await quit_qemu(self._destination, self.qemu)
             case Undo.UNSEAL:
                 for source in self._sources:
                     await source.unseal()
@@ -228,7 +229,7 @@ class Migration:
             case Undo.RESUME_SOURCE:
                 await resume(self._source)
             case Undo.DISCARD:
-                for disk in self._disks:
+                for disk in self.disks:
                     await disk.discard()
 
     def _verdict(self, error: Exception, troubles: list[str]) -> str:

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests move while they write; what they were told is durable is there afterwards."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+import migration
+from migration import Ends, destination, last_acknowledged, records, wait_acknowledged
+from nbdstream.errors import BackingError
+from nbdstream.guest.disks import Disk
+from nbdstream.guest.qmp import QMPClient
+from nbdstream.leaf.seal import read_seal
+from nbdstream.migrate.destination import Spawned, nbdstream_command
+from nbdstream.migrate.plan import DiskPlan, MigrationError
+from nbdstream.migrate.run import Migration
+from nbdstream.migrate.switchover import Phase
+from nbdstream.qmp import JSONObject
+from nbdstream.service import describe_backing
+from tests.peers import Peer, PeerError, make_image, nbdkit, nbdstream_serve, run
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture
+def ends(tmp_path: Path, busybox_image: Path) -> Ends:
+    return Ends(tmp_path, busybox_image)
+
+
+@pytest.fixture
+def remote(busybox_disk: Path) -> Iterator[Peer]:
+    """The image from which the source's guest boots, far away."""
+    with nbdkit("file", busybox_disk, readonly=True) as server:
+        yield server
+
+
+def as_raw(image: Path, image_format: str) -> Path:
+    """A raw copy of a disk, to look into."""
+    raw = image.with_suffix(".look")
+    run(["qemu-img", "convert", "-f", image_format, "-O", "raw", image, raw])
+    return raw
+
+
+def serve_again(disk: DiskPlan) -> Spawned:
+    """What an operator does when a destination's server has died."""
+    command = [*nbdstream_command(), "serve", disk.leaf, "-U", disk.socket]
+    return Spawned([*command, "--control", disk.control], Path(disk.leaf + ".log"))
+
+
+async def wait_local(disk: DiskPlan) -> None:
+    """Wait until a destination's disk depends on nobody."""
+    with trio.fail_after(120):
+        while "backing" in await ask(disk.control, "x-nbdstream-stats"):
+            await trio.sleep(0.1)
+
+
+async def ask(control: str | Path | None, command: str) -> JSONObject:
+    assert control is not None
+    async with QMPClient.connect(control) as qmp:
+        answer: JSONObject = await qmp.execute(command)
+        return answer
+
+
+async def finish(ends: Ends, leaf: str, seen: int) -> None:
+    """The guest goes on writing at the destination; all that it acknowledged is in the leaf,
+    which needs nobody any more."""
+    async with destination(ends):
+        await wait_acknowledged(ends, seen + 3)
+    last = last_acknowledged(Path(ends.path("there.console")).read_text())  # noqa: ASYNC240
+    await migration.end_server(ends.path("there0.control"))
+    path = Path(leaf)
+    assert records(as_raw(path, path.suffix[1:])) >= last > seen
+
+
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy-ram"])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_a_guest_on_a_plain_file(
+    ends: Ends, busybox_disk: Path, image_format: str, postcopy: bool
+) -> None:
+    disk = busybox_disk
+    if image_format != "raw":
+        disk = busybox_disk.with_suffix(f".{image_format}")
+        run(["qemu-img", "convert", "-f", "raw", "-O", image_format, busybox_disk, disk])
+    plan = ends.plan(ends.disk("qcow2", node="disk0"), postcopy_ram=postcopy)
+    async with migration.source(ends, Disk.file(disk, image_format)) as guest:
+        summary = await Migration(plan).run()
+        seen = last_acknowledged(guest.console.transcript)
+        assert (await guest.guest.qmp.execute("query-status"))["status"] == "postmigrate"
+        assert await guest.guest.qmp.execute("query-block-exports") == []
+    disk.unlink()  # noqa: ASYNC240
+    assert summary.disk_bytes < 64 << 20
+    await finish(ends, plan.disks[0].leaf, seen)
+
+
+@pytest.mark.parametrize("there", ["raw", "qcow2", "qed"])
+async def test_a_guest_on_nbdstream_that_still_streams(
+    ends: Ends, remote: Peer, tmp_path: Path, there: str
+) -> None:
+    """The remote image, the source's leaf and the destination's are a chain for a while."""
+    leaf = tmp_path / f"here.{there}"
+    with nbdstream_serve(leaf, remote.uri, "--stream", "off") as server:
+        plan = ends.plan(ends.disk(there, control=str(server.control)))
+        async with migration.source(ends, Disk.nbd(server.uri)) as guest:
+            await Migration(plan).run()
+            seen = last_acknowledged(guest.console.transcript)
+            report = await ask(server.control, "x-nbdstream-stats")
+            assert not report["canonical"] and "sealed" in report["frozen"]
+    with nbdstream_serve(leaf, None, "--stream", "off") as again:
+        with pytest.raises(PeerError, match="ead-only|ermission"):
+            run(["qemu-io", "-f", "raw", "-c", "write 0 4k", again.uri])
+    await finish(ends, plan.disks[0].leaf, seen)
+
+
+async def test_two_disks(ends: Ends, busybox_disk: Path, remote: Peer, tmp_path: Path) -> None:
+    data = tmp_path / "data.raw"
+    make_image(data, 16 << 20)
+    with nbdstream_serve(tmp_path / "here.qcow2", remote.uri) as server:
+        plan = ends.plan(
+            ends.disk("qcow2", control=str(server.control)),
+            ends.disk("qcow2", number=1, node="disk1"),
+        )
+        disks = Disk.nbd(server.uri), Disk.file(data)
+        async with migration.source(ends, *disks) as guest:
+            await Migration(plan).run()
+            seen = last_acknowledged(guest.console.transcript)
+    await finish(ends, plan.disks[0].leaf, seen)
+    await migration.end_server(plan.disks[1].control)
+    run(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", data, plan.disks[1].leaf])
+
+
+class Fault(BackingError):
+    """What goes wrong on purpose."""
+
+
+@pytest.mark.parametrize("kind", ["file", "nbdstream"])
+async def test_whatever_fails_before_the_destination_runs(
+    ends: Ends, busybox_disk: Path, remote: Peer, tmp_path: Path, kind: str
+) -> None:
+    """Five attempts that fail, one in each phase, and the guest goes on writing; then it
+    moves after all."""
+    with nbdstream_serve(tmp_path / "here.qcow2", remote.uri) as server:
+        if kind == "file":
+            disk = Disk.file(busybox_disk)
+            plan = ends.plan(ends.disk("qcow2", node="disk0"))
+        else:
+            disk = Disk.nbd(server.uri)
+            plan = ends.plan(ends.disk("qcow2", control=str(server.control)))
+        async with migration.source(ends, disk) as guest:
+            for fatal in (
+                Phase.MEMORY,
+                Phase.STOPPED,
+                Phase.SEALING,
+                Phase.ACTIVATING,
+                Phase.HANDING,
+            ):
+
+                def fail(phase: Phase, _facts: JSONObject, fatal: Phase = fatal) -> None:
+                    if phase is fatal:
+                        raise Fault(f"no luck in {phase.name}")
+
+                with pytest.raises(MigrationError, match=rf"{fatal.name}; the guest stays at"):
+                    await Migration(plan, fail).run()
+                assert not os.path.lexists(plan.disks[0].leaf)
+                seen = last_acknowledged(guest.console.transcript)
+                await guest.console.wait_for(rf"ACK {seen + 3}\b", 60)
+            await Migration(plan).run()
+            seen = last_acknowledged(guest.console.transcript)
+    await finish(ends, plan.disks[0].leaf, seen)
+
+
+@pytest.mark.parametrize("victim", ["qemu", "nbdstream"])
+@pytest.mark.parametrize("at", [Phase.MEMORY, Phase.STOPPED, Phase.HANDING])
+async def test_the_destination_dies_before_it_runs(
+    ends: Ends, remote: Peer, tmp_path: Path, victim: str, at: Phase
+) -> None:
+    """Killed for real: in the last phase the source's QEMU finds out by itself, and lets its
+    guest go on while the disk is still sealed; not a single write may fail."""
+    if victim == "nbdstream" and at is Phase.HANDING:
+        pytest.skip("QEMU does not need its disk to take over")
+    leaf = tmp_path / "here.qcow2"
+    with nbdstream_serve(leaf, remote.uri) as server:
+        plan = ends.plan(ends.disk("qcow2", control=str(server.control)))
+        async with migration.source(ends, Disk.nbd(server.uri)) as guest:
+
+            def kill(phase: Phase, facts: JSONObject) -> None:
+                if phase is at and not facts:
+                    process = move.qemu if victim == "qemu" else move.disks[0].process
+                    assert process is not None
+                    os.kill(process.pid, signal.SIGKILL)
+
+            move = Migration(plan, kill)
+            with pytest.raises(MigrationError, match="the guest stays at the source"):
+                await move.run()
+            seen = last_acknowledged(guest.console.transcript)
+            await guest.console.wait_for(rf"ACK {seen + 3}\b", 60)
+            assert "I/O error" not in guest.console.transcript
+            assert read_seal(str(leaf)) is None
+            assert (await ask(server.control, "x-nbdstream-stats"))["canonical"]
+
+
+async def test_the_destinations_server_is_killed_once_the_guest_is_there(
+    ends: Ends, busybox_disk: Path
+) -> None:
+    plan = ends.plan(ends.disk("raw", node="disk0"))
+    async with migration.source(ends, Disk.file(busybox_disk)) as guest:
+        move = Migration(plan)
+        await move.run(follow=False)
+        seen = last_acknowledged(guest.console.transcript)
+        seen = await wait_acknowledged(ends, seen + 3)
+        process = move.disks[0].process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitpid(process.pid, 0)
+        serve_again(plan.disks[0])
+        await wait_acknowledged(ends, seen + 3)
+        await wait_local(plan.disks[0])
+    await finish(ends, plan.disks[0].leaf, seen)
+
+
+async def test_the_sources_server_is_away_once_the_guest_has_gone(
+    ends: Ends, remote: Peer, tmp_path: Path
+) -> None:
+    """It comes back sealed, under the same name, and the stream goes on; what comes back with
+    its seal broken is refused for good."""
+    leaf = tmp_path / "here.qcow2"
+    with nbdstream_serve(leaf, remote.uri) as server:
+        plan = ends.plan(ends.disk("qcow2", control=str(server.control)))
+        async with migration.source(ends, Disk.nbd(server.uri)) as guest:
+
+            def kill(phase: Phase, facts: JSONObject) -> None:
+                if phase is Phase.RUNNING and not facts:
+                    server.kill()
+
+            await Migration(plan, kill).run(follow=False)
+            seen = last_acknowledged(guest.console.transcript)
+    there = plan.disks[0]
+    offer = (await ask(there.control, "x-nbdstream-stats"))["backing"]["uri"]
+    with pytest.raises(BackingError):
+        await describe_backing(offer)
+    seal = read_seal(str(leaf))
+    assert seal is not None
+    os.rename(f"{leaf}.sealed", f"{leaf}.broken")
+    with nbdstream_serve(leaf) as unsealed:
+        async with QMPClient.connect(str(unsealed.control)) as qmp:
+            new = await qmp.execute("x-nbdstream-export-add", {"listen-at": seal.listen})
+            assert new["generation"] != seal.generation
+            with pytest.raises(BackingError, match="no export"):
+                await describe_backing(offer)
+    os.rename(f"{leaf}.broken", f"{leaf}.sealed")
+    with nbdstream_serve(leaf):
+        await wait_local(there)
+    await finish(ends, there.leaf, seen)
