@@ -227,6 +227,17 @@ def test_does_not_grow_on_the_strength_of_what_is_not_used() -> None:
     assert window.size <= 4 * UNIT_LEAST
 
 
+def test_one_read_at_a_time_has_a_rate_too() -> None:
+    window = Window(rng=random.Random(1))
+    now = 0.0
+    for _ in range(5000):
+        sent = window.sent(now, UNIT_LEAST)
+        now += 0.0002
+        window.delivered(sent, now, limited=False)
+        now += 0.1  # idle time is not counted
+    assert window.rate == pytest.approx(UNIT_LEAST / 0.0002, rel=0.01)
+
+
 def test_a_link_without_rate_or_delay_is_given_large_units() -> None:
     link = Link(1e9, 0.0001)
     flow = link.add()

@@ -3,6 +3,13 @@
 
 from nbdstream.backing.base import Backing, BackingStatistics, Priority
 from nbdstream.backing.identity import fingerprint
-from nbdstream.backing.sources import open_backing
+from nbdstream.backing.sources import named_by_image, open_backing
 
-__all__ = ["Backing", "BackingStatistics", "Priority", "fingerprint", "open_backing"]
+__all__ = [
+    "Backing",
+    "BackingStatistics",
+    "Priority",
+    "fingerprint",
+    "named_by_image",
+    "open_backing",
+]

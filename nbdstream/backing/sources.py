@@ -119,6 +119,7 @@ async def open_backing(
         BackingMismatchError: not of that size or identity.
         BackingError: anything else that is wrong, in one line.
     """
+    uri = anchored(uri, Path.cwd())  # the leaf will be opened from other directories
     async with _serve(uri) as served:
         first: Connection | None = None
         try:
@@ -131,6 +132,34 @@ async def open_backing(
             served.endpoint, first, timeout=timeout, size=size, identity=identity
         ) as backing:
             yield backing
+
+
+def anchored(uri: str, directory: Path) -> str:
+    """A backing's URI; a relative path in it is taken from ``directory``."""
+    prefix, _, rest = uri.partition("+")
+    if rest and prefix in FORMATS:
+        return f"{prefix}+{anchored(rest, directory)}"
+    if "://" in uri or urlsplit(uri).scheme in NBD_SCHEMES:
+        return uri
+    return str(directory.absolute() / uri)
+
+
+def named_by_image(image: str, name: str, image_format: str) -> str:
+    """The URI of the backing that an image names, by QEMU's rules: a relative path is taken
+    from where the image is, and ``image_format`` says how to read what is found.
+
+    Raises UsageError where that is not said (never guessed: a guest can write any magic
+    number to a raw disk), or is no format that is known.
+    """
+    uri = anchored(name, Path(image).parent)
+    if image_format == "raw":
+        return uri
+    if image_format in FORMATS.values():
+        return f"{image_format}+{uri}"
+    what = f"has the unknown format {image_format}" if image_format else "has no format recorded"
+    raise UsageError(
+        f"{image}: the backing {name} {what}: name it with -b (as it is if raw, else qcow2+{name} …)"
+    )
 
 
 async def _first_connection(uri: str, served: _Served) -> Connection:

@@ -166,6 +166,7 @@ class Window:
         self._in_flight = 0
         self._delivered = 0
         self._mark_time = 0.0
+        self._idle_since = 0.0
         self._mark_delivered = 0
         self._periods = (0.0, 0.0)  # the best rate of the last period, and of this one
         self._period_end = -math.inf
@@ -187,21 +188,22 @@ class Window:
 
     def sent(self, now: float, length: int) -> Sent:
         """A request of any priority went out; hand the result to `delivered` or `lost`."""
+        self._now = now
         if self._in_flight == 0:
-            self._mark_time, self._mark_delivered = now, self._delivered
+            self._mark_time += now - self._idle_since  # idle time is nobody's rate
         self._in_flight += length
         return Sent(now, length, self._in_flight)
 
     def lost(self, request: Sent) -> None:
         """It will not be answered, or its reply says nothing about the link."""
-        self._in_flight -= request.length
+        self._land(request, self._now)
 
     def delivered(
         self, request: Sent, now: float, *, background: bool = True, limited: bool = True
     ) -> None:
         """Its reply is complete. ``limited``: more would have been sent had W allowed it."""
         self._now = now
-        self._in_flight -= request.length
+        self._land(request, now)
         self._delivered += request.length
         self._measure_rate(now)
         sample = self._as_unit(now - request.time, request.length)
@@ -220,6 +222,11 @@ class Window:
         enough = min(SAMPLES_LEAST, max(self.size // self.unit, 1))
         if request.time >= self._round_start and len(self._round) >= enough:
             self._end_round(now)
+
+    def _land(self, request: Sent, now: float) -> None:
+        self._in_flight -= request.length
+        if self._in_flight == 0:
+            self._idle_since = now
 
     # -- what it means -----------------------------------------------------------------
 
