@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from nbdstream.backing import open_backing
+from nbdstream.backing import named_by_image, open_backing
 from nbdstream.backing.base import Backing
 from nbdstream.backing.identity import fingerprint
 from nbdstream.backing.padded import PaddedBacking
@@ -211,7 +211,7 @@ async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backi
                 yield leaf, None
                 return
             known = leaf.backing
-            uri = options.backing or known.uri
+            uri = options.backing or named_by_image(leaf.path, known.uri, known.format)
             _check_hand_over(options, known, uri)
             async with open_backing(
                 uri,

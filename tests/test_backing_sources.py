@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from nbdstream.backing import Backing, Priority, fingerprint, open_backing
-from nbdstream.backing.sources import PLUGINS, has_plugin
+from nbdstream.backing.sources import PLUGINS, anchored, has_plugin
 from nbdstream.errors import BackingError, UsageError
 from tests import peers
 
@@ -46,7 +46,7 @@ async def read(backing: Backing, offset: int, length: int) -> bytes:
 
 async def assert_serves(uri: str, content: bytes) -> None:
     async with open_backing(uri) as backing:
-        assert backing.uri == uri
+        assert backing.uri == anchored(uri, Path.cwd())
         assert backing.size == len(content)
         assert await read(backing, 0, backing.size) == content
         assert (await fingerprint(backing)).startswith("s1:")

@@ -104,6 +104,35 @@ def test_a_leaf_becomes_local_and_lets_go_of_its_backing(leaf: Path, image: Path
         assert_same(server.uri, image)
 
 
+def test_a_backing_is_read_as_the_leaf_says(image: Path, tmp_path: Path) -> None:
+    """QEMU's leaves name their backing's format, and its path from where they are."""
+    run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", image, tmp_path / "base.qcow2"])
+    leaf = tmp_path / "leaf.qcow2"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", leaf])
+    with nbdstream_serve(leaf, None, "--stream", "off") as server:
+        assert_same(server.uri, image)
+    assert "backing file: base.qcow2\n" in nbdstream("info", leaf).stdout
+    with nbdstream_serve(leaf, None, "--exit-when-complete") as server:
+        assert server.wait(60) == 0
+    assert_same(leaf, image, "qcow2")
+
+
+def test_a_backing_of_unknown_format_is_asked_for(image: Path, tmp_path: Path) -> None:
+    leaf = tmp_path / "leaf.qed"  # which cannot tell formats other than raw
+    command = ["qemu-img", "create", "-q", "-u", "-f", "qed", "-b", "base", "-F", "qcow2"]
+    run([*command, leaf, str(32 * MIB)])
+    done = nbdstream("serve", leaf, "--run", "true")
+    assert done.returncode == 2
+    assert "name it with -b" in done.stderr
+
+
+def test_a_backing_file_is_found_from_any_directory(image: Path, leaf: Path) -> None:
+    made = [binary("NBDSTREAM"), "create", leaf, "-b", image.name]
+    subprocess.run(made, cwd=image.parent, check=True)
+    with nbdstream_serve(leaf, None, "--stream", "off") as server:
+        assert_same(server.uri, image)
+
+
 def test_guests_read_and_write_while_it_streams(leaf: Path, image: Path, tmp_path: Path) -> None:
     expected = bytearray(image.read_bytes())
     with nbdkit(

@@ -157,9 +157,7 @@ def named_by_image(image: str, name: str, image_format: str) -> str:
     if image_format in FORMATS.values():
         return f"{image_format}+{uri}"
     what = f"has the unknown format {image_format}" if image_format else "has no format recorded"
-    raise UsageError(
-        f"{image}: the backing {name} {what}: name it with -b (as it is if raw, else qcow2+{name} …)"
-    )
+    raise UsageError(f"{image}: the backing {name} {what}: name it with -b (qcow2+{name}, say)")
 
 
 async def _first_connection(uri: str, served: _Served) -> Connection:
