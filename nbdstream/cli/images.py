@@ -14,7 +14,7 @@ import trio
 
 from nbdstream.cli.params import FORMAT, LEAF, SIZE
 from nbdstream.cli.picture import svg_map
-from nbdstream.errors import UsageError
+from nbdstream.errors import LeafError, UsageError
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import Leaf, LeafExtent, State
 from nbdstream.leaf.map import image_info, map_entry, shares, walk
@@ -62,7 +62,7 @@ def create(
     reference = None
     if backing is not None:
         if os.path.lexists(leaf):
-            raise UsageError(f"{leaf} exists already; choose another name or remove it")
+            raise LeafError(f"{leaf} exists already: choose another name, or serve it as it is")
         reference = trio.run(describe_backing, backing)
         size = reference.size if size is None else size
     create_leaf(
