@@ -246,6 +246,9 @@ class GatedBacking(Backing):
         await trio.lowlevel.checkpoint()
         return self.room
 
+    def set_unit_least(self, length: int) -> None:
+        assert length > 0
+
     def set_speed(self, speed: int) -> None:
         self.speed = speed
 

@@ -99,6 +99,11 @@ class Backing(abc.ABC):
         """
 
     @abc.abstractmethod
+    def set_unit_least(self, length: int) -> None:
+        """Say that no background read will ask for less than ``length`` bytes (the leaf's
+        cluster): the window must be able to tell such a read's own time from a queue's."""
+
+    @abc.abstractmethod
     def set_speed(self, speed: int) -> None:
         """Cap background reads at ``speed`` bytes per second; 0 means no cap."""
 

@@ -154,6 +154,10 @@ class NbdBacking(Backing):
         """See `Backing.wait_for_room`."""
         return await self.scheduler.wait_for_room(priority)
 
+    def set_unit_least(self, length: int) -> None:
+        """See `Backing.set_unit_least`."""
+        self.scheduler.window.set_unit_least(length)
+
     def set_speed(self, speed: int) -> None:
         """See `Backing.set_speed`."""
         self.scheduler.set_speed(speed)

@@ -44,6 +44,10 @@ class PaddedBacking(Backing):
         """See `Backing.wait_for_room`."""
         return await self._backing.wait_for_room(priority)
 
+    def set_unit_least(self, length: int) -> None:
+        """See `Backing.set_unit_least`."""
+        self._backing.set_unit_least(length)
+
     def set_speed(self, speed: int) -> None:
         """See `Backing.set_speed`."""
         self._backing.set_speed(speed)

@@ -196,12 +196,13 @@ class Pool:
         delay = BACKOFF_FIRST
         while self._failure is None:
             began = trio.current_time()
+            first, ready = ready, None
             try:
-                connection = ready or await connect(self._endpoint)
-                ready = None
+                connection = first or await connect(self._endpoint)
                 await self._serve(slot, connection, nursery)
             except BackingMismatchError as error:
-                log.error("%s", error)  # noqa: TRY400 - an operator's message, no traceback
+                if first is None:  # else `start` raises it
+                    log.error("%s", error)  # noqa: TRY400 - an operator's message, no traceback
                 self._fail(error)
             except (BackingError, ConnectionLostError) as error:
                 self.note(error)

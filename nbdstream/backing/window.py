@@ -24,6 +24,9 @@ queue, what only some waited for is noise (CoDel's insight).
   (FAST TCP's law; Vegas's equilibrium). At rest, q equals the target. A rate that
   falls shows as q at once; a queue that stays empty for several rounds although W was
   used up means that there is more to have, and starts growth by doubling again.
+- *Probe*: delays can mislead (a busy machine answers late without any queue), so now and
+  then, while no guest is missing, W is tried a quarter larger; if that delivers more,
+  there was no queue, and W stays there (BBR's way of looking for bandwidth).
 - *Drain*: the base can be seen only while our own queue is empty, so every ten
   seconds or so W is halved for a round, and the base becomes what is seen then. It is
   also done when q stays high whatever W is, which is what a longer path looks like. Any
@@ -90,6 +93,13 @@ FLAT_GROWTH = 1.25
 # still next to no queue.
 EMPTY_ROUNDS = 4
 EMPTY_PART = 0.25
+# While no guest is missing, W is tried this much larger for two rounds; if so much more is
+# delivered then, it stays there, and the next try is soon. Failure doubles the interval.
+PROBE_GROWTH = 1.25
+PROBE_SUCCESS = 1.15
+PROBE_FIRST = 0.25
+PROBE_MOST = 4.0
+PROBE_ROUNDS = 100
 # Drain when the queue was this many targets deep for this many rounds, or by the clock.
 DEEP_ROUNDS = 8
 DEEP_TARGETS = 3
@@ -118,6 +128,14 @@ class Sent(NamedTuple):
     time: float
     length: int
     in_flight: int
+
+
+class Probe(NamedTuple):
+    """What was before a probe; ``entered``: its first round is over."""
+
+    size: int
+    rate: float
+    entered: bool = False
 
 
 class Lowest:
@@ -171,6 +189,7 @@ class Window:
         self._periods = (0.0, 0.0)  # the best rate of the last period, and of this one
         self._period_end = -math.inf
         self._round_start = -math.inf
+        self._round_delivered = 0
         self._round: list[float] = []
         self._round_limited = False
         self._flat_spans = 0
@@ -180,9 +199,17 @@ class Window:
         self._deep_rounds = 0
         self._drain_at = -math.inf
         self._drain_start: float | None = None
+        self._probe: Probe | None = None
+        self._probe_at = -math.inf
+        self._probe_interval = PROBE_FIRST
         self._undrained_size = 0
         self._undrained_base = 0.0
         self._noise = 0.0
+
+    def set_unit_least(self, length: int) -> None:
+        """From now on no request is smaller than ``length`` bytes."""
+        self._unit_least = max(self._unit_least, 1 << (length - 1).bit_length())
+        self.unit = max(self.unit, self._unit_least)
 
     # -- what happened -----------------------------------------------------------------
 
@@ -257,12 +284,22 @@ class Window:
         """The queueing delay wanted, in seconds."""
         by_rate = TARGET_TIME * math.sqrt(TARGET_RATE / self.rate) if self.rate else TARGET_MOST
         wanted = max(by_rate, TARGET_LEAST)
-        if self._now - self._demand_time < YIELD_TIME:
+        if self._yielding:
             wanted *= YIELD_PART
         noise = min(self._noise, NOISE_PART * self.base_rtt)
         return min(max(wanted, noise, TARGET_PART * self.base_rtt), TARGET_MOST)
 
+    @property
+    def _yielding(self) -> bool:
+        """A guest is missing, or was a moment ago."""
+        return self._now - self._demand_time < YIELD_TIME
+
     # -- start-up ----------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._starting = True
+        self._recent = Lowest()
+        self._flat_spans, self._flat_rate = 0, self.rate
 
     def _grow(self, now: float, length: int) -> None:
         most = MOST_STARTING * self._fitting_size()
@@ -279,16 +316,18 @@ class Window:
     def _settle(self, now: float) -> None:
         """End of start-up: go to what has been measured."""
         self._starting = False
-        self._empty_rounds = self._empty_units = self._deep_rounds = 0
+        self._empty_rounds = self._empty_units = 0
         self.size = self._fitting_size()
         self._begin_round(now)
-        self._plan_drain(now, DRAIN_INTERVAL)
+        if self._drain_at == -math.inf:
+            self._plan_drain(now, DRAIN_INTERVAL)
 
     def _begin_round(self, now: float) -> None:
         """A round ends with the first reply to a request that was sent within it."""
         self._round.clear()
         self._round_limited = False
         self._round_start = now
+        self._round_delivered = self._delivered
 
     def _judge_growth(self, now: float) -> None:
         """The rate was measured anew: did it still grow?"""
@@ -305,14 +344,20 @@ class Window:
         """A round trip's worth of background replies is in."""
         best = min(self._round)
         self.queue_delay = max(best - self.base_rtt, 0.0)
+        rate = (self._delivered - self._round_delivered) / max(now - self._round_start, 1e-6)
         if self._drain_start is not None:
             self._end_drain(now, best)
+        elif self._probe is not None:
+            self._go_on_probing(now, self._probe, rate)
         elif not self._starting:
             spread = sum(self._round) / len(self._round) - best
             self._noise += NOISE_GAIN * (spread - self._noise)
             self._follow(self.queue_delay)
             if now >= self._drain_at or self._deep_rounds >= DEEP_ROUNDS:
                 self._drain(now)
+            elif now >= self._probe_at and self._round_limited and not self._yielding:
+                self._probe = Probe(self.size, rate)
+                self._resize(max(PROBE_GROWTH * self.size, self.size + self.unit))
         self._choose_unit()
         self._begin_round(now)
 
@@ -329,8 +374,7 @@ class Window:
         elif self._round_limited and units > self._empty_units:
             self._empty_rounds, self._empty_units = self._empty_rounds + 1, units
         if self._empty_rounds >= EMPTY_ROUNDS:
-            self._recent = Lowest()
-            self._starting, self._flat_spans, self._flat_rate = True, 0, self.rate
+            self._start()
         deep = queue > DEEP_TARGETS * self.target + self.unit / self.rate
         self._deep_rounds = self._deep_rounds + 1 if deep else 0
 
@@ -354,6 +398,22 @@ class Window:
 
     def _resize(self, size: float) -> None:
         self.size = _bounded(size)
+
+    # -- probe -------------------------------------------------------------------------
+
+    def _go_on_probing(self, now: float, probe: Probe, rate: float) -> None:
+        """A round of a probe is over; the second one's requests all went out within it."""
+        if not probe.entered:
+            self._probe = probe._replace(entered=True)
+            return
+        self._probe = None
+        if rate >= PROBE_SUCCESS * probe.rate:
+            interval = self._probe_interval = PROBE_FIRST
+        else:
+            self.size = probe.size
+            self._probe_interval = min(2 * self._probe_interval, PROBE_MOST)
+            interval = max(self._probe_interval, PROBE_ROUNDS * self.base_rtt)
+        self._probe_at = now + interval * self._rng.uniform(0.8, 1.2)
 
     # -- drain -------------------------------------------------------------------------
 

@@ -136,6 +136,7 @@ class StreamedDisk:
         self._fetcher: Fetcher | None = None
         self._readahead: Readahead | None = None
         if backing is not None:
+            backing.set_unit_least(leaf.cluster_size)
             fetcher = Fetcher(leaf, backing, nursery, self._atomically)
             self._fetcher = fetcher
             if not leaf.read_only:
