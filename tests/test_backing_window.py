@@ -126,7 +126,7 @@ def test_fills_the_link_within_seconds_and_keeps_the_queue_short(rate: float, de
         link.run(30 + step * 0.0501)
         waits.append(link.queue)
     unit = flow.window.unit / rate
-    assert sorted(waits)[int(len(waits) * 0.95)] <= 2 * flow.window.target + 2 * unit
+    assert sorted(waits)[int(len(waits) * 0.95)] <= 2 * flow.window.target + 3 * unit
 
 
 def test_demand_hardly_waits_and_the_link_stays_in_use() -> None:
