@@ -19,7 +19,7 @@ from nbdstream.backing import named_by_image, open_backing
 from nbdstream.backing.base import Backing
 from nbdstream.backing.identity import fingerprint
 from nbdstream.backing.padded import PaddedBacking
-from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk
+from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk, round_off
 from nbdstream.disk.readonly import ReadOnlyExport
 from nbdstream.errors import BackingMismatchError, UsageError
 from nbdstream.export import Export
@@ -146,6 +146,7 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
                 nursery.start_soon(record_boot, disk)
                 yield Opened(leaf, backing, disk, job, seal)
                 nursery.cancel_scope.cancel()
+            await round_off(disk)
 
 
 @asynccontextmanager

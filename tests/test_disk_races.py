@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from nbdstream.backing.base import Priority
-from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk
+from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk, round_off
 from nbdstream.errors import BackingReadError
 from nbdstream.export import Hit
 from nbdstream.leaf.base import State, SyncError
@@ -374,6 +374,38 @@ async def test_block_status_tells_local_remote_and_holes_apart() -> None:
             (4096, False, False, 2),
         ]
         assert len(await disk.block_status(0, 16384, 2)) == 2
+
+
+async def test_clusters_that_are_local_in_part_are_made_whole_for_others() -> None:
+    async with gated_disk() as (disk, leaf, backing):
+        backing.gated = False
+        leaf.whole_clusters = True
+        disk.write_nowait(memoryview(b"w" * 512), 2560)  # within cluster 1
+        disk.write_nowait(memoryview(b"w" * 4096), 8192)  # clusters 4 and 5, whole
+        await disk.trim(14336 + 512, 2048, fua=False)  # parts of clusters 7 and 8
+        await round_off(disk)
+        assert sorted((read.offset, read.length) for read in backing.reads) == [
+            (2048, 2048),
+            (14336, 2048),
+            (16384, 2048),
+        ]
+        assert await read(disk, 2048, 2048) == CONTENT[2048:2560] + b"w" * 512 + CONTENT[3072:4096]
+        backing.reads.clear()
+        await round_off(disk)
+        assert backing.reads == []
+
+
+async def test_making_clusters_whole_gives_up_when_the_backing_is_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with gated_disk() as (disk, leaf, backing):
+        backing.gated = False
+        backing.error = BackingReadError("gone")
+        leaf.whole_clusters = True
+        disk.write_nowait(memoryview(b"w" * 512), 2560)
+        await round_off(disk)
+        assert "local only in part" in caplog.text
+        assert leaf.states[4] is State.UNALLOCATED
 
 
 async def test_standing_by_keeps_nothing_and_believes_nothing() -> None:

@@ -2,5 +2,6 @@
 """The streamed disk: a local leaf whose missing clusters come from a remote backing."""
 
 from nbdstream.disk.disk import DetectZeroes, StreamedDisk, open_disk
+from nbdstream.disk.rounding import round_off
 
-__all__ = ["DetectZeroes", "StreamedDisk", "open_disk"]
+__all__ = ["DetectZeroes", "StreamedDisk", "open_disk", "round_off"]

@@ -133,6 +133,8 @@ class Leaf(abc.ABC):
         backing: what the leaf says of its backing; None for a plain local disk, and
             after `drop_backing`.
         read_only: opened without the right to change anything.
+        whole_clusters: other programs that take the image over need clusters that are
+            allocated as a whole.
 
     The last block of a disk whose size is not a multiple of ``block_size`` is allocated
     as a whole: "aligned" below always allows a range that ends at ``size``.
@@ -146,6 +148,7 @@ class Leaf(abc.ABC):
     fd: int
     backing: BackingReference | None
     read_only: bool
+    whole_clusters: bool = False
 
     # -- where things are ------------------------------------------------------------
 

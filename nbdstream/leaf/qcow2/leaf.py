@@ -82,6 +82,7 @@ class Qcow2Leaf(Leaf):
         self.size = geometry.size
         self.cluster_size = geometry.cluster_size
         self.block_size = geometry.block_size
+        self.whole_clusters = self.block_size < self.cluster_size
         metadata = Metadata(geometry)
         metadata.add(0, geometry.cluster_size)
         metadata.add(
