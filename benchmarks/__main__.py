@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import Options, Report, describe_machine, versions
-from tests.peers import MissingPeer
+from tests.peers import MissingPeer, PeerError
 
 # Each is a module with `run(options: Options) -> Report`.
 NAMES = ("hotpath", "misses", "memory", "stream", "contention", "writes")
@@ -37,17 +37,23 @@ def main() -> None:
     arguments = _arguments()
     options = Options(arguments.rounds, arguments.seconds)
     reports = {}
+    failed = False
     for name in arguments.names or NAMES:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             report = _run(name, options)
         except MissingPeer as error:
             sys.exit(f"benchmarks: error: {error}")
+        except PeerError as error:
+            print(f"benchmarks: error: {name}: {error}", file=sys.stderr)
+            failed = True
+            continue
         report.print()
         reports[name] = report.as_json()
         if arguments.json:
             # After each, so that an interrupted run keeps what it has.
             arguments.json.write_text(json.dumps(reports, indent=1) + "\n")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ have today.
 """
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,18 @@ BACKING_THREADS = 16
 # More than a handshake: bulk data has begun to come.
 BULK_BYTES = 64 * 1024
 PATIENCE = 60.0
+MEMORY = Path("/dev/shm")
+
+
+@contextlib.contextmanager
+def memory_directory() -> Iterator[Path]:
+    """A temporary directory in memory where there is such a thing, for leaves and copies: no
+    disk sets the pace, and durable writes cost nobody anything.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix="nbds-", dir=MEMORY if MEMORY.is_dir() else None
+    ) as name:
+        yield Path(name)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.load import fio, fio_command
-from benchmarks.report import Options, Report, judged, median, ratio
+from benchmarks.report import Options, Report, judged, median, progress, ratio
 from tests.peers import (
     Peer,
     make_image,
@@ -68,6 +68,7 @@ def run(options: Options) -> Report:
             report.add_recipe(fio_command("URI", rw, block, depth, "--time_based"))
             for _ in range(options.rounds):
                 for name, peer in peers.items():
+                    progress(load, name)
                     result = fio(peer.uri, rw, block, depth, options.seconds)
                     figure = result.rate / 1e6 if "MB/s" in load else result.iops
                     samples.setdefault((name, load), []).append(figure)

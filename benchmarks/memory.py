@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.load import fio_command, run_fio
 from benchmarks.processes import resident_bytes
-from benchmarks.report import Cell, Options, Report, judged
+from benchmarks.report import Cell, Options, Report, judged, progress
 from tests.peers import (
     Peer,
     make_qcow2,
@@ -83,6 +83,7 @@ def run(options: Options) -> Report:
         with nbdkit("pattern", f"size={SIZE}") as backing:
             report.add_peer(backing)
             for name, start in _servers(directory, backing.uri).items():
+                progress(name)
                 cells = _measure(start)
                 if name.startswith("nbdstream"):
                     cells = [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.far import qemu_leaf
 from benchmarks.load import Result, fio, fio_command, run_fio
-from benchmarks.report import Cell, Options, Report, judged, median, ratio
+from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
 from tests.peers import Peer, make_qcow2, nbdkit, nbdstream_serve, temporary_directory
 
 LOCAL_SIZE = 256 << 20
@@ -84,6 +84,7 @@ def run(options: Options) -> Report:
                 _make_local(uri)
             for number in range(options.rounds):
                 for name, uri in uris.items():
+                    progress(name)
                     alone = _hits(uri, options)
                     samples.setdefault(name, []).append((alone, *_both(uri, options, number)))
     for name, results in samples.items():

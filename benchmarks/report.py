@@ -80,6 +80,11 @@ class Report:
         return asdict(self)
 
 
+def progress(*what: object) -> None:
+    """Say on standard error what is being measured now."""
+    print("  ", *what, file=sys.stderr, flush=True)
+
+
 def text(cell: Cell) -> str:
     if cell is None:
         return "-"

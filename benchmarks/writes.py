@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do guest writes wait for the network? 4 KiB random writes, each to another cluster that
 is not local yet, over a backing 50 ms (round trip) away, against the same writes to a leaf
-that has no backing. Every round has a new leaf.
+that has no backing. Every round has a new leaf, in memory.
 """
 
 import contextlib
@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmarks.far import Far, far_backing, qemu_leaf
+from benchmarks.far import Far, far_backing, memory_directory, qemu_leaf
 from benchmarks.link_model import Shape
 from benchmarks.load import Result, fio, fio_command
-from benchmarks.report import Cell, Options, Report, judged, median, ratio
-from tests.peers import make_qcow2, nbdstream_serve, qemu_nbd, temporary_directory
+from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
+from tests.peers import make_qcow2, nbdstream_serve, qemu_nbd
 
 # So large that hardly two writes meet in a cluster.
 SIZE = 64 << 30
@@ -58,7 +58,7 @@ LEAVES: dict[str, Leaf] = {
 
 
 def _write(start: Leaf, far: Far | None, depth: int, seconds: float) -> Result:
-    with temporary_directory() as directory, start(directory, far) as uri:
+    with memory_directory() as directory, start(directory, far) as uri:
         return fio(uri, "randwrite", "4k", depth, seconds, "--norandommap")
 
 
@@ -76,6 +76,7 @@ def run(options: Options) -> Report:
             for name, start in LEAVES.items():
                 for depth in DEPTHS:
                     for where in (None, far):
+                        progress(name, f"qd{depth}", "local" if where is None else "far")
                         result = _write(start, where, depth, options.seconds)
                         samples.setdefault((name, depth, where is far), []).append(result.mean)
     for name in LEAVES:
