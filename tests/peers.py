@@ -252,11 +252,18 @@ def qemu_storage_daemon(*args: str) -> Iterator[Peer]:
 
 @contextlib.contextmanager
 def nbdstream_serve(
-    leaf: str | Path, backing: str | None = None, *args: str, export: str = ""
+    leaf: str | Path,
+    backing: str | None = None,
+    *args: str,
+    export: str = "",
+    socket_path: Path | None = None,
 ) -> Iterator[Peer]:
-    """`nbdstream serve LEAF [-b URI] ARGS` with a control socket, ready for clients."""
+    """`nbdstream serve LEAF [-b URI] ARGS` with a control socket, ready for clients.
+
+    `socket_path` allows a second server to take over the first one's address.
+    """
     with temporary_directory() as directory:
-        path, control = directory / "nbd", directory / "qmp"
+        path, control = socket_path or directory / "nbd", directory / "qmp"
         command = [binary("NBDSTREAM"), "serve", str(leaf)]
         command += ["-b", backing] if backing else []
         command += ["-U", str(path), "--control", str(control)]

@@ -44,12 +44,14 @@ def _opened(path: str, *, read_only: bool = True) -> Iterator[Leaf]:
 @click.option("-f", "--format", "image_format", type=FORMAT, help="Default: by LEAF's suffix.")
 @click.option("--size", type=SIZE, help="Virtual size. Default: the backing's.")
 @click.option("--cluster-size", type=SIZE, help="Unit of allocation (raw: of fetching).")
+@click.option("--no-extended-l2", is_flag=True, help="qcow2: no subclusters (see the manual).")
 def create(
     leaf: str,
     backing: str | None,
     image_format: str | None,
     size: int | None,
     cluster_size: int | None,
+    no_extended_l2: bool,
 ) -> None:
     """Create a leaf image.
 
@@ -71,6 +73,7 @@ def create(
         size=size or 0,
         cluster_size=cluster_size,
         backing=reference,
+        extended_l2=not no_extended_l2,
     )
 
 
@@ -187,6 +190,7 @@ def check(leaf: str, repair: bool, as_json: bool) -> None:
     """
     with _opened(leaf, read_only=not repair) as image:
         result = image.check(repair=repair)
+        left = image.check(repair=False) if result.repaired else result
     if as_json:
         facts = {
             "filename": leaf,
@@ -207,7 +211,7 @@ def check(leaf: str, repair: bool, as_json: bool) -> None:
             click.echo(f"{result.errors} errors, {result.leaks} leaks.")
         if result.repaired:
             click.echo(f"{result.repaired} repaired.")
-    if result.errors:
+    if left.errors:
         sys.exit(2)
-    if result.leaks:
+    if left.leaks:
         sys.exit(3)

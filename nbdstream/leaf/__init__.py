@@ -34,7 +34,13 @@ class Format(Protocol):
         ...
 
     def create(
-        self, path: str, *, size: int, cluster_size: int | None, backing: BackingReference | None
+        self,
+        path: str,
+        *,
+        size: int,
+        cluster_size: int | None,
+        backing: BackingReference | None,
+        **settings: bool,
     ) -> None:
         """Make a new image at a free name, and sync it; see `create_leaf`, which cleans up."""
         ...
@@ -93,18 +99,23 @@ def create_leaf(
     size: int,
     cluster_size: int | None,
     backing: BackingReference | None,
+    extended_l2: bool = True,
 ) -> None:
     """Make a new image of ``size`` bytes, durably: whole, or not at all.
 
     It is built in a temporary directory beside its place and then linked to its name; an
     existing file is never touched. ``cluster_size`` None: the format's default.
+    ``extended_l2`` False: a qcow2 image without subclusters.
 
     Raises:
-        UsageError: sizes that the format cannot have.
+        UsageError: sizes or settings that the format cannot have.
         LeafError: ``path`` exists already, or the backing's name does not fit in.
         OSError: the directory or the disk refuses.
     """
     module = _module(format)
+    if not extended_l2 and format != "qcow2":
+        raise UsageError(f"{format} has no extended L2 entries: only qcow2 has")
+    settings = {} if extended_l2 else {"extended_l2": False}
     if size <= 0:
         raise UsageError(f"a disk of {size} bytes makes no sense")
     directory = Path(path).parent
@@ -113,7 +124,9 @@ def create_leaf(
             raise LeafError(f"{path} exists already: choose another name, or serve it as it is")
         with tempfile.TemporaryDirectory(prefix=f".{Path(path).name}.", dir=directory) as building:
             new = Path(building) / "new"
-            module.create(str(new), size=size, cluster_size=cluster_size, backing=backing)
+            module.create(
+                str(new), size=size, cluster_size=cluster_size, backing=backing, **settings
+            )
             # A raw image without its map would be taken for a complete one, so the map
             # comes first. One that a crash left behind here has no image: replace it.
             if _has_map(str(new)):
