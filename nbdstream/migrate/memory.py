@@ -33,6 +33,7 @@ class Memory:
         self._source = source
         self._destination = destination
         self._plan = plan
+        self._completed = False
 
     async def start(self) -> None:
         """Begin. Raises QMPError."""
@@ -80,14 +81,15 @@ class Memory:
 
     async def wait_completed(self, events: EventQueue) -> None:
         """After post-copy: return when the last page has gone over. Raises MigrationError."""
-        if self._plan.postcopy_ram:
+        if not self._completed:  # it may have converged before post-copy could begin
             await self._wait(events, "completed")
 
     async def _wait(self, events: EventQueue, wanted: str) -> Event:
         while True:
             event = await events.wait("MIGRATION")
             status = event.data.get("status")
-            if status == wanted or (wanted == "postcopy-active" and status == "completed"):
+            self._completed = status == "completed"
+            if status == wanted or (wanted == "postcopy-active" and self._completed):
                 return event
             if status in FAILED:
                 why = (await self._source.execute("query-migrate")).get("error-desc", "")
