@@ -30,7 +30,9 @@ TEMPORARY_LEAF = "leaf.qcow2"
 @click.command()
 @click.argument("image", metavar="URI|LEAF")
 @click.option("--leaf", type=LEAF, help="Keep the guest's disk in this leaf (made if missing).")
-@click.option("-m", "--memory", type=SIZE, default=DEFAULT_MEMORY, help="The guest's memory.")
+@click.option(
+    "-m", "--memory", type=SIZE, default=DEFAULT_MEMORY, help="The guest's memory.  [default: 1G]"
+)
 @click.option("--stream", type=ON_OFF, default="on", help="Fetch the rest in the background.")
 @click.option("--speed", type=RATE, default=0, help="Cap the streaming, bytes per second.")
 @click.argument("qemu_arguments", nargs=-1, metavar="[-- QEMU ARGUMENTS]")

@@ -45,14 +45,19 @@ DEFAULT_ADDRESS = "localhost:10809"
 @click.option("--listen", metavar="HOST:PORT", help=f"Listen on TCP.  [default: {DEFAULT_ADDRESS}]")
 @click.option("-e", "--export", default="", metavar="NAME", help="The export's name.")
 @click.option("--read-only", is_flag=True, help="Change nothing: neither by guests nor by us.")
-@click.option("--copy-on-read", type=ON_OFF, default="on", help="Keep what guests read.")
+@click.option(
+    "--copy-on-read", type=ON_OFF, default="on", show_default=True, help="Keep what guests read."
+)
 @click.option(
     "--stream",
     type=click.Choice(["on", "off", "paused"]),
     default="on",
+    show_default=True,
     help="Fetch the rest in the background.",
 )
-@click.option("--speed", type=RATE, default=0, help="Cap the streaming, bytes per second.")
+@click.option(
+    "--speed", type=RATE, default=0, help="Cap the streaming, bytes per second; 0 is none."
+)
 @click.option(
     "--finish-by",
     type=DURATION,
@@ -68,6 +73,7 @@ DEFAULT_ADDRESS = "localhost:10809"
     "--detect-zeroes",
     type=click.Choice([mode.value for mode in DetectZeroes]),
     default="off",
+    show_default=True,
     help="Turn guest writes of zeroes into zeroes that take no space.",
 )
 @click.option(
