@@ -35,6 +35,7 @@ TEMPORARY_LEAF = "leaf.qcow2"
 )
 @click.option("--stream", type=ON_OFF, default="on", help="Fetch the rest in the background.")
 @click.option("--speed", type=RATE, default=0, help="Cap the streaming, bytes per second.")
+@click.option("--prefetch", type=LEAF, metavar="PROFILE", help="First fetch what this names.")
 @click.argument("qemu_arguments", nargs=-1, metavar="[-- QEMU ARGUMENTS]")
 def boot(
     image: str,
@@ -42,6 +43,7 @@ def boot(
     memory: int,
     stream: str,
     speed: int,
+    prefetch: str | None,
     qemu_arguments: tuple[str, ...],
 ) -> None:
     """Boot a guest from a remote image, or from a leaf, on this terminal.
@@ -52,7 +54,9 @@ def boot(
     where it really runs guests. The exit status is QEMU's.
     """
     with _images(image, leaf) as (leaf_path, backing, socket), _terminal_restored():
-        options = ServeOptions(leaf=leaf_path, backing=backing, stream=stream, speed=speed)
+        options = ServeOptions(
+            leaf=leaf_path, backing=backing, stream=stream, speed=speed, prefetch=prefetch
+        )
         listener = listen_unix(socket)
         machine = Machine(
             disks=(Disk.nbd(listener.uri()),),
