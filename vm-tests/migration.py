@@ -19,9 +19,11 @@ import trio
 import bootdisk
 import guests
 from guests import BUSYBOX, RunningGuest, System
+from nbdstream.errors import LeafInUseError
 from nbdstream.guest.disks import Disk
 from nbdstream.guest.qemu import Machine, MiB, qemu_binary
 from nbdstream.guest.qmp import QMPClient
+from nbdstream.leaf import open_leaf
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
 
 SMALL: System = dataclasses.replace(BUSYBOX, memory=128 * MiB)
@@ -110,9 +112,16 @@ async def destination(ends: Ends) -> AsyncIterator[QMPClient]:
 async def end_server(control: str) -> None:
     """End the nbdstream at a control socket, and wait until it has closed its leaf."""
     async with QMPClient.connect(control) as qmp:
+        leaf = (await qmp.execute("query-block"))[0]["inserted"]["file"]
         await qmp.execute("quit")
-    while Path(control).exists():  # noqa: ASYNC110, ASYNC240 - removed as it ends
-        await trio.sleep(0.05)
+    with trio.fail_after(60):
+        while True:
+            try:
+                open_leaf(leaf, read_only=True).close()
+            except LeafInUseError:
+                await trio.sleep(0.05)
+            else:
+                return
 
 
 def last_acknowledged(text: str) -> int:

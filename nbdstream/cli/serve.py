@@ -203,7 +203,7 @@ async def serve_until_done(
     status = 0
     async with open_service(options, listeners) as service, trio.open_nursery() as nursery:
         await nursery.start(end_on_signals, service.stop)
-        start_steering(service, nursery, control, metrics)
+        start_steering(service, nursery, control, metrics, options.stream)
         if exit_when_complete:
             nursery.start_soon(stop_when_complete, service)
         if command is None:
@@ -219,7 +219,11 @@ async def serve_until_done(
 
 
 def start_steering(
-    service: Service, nursery: trio.Nursery, control: Listener | None, metrics: list[Listener]
+    service: Service,
+    nursery: trio.Nursery,
+    control: Listener | None,
+    metrics: list[Listener],
+    stream: str,
 ) -> None:
     """Serve the control socket and the metrics until the nursery is cancelled."""
     disk, job = service.opened.disk, service.opened.job
@@ -227,7 +231,7 @@ def start_steering(
     if service.opened.seal is not None:
         offering.resume(service.opened.seal)
     if control is not None:
-        hand_over = (offering, Standby(disk, job))
+        hand_over = (offering, Standby(disk, job, stream))
         server = control_server(
             disk, job, device=device_name(disk), stop=service.stop, more=hand_over
         )

@@ -20,11 +20,13 @@ from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf import MAP_SUFFIX
 from nbdstream.migrate.plan import DiskPlan, MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer
-from nbdstream.qmp import JSONObject, QMPConnectionError, QMPError
+from nbdstream.qmp import JSONObject, QMPError
 
 # Seconds until a process that was started has its socket, and one that was told to end ends.
 START_SECONDS = 60.0
 END_SECONDS = 20.0
+# Seconds that a QEMU which we did not start gets to answer that it will quit.
+QUIT_SECONDS = 5.0
 # Seconds for which the destination's QEMU holds the guest's requests while its nbdstream is
 # away, to be started again.
 RECONNECT_DELAY = 600
@@ -66,12 +68,12 @@ class Spawned:
             return
         raise MigrationError(f"nobody listens at {path} after {START_SECONDS:g} s; see {self.log}")
 
-    async def end(self) -> None:
-        """Have it end, gracefully if possible."""
+    async def end(self, patience: float = END_SECONDS) -> None:
+        """Have it end, gracefully if that takes no longer than ``patience`` seconds."""
         if self._ended():
             return
         os.kill(self.pid, signal.SIGTERM)
-        with trio.move_on_after(END_SECONDS):
+        with trio.move_on_after(patience):
             while not self._ended():  # noqa: ASYNC110 - no event says so
                 await trio.sleep(_POLL)
             return
@@ -173,9 +175,9 @@ async def start_qemu(plan: MigrationPlan) -> Spawned | None:
 async def quit_qemu(qmp: QMPClient | None, process: Spawned | None) -> None:
     """End the destination's QEMU, which has never run its guest. Best effort: one that is out
     of reach still waits for a command to run, which nobody will give."""
-    if qmp is not None:
-        with suppress(QMPError), trio.move_on_after(END_SECONDS):
-            with suppress(QMPConnectionError):
-                await qmp.execute("quit")
     if process is not None:
-        await process.end()
+        # At once: it has nothing to flush, and would wait for a server that is away.
+        await process.end(patience=0)
+    elif qmp is not None:
+        with suppress(QMPError), trio.move_on_after(QUIT_SECONDS):
+            await qmp.execute("quit")

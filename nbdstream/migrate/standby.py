@@ -21,11 +21,13 @@ from nbdstream.streamer.job import StreamJob
 
 
 class Standby:
-    """The commands of a disk that was started to stand by."""
+    """The commands of a disk that was started to stand by. ``stream`` is what becomes of its
+    job once it is active, as in `nbdstream.service.ServeOptions`."""
 
-    def __init__(self, disk: StreamedDisk, job: StreamJob | None) -> None:
+    def __init__(self, disk: StreamedDisk, job: StreamJob | None, stream: str) -> None:
         self._disk = disk
         self._job = job
+        self._stream = stream
 
     @command("x-nbdstream-activate")
     async def activate(self, generation: str, size: int) -> JSONObject:
@@ -49,8 +51,8 @@ class Standby:
         await self._disk.record_backing(record)
         _expect(backing, identity)
         self._disk.activate()
-        if self._job is not None:
-            self._job.start()
+        if self._job is not None and self._stream != "off":
+            self._job.start(paused=self._stream == "paused")
         return {"generation": generation, "identity": identity}
 
 

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migration without guests: the plan, the rule, the seal, and two servers that hand over."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from nbdstream.errors import LeafFormatError, UsageError
+from nbdstream.guest.qmp import QMPClient
+from nbdstream.leaf.seal import (
+    Seal,
+    export_name,
+    generation_of,
+    new_generation,
+    read_seal,
+    remove_seal,
+    write_seal,
+)
+from nbdstream.migrate.plan import DiskPlan, MigrationPlan
+from nbdstream.migrate.switchover import PHASE_WORDS, Phase, Undo, canonical, undo
+from nbdstream.qmp import GenericError
+from tests.peers import (
+    Peer,
+    PeerError,
+    assert_same,
+    binary,
+    make_image,
+    nbdkit,
+    nbdstream_serve,
+    run,
+)
+
+DISK = "source-node=disk0,listen=127.0.0.1:10900,leaf={},socket=/s,control=/c"
+SIZE = 2 << 20
+
+
+# -- the plan ------------------------------------------------------------------------------
+
+
+def plan(*disks: DiskPlan) -> MigrationPlan:
+    return MigrationPlan("/source.qmp", "/there.qmp", "unix:/memory", disks)
+
+
+def test_a_disk_is_parsed(tmp_path: Path) -> None:
+    disk = DiskPlan.parse(DISK.format(tmp_path / "new.qcow2"))
+    assert disk.source_node == "disk0"
+    assert disk.listen == "127.0.0.1:10900"
+    assert disk.leaf == str(tmp_path / "new.qcow2")
+    assert "node disk0" in disk.source
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "KEY=VALUE"),
+        ("leaf", "KEY=VALUE"),
+        ("leaf=", "KEY=VALUE"),
+        ("colour=red", "KEY=VALUE"),
+        ("leaf=a.raw,leaf=b.raw", "KEY=VALUE"),
+        ("leaf=a.raw,socket=/s,control=/c", "needs listen"),
+        (DISK.format("a.raw").replace("source-node=disk0,", ""), "one of them"),
+        (DISK.format("a.raw") + ",source-control=/x", "one of them"),
+        (DISK.format("a.iso"), "format"),
+    ],
+)
+def test_a_disk_that_makes_no_sense_is_refused(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        DiskPlan.parse(text)
+
+
+def test_a_plan_that_cannot_work_is_refused(tmp_path: Path) -> None:
+    one = DiskPlan.parse(DISK.format(tmp_path / "one.qcow2"))
+    with pytest.raises(UsageError, match="no disk"):
+        plan().check()
+    with pytest.raises(UsageError, match="the same leaf"):
+        plan(one, one).check()
+    Path(one.leaf).touch()
+    with pytest.raises(UsageError, match="exists already"):
+        plan(one).check()
+
+
+def test_a_dry_run_says_all_and_does_nothing(tmp_path: Path) -> None:
+    leaf = tmp_path / "new.qcow2"
+    command = [binary("NBDSTREAM"), "migrate", "--dry-run", "--memory", "unix:/m"]
+    command += ["--source-qmp", "/none", "--destination-qmp", "/none", "--disk", DISK.format(leaf)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for word in ("offer", str(leaf), "seal", "activate", "stream", "deleted"):
+        assert word in output
+    assert not leaf.exists()
+
+
+# -- the rule ------------------------------------------------------------------------------
+
+
+def test_the_source_may_run_again_as_long_as_the_destination_was_not_told_to() -> None:
+    for phase in Phase:
+        assert phase in PHASE_WORDS
+        steps = undo(phase)
+        if phase >= Phase.TOLD:
+            assert canonical(phase) == "destination"
+            assert steps == ()
+            continue
+        assert canonical(phase) == "source"
+        # Nobody is left who could run at the destination before the source may write, and
+        # the source may write before it can run.
+        assert steps.index(Undo.QUIT_DESTINATION) < steps.index(Undo.UNSEAL)
+        if phase >= Phase.MEMORY:
+            assert steps.index(Undo.UNSEAL) < steps.index(Undo.CANCEL_MEMORY)
+            assert steps.index(Undo.CANCEL_MEMORY) < steps.index(Undo.RESUME_SOURCE)
+        assert steps[-1] is Undo.DISCARD
+
+
+# -- the seal ------------------------------------------------------------------------------
+
+
+def test_a_seal_is_what_was_written(tmp_path: Path) -> None:
+    leaf = str(tmp_path / "leaf.raw")
+    seal = Seal(new_generation(), "disk0@x", "127.0.0.1:1")
+    assert read_seal(leaf) is None
+    write_seal(leaf, seal)
+    assert read_seal(leaf) == seal
+    remove_seal(leaf)
+    remove_seal(leaf)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"generation": "x"}'])
+def test_a_damaged_seal_is_no_licence_to_write(tmp_path: Path, text: str) -> None:
+    (tmp_path / "leaf.raw.sealed").write_text(text)
+    with pytest.raises(LeafFormatError, match="damaged"):
+        read_seal(str(tmp_path / "leaf.raw"))
+
+
+def test_the_generation_is_found_in_nbd_uris_only() -> None:
+    generation = new_generation()
+    assert generation != new_generation()
+    name = export_name("disk0", generation)
+    assert generation_of(f"nbd://host:1/{name}") == generation
+    assert generation_of(f"nbd+unix:///{name.replace('@', '%40')}?socket=/a@b") == generation
+    assert generation_of("nbd://user@host/disk") == ""
+    assert generation_of(f"/images/{name}") == ""
+
+
+# -- two servers ---------------------------------------------------------------------------
+
+
+async def ask(peer: Peer, command: str, **arguments: Any) -> Any:
+    spelled = {name.replace("_", "-"): value for name, value in arguments.items()}
+    async with QMPClient.connect(str(peer.control)) as qmp:
+        return await qmp.execute(command, spelled)
+
+
+def write(uri: str, text: str) -> None:
+    run(["qemu-io", "-f", "raw", "-c", text, uri])
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    make_image(path, SIZE)
+    return path
+
+
+async def wait_local(peer: Peer) -> None:
+    with trio.fail_after(20):
+        while "backing" in await ask(peer, "x-nbdstream-stats"):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("suffix", ["raw", "qcow2", "qed"])
+async def test_a_disk_is_handed_over(tmp_path: Path, image: Path, suffix: str) -> None:
+    here, there = tmp_path / f"here.{suffix}", tmp_path / f"there.{suffix}"
+    listen = f"unix:{tmp_path / 'offer'}"
+    with nbdkit("file", image, readonly=True) as far:
+        with nbdstream_serve(here, far.uri, "--stream", "off") as source:
+            offer = await ask(source, "x-nbdstream-export-add", listen_at=listen)
+            generation = offer["generation"]
+            with nbdstream_serve(there, offer["uri"], "--standby") as destination:
+                # Nothing that is read while the source may still write is kept.
+                run(["qemu-io", "-r", "-f", "raw", "-c", "read 0 64k", destination.uri])
+                write(source.uri, "write -P 0x5a 0 64k")
+                with pytest.raises(PeerError):
+                    write(destination.uri, "write 0 4k")
+                with pytest.raises(GenericError, match="stands by for generation"):
+                    wrong = new_generation()
+                    await ask(destination, "x-nbdstream-activate", generation=wrong, size=SIZE)
+                assert not (await ask(destination, "x-nbdstream-stats"))["canonical"]
+                sealed = await ask(source, "x-nbdstream-seal", generation=generation)
+                assert read_seal(str(here)) is not None
+                await ask(
+                    destination,
+                    "x-nbdstream-activate",
+                    generation=generation,
+                    size=sealed["size"],
+                )
+                assert (await ask(destination, "x-nbdstream-stats"))["canonical"]
+                run(["qemu-io", "-f", "raw", "-c", "read -P 0x5a 0 64k", destination.uri])
+                write(destination.uri, "write -P 0x33 64k 4k")
+                await wait_local(destination)
+                await ask(source, "x-nbdstream-export-remove", generation=generation)
+                run(["qemu-io", "-f", "raw", "-c", "read -P 0x33 64k 4k", destination.uri])
+                assert not (await ask(source, "x-nbdstream-stats"))["canonical"]
+
+
+async def test_a_disk_that_comes_back_takes_its_content_from_the_destination(
+    tmp_path: Path, image: Path
+) -> None:
+    """Unsealed after it was activated: the destination can never read the source again."""
+    here, there = tmp_path / "here.qcow2", tmp_path / "there.qcow2"
+    listen = f"unix:{tmp_path / 'offer'}"
+    with nbdkit("file", image, readonly=True) as far:
+        with nbdstream_serve(here, far.uri) as source:
+            offer = await ask(source, "x-nbdstream-export-add", listen_at=listen)
+            generation = offer["generation"]
+            with nbdstream_serve(
+                there, offer["uri"], "--standby", "--stream", "off"
+            ) as destination:
+                await ask(source, "x-nbdstream-seal", generation=generation)
+                await ask(destination, "x-nbdstream-activate", generation=generation, size=SIZE)
+                await ask(source, "x-nbdstream-unseal", generation=generation)
+                assert read_seal(str(here)) is None
+                write(source.uri, "write 0 4k")
+                again = await ask(source, "x-nbdstream-export-add", listen_at=listen)
+                assert again["generation"] != generation
+                backing = (await ask(destination, "x-nbdstream-stats"))["backing"]
+                assert not backing["connected"]
+            with pytest.raises(PeerError, match=f"not generation {generation}"):
+                with nbdstream_serve(there, again["uri"]):
+                    pass
+
+
+async def test_a_leaf_that_only_stood_by_is_no_disk(tmp_path: Path, image: Path) -> None:
+    leaf = tmp_path / "leaf.qcow2"
+    with nbdkit("file", image, readonly=True) as far:
+        with nbdstream_serve(leaf, far.uri, "--standby"):
+            pass
+        with pytest.raises(PeerError, match="only stood by"):
+            with nbdstream_serve(leaf, far.uri):
+                pass
+
+
+async def test_a_sealed_leaf_is_served_read_only_by_the_next_process(
+    tmp_path: Path, image: Path
+) -> None:
+    leaf, listen = tmp_path / "leaf.qcow2", f"unix:{tmp_path / 'offer'}"
+    with nbdkit("file", image, readonly=True) as far:
+        with nbdstream_serve(leaf, far.uri) as source:
+            offer = await ask(source, "x-nbdstream-export-add", listen_at=listen)
+            await ask(source, "x-nbdstream-seal", generation=offer["generation"])
+            source.kill()
+        with nbdstream_serve(leaf) as source:
+            info = json.loads(run(["nbdinfo", "--json", source.uri]))
+            assert info["exports"][0]["is_read_only"]
+            assert_same(offer["uri"], image)
+            query = await ask(source, "x-nbdstream-export-query")
+            assert query["generation"] == offer["generation"]
+            with pytest.raises(GenericError, match="offered already"):
+                await ask(source, "x-nbdstream-export-add", listen_at=listen)
