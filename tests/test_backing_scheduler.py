@@ -24,12 +24,14 @@ KIB = 1024
 
 
 def begin(scheduler: Scheduler, length: int, priority: Priority, offset: int = 0) -> Flight:
-    return scheduler.begin(offset, length, priority)
+    flight = scheduler.begin(offset, length, priority)
+    scheduler.send(flight)
+    return flight
 
 
 def land(scheduler: Scheduler, flight: Flight) -> None:
     now = trio.current_time()
-    scheduler.end(flight, Timing(flight.sent.time, now))
+    scheduler.end(flight, Timing(flight.began, now))
 
 
 # --- the scheduler ----------------------------------------------------------------------

@@ -74,6 +74,7 @@ class NbdBacking(Backing):
             raise UsageError(f"read of {len(view)} bytes at {offset} of a {self.size} byte backing")
 
         async def attempt(connection: Connection) -> Timing:
+            self.scheduler.send(flight)
             return await connection.read(view, offset)
 
         timing: Timing | None = None

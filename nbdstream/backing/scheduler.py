@@ -36,14 +36,15 @@ class Flight:
     """A read that is under way, in whatever number of attempts.
 
     ``priority`` may rise while it is (`Scheduler.promote`); ``background`` is how it was
-    sent.
+    begun. ``sent`` is the window's note of the last attempt.
     """
 
     offset: int
     length: int
     priority: Priority
     background: bool
-    sent: Sent
+    began: float
+    sent: Sent | None = None
 
 
 class Sample(NamedTuple):
@@ -89,7 +90,7 @@ class Scheduler:
     # -- reads -------------------------------------------------------------------------
 
     def begin(self, offset: int, length: int, priority: Priority) -> Flight:
-        """A read is being sent; `end` it, whatever becomes of it."""
+        """A read is wanted: room is taken for it. `end` it, whatever becomes of it."""
         now = trio.current_time()
         background = priority != Priority.DEMAND
         self.in_flight += length
@@ -98,9 +99,15 @@ class Scheduler:
             if self._grants:
                 self._grants.popleft()
             self._pacer.spend(now, length)
-        flight = Flight(offset, length, priority, background, self.window.sent(now, length))
+        flight = Flight(offset, length, priority, background, now)
         self._flights.add(flight)
         return flight
+
+    def send(self, flight: Flight) -> None:
+        """There is a connection, and the read goes out on it: its time counts from now."""
+        if flight.sent is not None:
+            self.window.lost(flight.sent)
+        flight.sent = self.window.sent(trio.current_time(), flight.length)
 
     def end(self, flight: Flight, timing: Timing | None) -> None:
         """It was answered; or not, or only after trouble, if ``timing`` is None."""
@@ -108,9 +115,9 @@ class Scheduler:
         self.in_flight -= flight.length
         if flight.background:
             self._background -= flight.length
-        if timing is None:
+        if flight.sent is not None and timing is None:
             self.window.lost(flight.sent)
-        else:
+        elif flight.sent is not None and timing is not None:
             self.window.delivered(
                 flight.sent, timing.done, background=flight.background, limited=self._limited
             )
@@ -132,7 +139,7 @@ class Scheduler:
             time=now,
             priority=flight.priority,
             length=flight.length,
-            latency=now - flight.sent.time,
+            latency=now - flight.began,
             window=window.size,
             in_flight=self.in_flight,
             rate=window.rate,

@@ -119,7 +119,7 @@ MOST_STEADY = 1.5
 # Replies that a verdict on the queue is based on, at the least.
 SAMPLES_LEAST = 3
 # Start-up looks for a standing queue over one round trip, and no less than this.
-START_LEAST = 0.01
+START_LEAST = 0.03
 
 
 class Sent(NamedTuple):
