@@ -100,7 +100,7 @@ async def test_a_guest_on_a_plain_file(
         seen = last_acknowledged(guest.console.transcript)
         assert (await guest.guest.qmp.execute("query-status"))["status"] == "postmigrate"
         ram = (await guest.guest.qmp.execute("query-migrate"))["ram"]
-        assert bool(ram["postcopy-requests"]) == postcopy
+        assert bool(ram["postcopy-bytes"]) == postcopy
         assert await guest.guest.qmp.execute("query-block-exports") == []
     disk.unlink()
     assert summary.disk_bytes < 64 << 20

@@ -35,6 +35,9 @@ CANCELLED = 130
 )
 @click.option("--memory", required=True, metavar="URI", help="How memory goes: tcp:HOST:PORT …")
 @click.option(
+    "--memory-listen", default="", metavar="URI", help="Where it is awaited, if elsewhere."
+)
+@click.option(
     "--disk",
     "disks",
     required=True,
@@ -58,6 +61,7 @@ def migrate(
     source_qmp: str,
     destination_qmp: str,
     memory: str,
+    memory_listen: str,
     disks: tuple[str, ...],
     prefix: str,
     postcopy_ram: bool,
@@ -79,6 +83,7 @@ def migrate(
         source_qmp=source_qmp,
         destination_qmp=destination_qmp,
         memory=memory,
+        memory_listen=memory_listen,
         disks=tuple(DiskPlan.parse(disk) for disk in disks),
         prefix=tuple(shlex.split(prefix)),
         command=command,

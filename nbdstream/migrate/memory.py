@@ -47,7 +47,9 @@ class Memory:
             parameters["downtime-limit"] = round(self._plan.downtime_limit * 1000)
         if parameters:
             await self._source.execute("migrate-set-parameters", parameters)
-        await self._destination.execute("migrate-incoming", {"uri": self._plan.memory})
+        await self._destination.execute(
+            "migrate-incoming", {"uri": self._plan.memory_listen or self._plan.memory}
+        )
         await self._source.execute("migrate", {"uri": self._plan.memory})
 
     async def wait_stopped(self, events: EventQueue, watch: Callable[[JSONObject], None]) -> Event:
@@ -57,19 +59,23 @@ class Memory:
         """
         async with open_background_nursery() as nursery:
             nursery.start_soon(self._look, watch)
+            if self._plan.postcopy_ram:
+                nursery.start_soon(self._leave_early, events)
             return await self._wait(events, "pre-switchover")
 
     async def _look(self, watch: Callable[[JSONObject], None]) -> None:
-        """Report on the transfer; after its first pass, go over to post-copy if asked to."""
-        postcopy = self._plan.postcopy_ram
+        """Report on the transfer."""
         while True:
-            status = await self._source.execute("query-migrate")
-            watch(status)
-            # The second pass has begun: all of memory is there, if not its latest state.
-            if postcopy and status.get("ram", {}).get("dirty-sync-count", 0) > 1:
-                await self._source.execute("migrate-start-postcopy")
-                postcopy = False
+            watch(await self._source.execute("query-migrate"))
             await trio.sleep(POLL_SECONDS)
+
+    async def _leave_early(self, events: EventQueue) -> None:
+        """Go over to post-copy when all of memory is there, if not its latest state."""
+        await events.wait("MIGRATION_PASS", data={"pass": 2})
+        try:
+            await self._source.execute("migrate-start-postcopy")
+        except CommandError as error:
+            log.info("no need for post-copy any more: %s", error)
 
     async def hand_over(self, events: EventQueue) -> None:
         """Send the rest, so that the destination has all that it takes to run the guest.

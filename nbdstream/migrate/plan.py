@@ -18,9 +18,10 @@ class DiskPlan:
     """One disk. At the source it is served by an nbdstream (``source_control``: its control
     socket) or is a node of the source's QEMU (``source_node``).
 
-    ``listen``: where the source offers it, HOST:PORT or unix:PATH, as the destination
-    reaches it. ``leaf``, ``socket`` and ``control``: the leaf that is made at the
-    destination, and the NBD and control sockets of the nbdstream that serves it there.
+    ``listen``: where the source offers it, HOST:PORT or unix:PATH, and ``reach`` where the
+    destination finds it, if that is another address (of a tunnel, say). ``leaf``, ``socket``
+    and ``control``: the leaf that is made at the destination, and the NBD and control sockets
+    of the nbdstream that serves it there.
     """
 
     listen: str
@@ -29,6 +30,7 @@ class DiskPlan:
     control: str
     source_control: str = ""
     source_node: str = ""
+    reach: str = ""
 
     @classmethod
     def parse(cls, text: str) -> "DiskPlan":
@@ -61,9 +63,10 @@ class DiskPlan:
 @dataclass(frozen=True)
 class MigrationPlan:
     """``source_qmp`` and ``destination_qmp`` are the two QEMUs' sockets; ``memory`` is the URI
-    over which they migrate. ``prefix`` is put before every command that is run at the
-    destination (``ip netns exec …``), ``command`` the QEMU to start there; where it is
-    empty, somebody else starts one once the disks are served.
+    over which they migrate, ``memory_listen`` where the destination listens for it, if that is
+    another one. ``prefix`` is put before every command that is run at the destination
+    (``ip netns exec …``), ``command`` the QEMU to start there; where it is empty, somebody else
+    starts one once the disks are served.
 
     ``max_bandwidth`` is in bytes per second, 0 for QEMU's own limit; ``downtime_limit`` in
     seconds, 0 likewise.
@@ -75,6 +78,7 @@ class MigrationPlan:
     disks: tuple[DiskPlan, ...]
     prefix: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
+    memory_listen: str = ""
     postcopy_ram: bool = False
     max_bandwidth: int = 0
     downtime_limit: float = 0.0

@@ -10,7 +10,8 @@ back: the guest's home is the destination then.
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from urllib.parse import unquote, urlsplit
 
 import trio
 
@@ -24,7 +25,7 @@ from nbdstream.migrate.destination import (
 )
 from nbdstream.migrate.memory import Memory, cancel, resume
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
-from nbdstream.migrate.sources import Offer, Source, make_sources
+from nbdstream.migrate.sources import Offer, Source, make_sources, nbd_uri
 from nbdstream.migrate.switchover import Phase, Undo, canonical, undo
 from nbdstream.qmp import JSONObject, QMPError
 
@@ -113,6 +114,9 @@ class Migration:
         self._enter(Phase.PREPARING)
         for source, disk in zip(self._sources, self.disks, strict=True):
             offer = await source.offer()
+            if disk.plan.reach:
+                name = unquote(urlsplit(offer.uri).path.removeprefix("/"))
+                offer = replace(offer, uri=nbd_uri(disk.plan.reach, name))
             self._offers.append(offer)
             await disk.start(offer)
         self.qemu = await start_qemu(self.plan)
