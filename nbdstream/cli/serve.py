@@ -207,8 +207,10 @@ async def serve_until_done(
         if exit_when_complete:
             nursery.start_soon(stop_when_complete, service)
         if command is None:
-            for uri in service.uris:
-                click.echo(uri)
+            # A parent that hands over sockets may write data to the same stdout (nbdcopy).
+            if not any(listener.inherited for listener in listeners):
+                for uri in service.uris:
+                    click.echo(uri)
             if sys.stderr.isatty():
                 nursery.start_soon(progress, service)
         else:

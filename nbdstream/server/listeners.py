@@ -24,11 +24,15 @@ _UNIX_SEND_BUFFER = 1 << 20
 
 
 class Listener:
-    """A listening socket; ``path`` is the file of a Unix socket that we made."""
+    """A listening socket; ``path`` is the file of a Unix socket that we made, ``inherited``
+    whether our parent made it, who then knows where it is."""
 
-    def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, path: Path | None = None, *, inherited: bool = False
+    ) -> None:
         sock.setblocking(False)
         self.socket = sock
+        self.inherited = inherited
         self._path = path
         self._identity = _identity(path) if path else None
 
@@ -190,7 +194,7 @@ def _inherited(fd: int) -> Listener:
         sock.close()
         raise UsageError(f"file descriptor {fd} from LISTEN_FDS is no listening stream socket")
     sock.set_inheritable(False)
-    return Listener(sock)
+    return Listener(sock, inherited=True)
 
 
 def close_all(listeners: Iterable[Listener]) -> None:
