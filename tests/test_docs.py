@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages of docs/ say what is so: commands, options, links, module names, examples.
+
+docs/nbdstream.md has a section for each command. A line of it that begins with an option in
+backquotes describes that option. What is in blocks marked ``console`` is run, in order, in
+one directory (`Session`).
+"""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+import pytest
+
+from nbdstream.cli import cli
+from tests.peers import READY_SECONDS, binary, nbdkit, temporary_directory
+
+TOP = Path(__file__).parent.parent
+PAGES = sorted([TOP / "README.md", *(TOP / "docs").glob("*.md")])
+MANUAL = (TOP / "docs" / "nbdstream.md").read_text()
+MIB = 1 << 20
+# Pages that the README announces and nobody has written yet: take each out with its arrival.
+TO_COME = {"docs/streaming.md", "docs/benchmarks.md"}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+# -- commands and options ------------------------------------------------------------------
+
+
+def commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command by its full name; groups too, their own options."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield prefix + name, command
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{prefix}{name} ")
+
+
+COMMANDS = {"nbdstream": cli, **dict(commands(cli))}
+
+
+def described_commands() -> dict[str, str]:
+    """Sections of the manual by command."""
+    text = re.search(r"^## COMMANDS\n(.*?)^## ", MANUAL, re.S | re.M)
+    assert text
+    parts = re.split(r"^### (.*)\n", text[1], flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def options(command: click.Command) -> set[str]:
+    """Each option, all of its spellings in one string, such as ``-U, --unix``."""
+    return {
+        ", ".join([*parameter.opts, *parameter.secondary_opts])
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+    }
+
+
+def described_options(section: str) -> set[str]:
+    lines = re.findall(r"^(`-[^\n]*)\n: ", section, re.M)
+    return {", ".join(re.findall(r"`(--?[\w-]+)`", line)) for line in lines}
+
+
+def test_the_manual_has_a_section_for_each_command_and_no_other() -> None:
+    assert set(described_commands()) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_manual_describes_each_option_and_no_other(name: str) -> None:
+    assert described_options(described_commands()[name]) == options(COMMANDS[name])
+
+
+@each_page
+def test_the_options_in_examples_exist(page: Path) -> None:
+    """Of ``nbdstream COMMAND …`` in code, wherever it is said."""
+    known = {name: {"--help", *", ".join(options(c)).split(", ")} for name, c in COMMANDS.items()}
+    for line in re.sub(r"\\\n", " ", page.read_text()).splitlines():
+        found = re.search(r"(?:^|[ `])nbdstream ((?:-v+ )?[a-z]+(?: [a-z]+)?)(.*)", line)
+        if found is None or not re.match(r"\s*(\$ |```|    |nbdstream )|.*`nbdstream ", line):
+            continue
+        words = found[1].split()
+        name = next((n for n in (" ".join(words), words[0]) if n in known), None)
+        if name is None:
+            continue
+        mine = re.split(r"--run | -- |`|\(", found[2])[0]
+        used = set(re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)", mine))
+        assert used <= known[name], f"{line}: {used - known[name]}"
+
+
+# -- names and links -----------------------------------------------------------------------
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    local = [target for target in targets if "://" not in target]
+    missing = {target for target in local if not (page.parent / target).exists()}
+    assert missing <= TO_COME
+
+
+@each_page
+def test_files_and_modules_that_are_named_exist(page: Path) -> None:
+    text = page.read_text()
+    paths = re.findall(r"`([\w.-]+/[\w./-]*(?:\.py|/))`", text)
+    modules = re.findall(r"`(nbdstream(?:\.[a-z]\w*)+)`", text)
+    tops = (TOP, TOP / "nbdstream")
+    missing = [path for path in paths if not any((top / path).exists() for top in tops)]
+    missing += [name for name in modules if not _is_module_or_attribute(name)]
+    assert not missing
+
+
+def _is_module_or_attribute(name: str) -> bool:
+    path = TOP.joinpath(*name.split("."))
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return True
+    owner, attribute = path.parent.with_suffix(".py"), path.name
+    return owner.exists() and bool(
+        re.search(rf"^(class|def|async def) {attribute}\b|^{attribute}\b", owner.read_text(), re.M)
+    )
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    text = (TOP / "docs" / "architecture.md").read_text()
+    modules = [
+        path.relative_to(TOP / "nbdstream").as_posix()
+        for path in (TOP / "nbdstream").rglob("*.py")
+        if not path.name.startswith("__")
+    ]
+    named = {
+        f"{room}{module}"
+        for room, table in re.findall(
+            r"^### `nbdstream/(.*?)`.*?\n(.*?)(?=^#|\Z)", text, re.S | re.M
+        )
+        for module in re.findall(r"^\| `([\w/]+\.py)` \|", table, re.M)
+    }
+    assert named == set(modules)
+
+
+# -- examples ------------------------------------------------------------------------------
+
+
+class Session:
+    """A shell session as the manual shows it, in a directory that it calls /srv/vm.
+
+    A line that begins with ``$ `` is a command, run by bash to its end; the lines up to the
+    next one are its output, standard error included. In these ``…`` stands for any text within
+    the line, and ``...`` for any number of lines. A command that ends in ``&`` is a server: it
+    goes on, and is ready when it has printed as many lines as are shown; ``kill %1`` ends the
+    last one, and waits for it.
+    """
+
+    SHOWN = "/srv/vm"
+
+    def __init__(self, directory: Path, exits: ExitStack) -> None:
+        self._directory = directory
+        self._exits = exits
+        self._server: subprocess.Popen[str] | None = None
+        programs = Path(binary("NBDSTREAM")).parent
+        self._environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+
+    def run(self, command: str, expected: list[str]) -> None:
+        """Raises AssertionError if the command says something else than is shown."""
+        if command == "kill %1":
+            self._stop()
+            return
+        actual = command.replace(self.SHOWN, str(self._directory))
+        if actual.endswith("&"):
+            output = self._start(actual.removesuffix("&"), len(expected))
+        else:
+            output = self._process(actual).communicate()[0].splitlines()
+        shown = [line.replace(str(self._directory), self.SHOWN) for line in output]
+        pattern = "".join(_pattern(line) for line in expected)
+        assert re.fullmatch(pattern, "".join(f"{line}\n" for line in shown)), (
+            f"$ {command}\n" + "\n".join(shown)
+        )
+
+    def _process(self, command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", "-c", command],
+            cwd=self._directory,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def _start(self, command: str, lines: int) -> list[str]:
+        self._server = self._process(f"exec {command}")
+        self._exits.callback(self._stop)
+        assert self._server.stdout is not None
+        return [self._server.stdout.readline().rstrip("\n") for _ in range(lines)]
+
+    def _stop(self) -> None:
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        server.send_signal(signal.SIGTERM)
+        try:
+            rest, _ = server.communicate(timeout=READY_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.communicate()
+            raise
+        assert (server.returncode, rest) == (0, "")
+
+
+def _pattern(line: str) -> str:
+    if line.strip() == "...":
+        return r"(?:.*\n)*"
+    return re.escape(line).replace(re.escape("…"), ".*") + r"\n"
+
+
+def examples(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Each command in the ``console`` blocks of a page, with the lines that are to follow."""
+    for block in re.findall(r"^```console\n(.*?)^```$", text, re.S | re.M):
+        command, expected = "", list[str]()
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                if command:
+                    yield command, expected
+                command, expected = line[2:], []
+            else:
+                expected.append(line)
+        yield command, expected
+
+
+def make_base(path: Path) -> None:
+    """The examples' remote image: 20 MiB and 4 MiB of data, the rest holes."""
+    with open(path, "wb") as image:
+        image.truncate(64 * MIB)
+        for offset, length in ((0, 20 * MIB), (40 * MIB, 4 * MIB)):
+            os.pwrite(image.fileno(), b"not zero" * (length // 8), offset)
+
+
+@pytest.mark.timeout(120)
+def test_the_examples_of_the_manual() -> None:
+    found = list(examples(MANUAL))
+    assert len(found) > 15
+    with temporary_directory() as directory, ExitStack() as exits:
+        make_base(directory / "base.img")
+        socket = directory / "remote.sock"
+        exits.enter_context(
+            nbdkit("file", directory / "base.img", readonly=True, socket_path=socket)
+        )
+        session = Session(directory, exits)
+        for command, expected in found:
+            session.run(command, expected)
