@@ -67,20 +67,21 @@ UNIT_TIME = 0.004
 # At least so many units fit in the window, so that there is always one on its way;
 # slow links, where even the least unit is long, are the exception.
 UNITS_LEAST = 4
-# The queue wanted: 3 ms at 100 Mbit/s, with one over the square root of the rate; no
+# The queue wanted: 4 ms at 100 Mbit/s, with one over the square root of the rate; no
 # less than the event loop's own jitter, nor than a twentieth of the path.
-TARGET_TIME = 0.003
+TARGET_TIME = 0.004
 TARGET_RATE = 12.5e6
-TARGET_LEAST = 0.002
+TARGET_LEAST = 0.003
 TARGET_MOST = 0.030
 TARGET_PART = 0.05
 # Nor less than the path's own jitter: how far a round's replies are above its least on
-# average, smoothed, up to a part of the base.
+# average, smoothed, up to a part of the base, or this much if that is less.
 NOISE_GAIN = 0.125
 NOISE_PART = 0.5
+NOISE_ALLOWED = 0.005
 # While a guest is missing, a shorter queue will do: this part of it, for so many seconds
 # after each demand read.
-YIELD_PART = 0.6
+YIELD_PART = 0.45
 YIELD_TIME = 1.0
 # Steady state: how far to go to where the law points, each round.
 GAIN = 0.5
@@ -112,6 +113,7 @@ MOVED_INTERVAL = 1.0
 # current and the last period counts.
 RATE_SPAN = 0.05
 RATE_PERIOD = 1.0
+RATE_FELL = 0.75
 # Whatever the delays say, W is no more than so many times what the rate calls for: servers
 # that answer out of order hide their queue.
 MOST_STARTING = 4.0
@@ -269,7 +271,11 @@ class Window:
             last, this = this, 0.0
             self._period_end = now + max(RATE_PERIOD, 4 * self.base_rtt)
         self._periods = (last, max(this, sample))
-        self.rate = max(self._periods)
+        before, self.rate = self.rate, max(self._periods)
+        if self.rate < RATE_FELL * before:
+            # On a slower link a unit itself takes longer, which is no queue. Should it be our
+            # own restraint that shows here, the next reply lowers the base again.
+            self.base_rtt += self.unit / self.rate - self.unit / before
         if self._starting:
             self._judge_growth(now)
 
@@ -286,7 +292,7 @@ class Window:
         wanted = max(by_rate, TARGET_LEAST)
         if self._yielding:
             wanted *= YIELD_PART
-        noise = min(self._noise, NOISE_PART * self.base_rtt)
+        noise = min(self._noise, max(NOISE_PART * self.base_rtt, NOISE_ALLOWED))
         return min(max(wanted, noise, TARGET_PART * self.base_rtt), TARGET_MOST)
 
     @property
