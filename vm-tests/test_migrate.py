@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guests move while they write; what they were told is durable is there afterwards."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -265,3 +266,42 @@ async def test_the_sources_server_is_away_once_the_guest_has_gone(
     with nbdstream_serve(leaf):
         await wait_local(there)
     await finish(ends, there.leaf, seen)
+
+
+async def test_on_the_command_line(ends: Ends, busybox_disk: Path) -> None:
+    """Interrupted once, killed once and taken back, and then done."""
+    plan = ends.plan(ends.disk("qcow2", node="disk0"), max_bandwidth=20 << 20, downtime_limit=0.001)
+    disk = plan.disks[0]
+    values = f"source-node=disk0,listen={disk.listen},leaf={disk.leaf}"
+    options = ["--source-qmp", plan.source_qmp, "--destination-qmp", plan.destination_qmp]
+    options += ["--disk", f"{values},socket={disk.socket},control={disk.control}"]
+    options += ["--memory", plan.memory, "--json"]
+    command = [*nbdstream_command(), "migrate", *options]
+    slow = ["--max-bandwidth", "4M", "--", *plan.command]
+    log = Path(ends.path("tool.log"))
+    async with migration.source(ends, Disk.file(busybox_disk)) as guest:
+        for ending in (signal.SIGINT, signal.SIGKILL):
+            log.unlink(missing_ok=True)  # noqa: ASYNC240
+            tool = Spawned([*command, *slow], log)
+            with trio.fail_after(60):
+                while "copying memory" not in log.read_text():  # noqa: ASYNC110, ASYNC240
+                    await trio.sleep(0.05)
+            os.kill(tool.pid, ending)
+            status = await trio.to_thread.run_sync(os.waitpid, tool.pid, 0)
+            if ending is signal.SIGINT:
+                assert os.waitstatus_to_exitcode(status[1]) == 130, log.read_text()  # noqa: ASYNC240
+                assert not Path(disk.leaf).exists()  # noqa: ASYNC240
+            else:
+                result = await trio.run_process([*command, "--cancel"], capture_stdout=True)
+                assert b"taken back" in result.stdout
+                await migration.end_server(disk.control)
+                Path(disk.leaf).unlink()  # noqa: ASYNC240
+            assert await guest.guest.qmp.execute("query-block-exports") == []
+            seen = last_acknowledged(guest.console.transcript)
+            await guest.console.wait_for(rf"ACK {seen + 3}\b", 60)
+        fast = ["--max-bandwidth", "1G", "--", *plan.command]
+        done = await trio.run_process([*command, *fast], capture_stdout=True)
+        summary = json.loads(done.stdout)
+        assert 0 < summary["downtime"] < summary["until_running"] < summary["until_local"]
+        seen = last_acknowledged(guest.console.transcript)
+    await finish(ends, disk.leaf, seen)

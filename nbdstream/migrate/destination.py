@@ -172,12 +172,13 @@ async def start_qemu(plan: MigrationPlan) -> Spawned | None:
     raise MigrationError(f"no QEMU at the destination listens at {plan.destination_qmp}")
 
 
-async def quit_qemu(qmp: QMPClient | None, process: Spawned | None) -> None:
+async def quit_qemu(path: str, process: Spawned | None) -> None:
     """End the destination's QEMU, which has never run its guest. Best effort: one that is out
     of reach still waits for a command to run, which nobody will give."""
     if process is not None:
         # At once: it has nothing to flush, and would wait for a server that is away.
         await process.end(patience=0)
-    elif qmp is not None:
-        with suppress(QMPError), trio.move_on_after(QUIT_SECONDS):
+        return
+    with suppress(QMPError), trio.move_on_after(QUIT_SECONDS):
+        async with QMPClient.connect(path) as qmp:
             await qmp.execute("quit")

@@ -14,7 +14,7 @@ from nbdstream.guest.qmp import QMPClient
 from nbdstream.migrate.destination import quit_qemu
 from nbdstream.migrate.memory import cancel, resume
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
-from nbdstream.migrate.sources import make_sources
+from nbdstream.migrate.sources import QemuServer, make_sources
 from nbdstream.qmp import QMPConnectionError
 
 # States of the memory's migration in which the destination may have been told to run.
@@ -31,8 +31,10 @@ async def take_back(plan: MigrationPlan) -> str:
         status = (await source.execute("query-migrate")).get("status", "none")
         if status in _TOO_LATE:
             await _refuse_if_told(plan)
-        sources = make_sources(plan.disks, source)
-        await _quit_destination(plan)
+        server = QemuServer()
+        server.qmp = source
+        sources = make_sources(plan.disks, server)
+        await quit_qemu(plan.destination_qmp, None)
         for disk in sources:
             await disk.adopt()
             await disk.unseal()
@@ -53,9 +55,3 @@ async def _refuse_if_told(plan: MigrationPlan) -> None:
         "too late: the destination has the guest and does not answer; if you know that it was "
         "never told to run, end it, delete LEAF.sealed at the source and continue the guest"
     )
-
-
-async def _quit_destination(plan: MigrationPlan) -> None:
-    with trio.move_on_after(ASK_SECONDS), suppress(QMPConnectionError):
-        async with QMPClient.connect(plan.destination_qmp) as destination:
-            await quit_qemu(destination, None)

@@ -25,7 +25,7 @@ from nbdstream.migrate.destination import (
 )
 from nbdstream.migrate.memory import Memory, cancel, resume
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
-from nbdstream.migrate.sources import Offer, Source, make_sources, nbd_uri
+from nbdstream.migrate.sources import Offer, QemuServer, make_sources, nbd_uri
 from nbdstream.migrate.switchover import Phase, Undo, canonical, undo
 from nbdstream.qmp import JSONObject, QMPError
 
@@ -70,11 +70,11 @@ class Migration:
         self.phase = Phase.PREPARING
         self.summary = Summary()
         self._watch = watch or (lambda _phase, _facts: None)
-        self._sources: list[Source] = []
+        self._server = QemuServer()
+        self._sources = make_sources(plan.disks, self._server)
         self._offers: list[Offer] = []
         self.disks = [DestinationDisk(disk, plan.prefix) for disk in plan.disks]
         self.qemu: Spawned | None = None
-        self._source: QMPClient
         self._destination: QMPClient | None = None
         self._began = 0.0
 
@@ -86,23 +86,29 @@ class Migration:
         """
         self.plan.check()
         self._began = trio.current_time()
-        async with AsyncExitStack() as connections:
-            connect = connections.enter_async_context
-            self._source = await connect(QMPClient.connect(self.plan.source_qmp))
-            self._sources = make_sources(self.plan.disks, self._source)
-            try:
+        try:
+            async with AsyncExitStack() as connections:
+                connect = connections.enter_async_context
+                self._server.qmp = await connect(QMPClient.connect(self.plan.source_qmp))
                 await self._prepare(connections)
                 await self._move()
-            except BaseException as error:
-                with trio.CancelScope(shield=True):
-                    troubles = await self._take_back()
-                cause = _lone(error)
-                if isinstance(cause, NbdstreamError | OSError):
-                    raise MigrationError(self._verdict(cause, troubles)) from error
-                raise
-            if follow:
-                await self._follow()
+                if follow:
+                    await self._follow()
+        except BaseException as error:
+            # On connections of its own: these went with whatever has happened.
+            with trio.CancelScope(shield=True):
+                troubles = await self._take_back()
+            cause = _lone(error)
+            if isinstance(cause, NbdstreamError | OSError):
+                raise MigrationError(self._verdict(cause, troubles)) from error
+            for trouble in troubles:
+                log.error("%s", trouble)  # noqa: TRY400 - for the operator, no traceback
+            raise
         return self.summary
+
+    @property
+    def _source(self) -> QMPClient:
+        return self._server.qmp
 
     # -- forth -------------------------------------------------------------------------
 
@@ -210,21 +216,29 @@ class Migration:
 
     async def _take_back(self) -> list[str]:
         """Undo what was done, as far as it may be; what did not work out is returned."""
+        steps = undo(self.phase)
+        if not steps:
+            return []
         troubles: list[str] = []
-        for step in undo(self.phase):
-            with trio.move_on_after(UNDO_SECONDS) as patience:
-                try:
-                    await self._undo(step)
-                except (NbdstreamError, OSError, BaseExceptionGroup) as error:
-                    troubles.append(f"could not {step.value}: {error}")
-            if patience.cancelled_caught:
-                troubles.append(f"could not {step.value} in {UNDO_SECONDS:g} s")
+        try:
+            with trio.fail_after(UNDO_SECONDS):
+                async with QMPClient.connect(self.plan.source_qmp) as self._server.qmp:
+                    for step in steps:
+                        await self._try(step, troubles)
+        except (NbdstreamError, OSError, trio.TooSlowError) as error:
+            troubles.append(f"the source cannot be told so: {error or 'no answer'}")
         return troubles
+
+    async def _try(self, step: Undo, troubles: list[str]) -> None:
+        try:
+            await self._undo(step)
+        except (NbdstreamError, OSError) as error:
+            troubles.append(f"could not {step.value}: {error}")
 
     async def _undo(self, step: Undo) -> None:
         match step:
             case Undo.QUIT_DESTINATION:
-                await quit_qemu(self._destination, self.qemu)
+                await quit_qemu(self.plan.destination_qmp, self.qemu)
             case Undo.UNSEAL:
                 for source in self._sources:
                     await source.unseal()

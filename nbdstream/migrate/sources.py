@@ -94,10 +94,13 @@ class NbdstreamSource(Source):
 
 
 class QemuServer:
-    """The NBD server in the source's QEMU: one for all disks, there while any is offered."""
+    """The NBD server in the source's QEMU: one for all disks, there while any is offered.
 
-    def __init__(self, qmp: QMPClient) -> None:
-        self.qmp = qmp
+    ``qmp`` has to be set before use, and again for each new connection."""
+
+    qmp: QMPClient
+
+    def __init__(self) -> None:
         self._offers: set[str] = set()
         self._started = False
 
@@ -173,9 +176,8 @@ class QemuSource(Source):
             self._generation = ""
 
 
-def make_sources(disks: tuple[DiskPlan, ...], qmp: QMPClient) -> list[Source]:
+def make_sources(disks: tuple[DiskPlan, ...], server: QemuServer) -> list[Source]:
     """The sources of a plan's disks, in order."""
-    server = QemuServer(qmp)
     return [
         NbdstreamSource(disk.source_control, disk.listen)
         if disk.source_control
