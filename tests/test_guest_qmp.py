@@ -230,13 +230,23 @@ async def test_the_client_is_closed_after_its_block() -> None:
         await qmp.wait_event()
 
 
+async def listens(path: Path) -> bool:
+    """Whether somebody accepts connections there; the file alone comes a moment before."""
+    try:
+        stream = await trio.open_unix_socket(path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    await stream.aclose()
+    return True
+
+
 async def test_against_qemu(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
     command = ["qemu-system-x86_64", "-accel", "tcg", "-machine", "none", "-nodefaults"]
     command += ["-display", "none", "-S", "-qmp", f"unix:{path},server=on,wait=off"]
     async with trio.open_nursery() as nursery:
         process = await nursery.start(trio.run_process, command)
-        while not path.exists():  # QEMU does not say when it listens
+        while not await listens(path):  # QEMU does not say when it does
             assert process.poll() is None, "QEMU died"
             await trio.sleep(0.01)
         async with QMPClient.connect(path) as qmp:
