@@ -270,5 +270,22 @@ async def test_nobody_answers_ssh() -> None:
     assert "onnect" in await opens_with("ssh://127.0.0.1:1/image")
 
 
+async def test_a_plugin_that_is_a_script_listens_where_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need_plugin("S3")
+    settings = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    # An answer at all, and of this kind, comes from the plugin.
+    assert "127.0.0.1:1" in await opens_with("s3://bucket/key")
+
+
 def test_every_plugin_names_its_package() -> None:
     assert all(plugin.package for plugin in PLUGINS.values())

@@ -42,11 +42,17 @@ LAST_WORDS = 0.5
 
 @dataclass(frozen=True)
 class _Plugin:
-    """An nbdkit plugin: its name, the Debian package, how it is told of a URI."""
+    """An nbdkit plugin: its name, the Debian package, how it is told of a URI.
+
+    ``script``: it is written in Python. nbdkit starts such a plugin by becoming
+    ``nbdkit python SCRIPT``, forgets the socket that it was given on the way, and listens on
+    all interfaces instead; so that is what we start.
+    """
 
     name: str
     package: str
     parameters: Callable[[str, SplitResult], list[str]]
+    script: bool = False
     unit_least: int = DEAR_UNIT
     connections: int = DEAR_CONNECTIONS
 
@@ -86,7 +92,7 @@ PLUGINS = {
     "ftps": _Plugin("curl", "nbdkit", _curl),
     "ssh": _Plugin("ssh", "nbdkit", _ssh),
     "sftp": _Plugin("ssh", "nbdkit", _ssh),
-    "s3": _Plugin("S3", "nbdkit-plugin-python python3-boto3", _s3),
+    "s3": _Plugin("S3", "nbdkit-plugin-python python3-boto3", _s3, script=True),
 }
 
 
@@ -219,7 +225,10 @@ async def _serve_plugin(uri: str, source: str, plugin: _Plugin) -> AsyncIterator
         raise BackingError(
             f"{uri}: nbdkit has no working {plugin.name} plugin (apt install {plugin.package})"
         )
-    command = [nbdkit, "--foreground", "--readonly", plugin.name, *parameters]
+    kind = [plugin.name]
+    if plugin.script:
+        kind = ["python", await trio.to_thread.run_sync(_script_of, plugin.name)]
+    command = [nbdkit, "--foreground", "--readonly", *kind, *parameters]
     async with run_helper(command) as helper:
         yield _Served(Endpoint(helper.uri, uri, plugin.unit_least, plugin.connections), helper)
 
@@ -280,6 +289,14 @@ def has_plugin(name: str) -> bool:
         [nbdkit, name, "--dump-plugin"], stdin=subprocess.DEVNULL, capture_output=True, check=False
     )
     return done.returncode == 0
+
+
+def _script_of(name: str) -> str:
+    """Where a plugin that is a script lies (worker: runs nbdkit)."""
+    command = [program("nbdkit", "nbdkit"), "--dump-config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    settings = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return str(Path(settings["plugindir"]) / f"nbdkit-{name}-plugin")
 
 
 def known_kinds() -> list[str]:
