@@ -110,15 +110,22 @@ class Sample:
     use: float  # of the link's rate
 
 
-def _demand(uri: str, seconds: float) -> Result:
+def _demand(uri: str, seconds: float, seed: int) -> Result:
+    """Another seed, other places: what one run read is local in the next."""
     region = [f"--offset={SIZE // 2}", f"--size={SIZE // 2}", "--rate_process=poisson"]
-    pace = [f"--rate_iops={READS_PER_SECOND}", f"--ramp_time={SETTLE_SECONDS:g}"]
+    pace = [
+        f"--rate_iops={READS_PER_SECOND}",
+        f"--ramp_time={round(SETTLE_SECONDS * 1000)}ms",
+        # fio minds the seed only if it need not repeat itself.
+        "--randrepeat=0",
+        f"--randseed={seed}",
+    ]
     return fio(uri, "randread", "4k", 32, seconds, *region, *pace)
 
 
-def _measure(far: Far, uri: str, seconds: float) -> Sample:
+def _measure(far: Far, uri: str, seconds: float, seed: int) -> Sample:
     with ThreadPoolExecutor() as pool:
-        demand = pool.submit(_demand, uri, seconds)
+        demand = pool.submit(_demand, uri, seconds, seed)
         time.sleep(SETTLE_SECONDS)
         before = far.link.stats()
         time.sleep(seconds)
@@ -132,9 +139,9 @@ def _off_and_on(name: str, seconds: float) -> tuple[Sample, Sample]:
     """Everything is new for each: leaf, link and server."""
     with far_backing(LINK, "pattern", f"size={SIZE}") as far, temporary_directory() as directory:
         with WAYS[name](far, directory) as streaming:
-            off = _measure(far, streaming.uri, seconds)
+            off = _measure(far, streaming.uri, seconds, seed=1)
             with streaming.begin():
-                return off, _measure(far, streaming.uri, seconds)
+                return off, _measure(far, streaming.uri, seconds, seed=2)
 
 
 def run(options: Options) -> Report:

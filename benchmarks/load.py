@@ -31,7 +31,8 @@ def fio_command(uri: str, rw: str, block: str, depth: int, *options: str) -> lis
 
 def fio(uri: str, rw: str, block: str, depth: int, seconds: float, *options: str) -> Result:
     """Put a load on `uri` for `seconds`; `rw` as fio says it (`randread`, `write`, ...)."""
-    timed = ("--time_based", f"--runtime={seconds:g}")
+    # In whole units: fio takes "0.5" for 0, which means for ever.
+    timed = ("--time_based", f"--runtime={round(seconds * 1000)}ms")
     return run_fio(fio_command(uri, rw, block, depth, *timed, *options), seconds)
 
 

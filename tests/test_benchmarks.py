@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' own parts, against real peers: a wrong ruler measures nothing."""
+
+import io
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.far import far_backing, qemu_leaf
+from benchmarks.link_model import Shape
+from benchmarks.load import fio, fio_command, run_fio
+from benchmarks.processes import processor_seconds, resident_bytes
+from benchmarks.report import Report, judged, median, ratio
+from tests.peers import (
+    PeerError,
+    assert_same,
+    make_image,
+    make_qcow2,
+    nbdkit,
+    temporary_directory,
+)
+
+MIB = 1 << 20
+
+
+def test_a_load_is_counted() -> None:
+    with nbdkit("memory", "16M") as peer:
+        result = run_fio(fio_command(peer.uri, "randrw", "4k", 4, "--io_size=2M"), 10)
+        assert result.operations == 512
+        assert result.rate == pytest.approx(result.iops * 4096, rel=0.01)
+
+
+def test_latency_is_in_milliseconds() -> None:
+    with nbdkit("memory", "16M", "rdelay=20ms", filters=["delay"]) as peer:
+        result = fio(peer.uri, "randread", "4k", 1, 0.3)
+    assert 20 <= result.p50 <= result.p99
+    assert result.mean >= 20
+    assert result.iops <= 50
+
+
+def test_a_load_that_cannot_be_put_on_is_an_error() -> None:
+    with temporary_directory() as directory:
+        with pytest.raises(PeerError, match="fio"):
+            fio(f"nbd+unix:///?socket={directory}/nobody", "read", "4k", 1, 0.1)
+
+
+def test_qemu_streams_from_far_away() -> None:
+    with temporary_directory() as directory:
+        image, leaf = directory / "far.raw", directory / "leaf.qcow2"
+        make_image(image, 4 * MIB)
+        make_qcow2(leaf, 4 * MIB)
+        with far_backing(Shape(delay=0.001), "file", image) as far:
+            with qemu_leaf(leaf, far.socket) as qemu:
+                before = far.received()
+                qemu.stream()
+                far.wait_bulk(before)
+                while qemu.streamed() is not None:
+                    time.sleep(0.005)
+        # The backing is gone, and everything is there.
+        assert_same(image, leaf, "raw", "qcow2")
+
+
+def test_processes_are_accounted_for() -> None:
+    start, used = time.monotonic(), processor_seconds(os.getpid())
+    while processor_seconds(os.getpid()) < used + 0.05:
+        assert time.monotonic() < start + 30
+    assert 0 < resident_bytes(os.getpid()) <= resident_bytes(os.getpid(), peak=True)
+
+
+def test_figures() -> None:
+    assert ratio(3.0, 2.0) == 1.5
+    assert ratio(3.0, 0.0) is None
+    assert ratio(None, 2.0) is None
+    assert median([]) is None
+    assert median([3.0, 1.0, 2.0]) == 2.0
+    assert judged(1.234, least=1.5) == "1.23 (>= 1.5)"
+    assert judged(1.234, most=1.5) == "1.23 (<= 1.5)"
+
+
+def test_a_table_is_plain_and_whole_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report("A title", ["server", "IOPS"], [["ours", 12345.6], ["theirs", None]])
+    report.add_recipe(["/usr/bin/server", Path("/tmp/x/image")], Path("/tmp/x"))
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", output)
+    report.print()
+    lines = output.getvalue()
+    assert lines.isascii()
+    for words in ("A title", "12,346", "theirs", "$ server DIR/image"):
+        assert words in lines
+    assert math.isclose(report.as_json()["rows"][0][1], 12345.6)
+
+
+def test_an_unknown_benchmark_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "nonsense"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 2
+    assert "no such benchmark: nonsense" in done.stderr
