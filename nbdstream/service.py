@@ -230,6 +230,7 @@ async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backi
             reference = BackingReference(backing.uri, "raw", backing.size, STANDBY)
         else:
             reference = await _reference(backing)
+            backing.expect(reference.identity)
         create_leaf(
             options.leaf,
             format=format_from_suffix(options.leaf),
