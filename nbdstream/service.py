@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from nbdstream.backing import named_by_image, open_backing
+from nbdstream.backing import named_by_image, open_backing, recorded_by_image
 from nbdstream.backing.base import Backing
 from nbdstream.backing.identity import fingerprint
 from nbdstream.backing.padded import PaddedBacking
@@ -102,15 +102,17 @@ class Service:
         self.server.stop()
 
 
-async def describe_backing(uri: str) -> BackingReference:
+async def describe_backing(uri: str, leaf_format: str) -> BackingReference:
     """Contact a backing and return what a new leaf must record of it. Raises BackingError."""
     async with open_backing(uri) as backing:
-        return await _reference(backing)
+        return await _reference(backing, leaf_format)
 
 
-async def _reference(backing: Backing) -> BackingReference:
+async def _reference(backing: Backing, leaf_format: str) -> BackingReference:
     identity = await fingerprint(backing)
-    return BackingReference(backing.uri, "raw", backing.size, identity)
+    # QED has no room for any format but raw, and QEMU does not read our raw leaves' maps.
+    named = recorded_by_image(backing.uri) if leaf_format == "qcow2" else (backing.uri, "raw")
+    return BackingReference(*named, backing.size, identity)
 
 
 @asynccontextmanager
@@ -229,7 +231,7 @@ async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backi
         if options.standby:
             reference = BackingReference(backing.uri, "raw", backing.size, STANDBY)
         else:
-            reference = await _reference(backing)
+            reference = await _reference(backing, format_from_suffix(options.leaf))
             backing.expect(reference.identity)
         create_leaf(
             options.leaf,
@@ -284,7 +286,7 @@ async def _record(leaf: Leaf, backing: Backing) -> None:
     assert known is not None
     wanted = replace(known, uri=backing.uri) if known.format == "raw" else known
     if not known.identity:
-        found = await _reference(backing)
+        found = await _reference(backing, leaf.format)
         wanted = replace(wanted, size=found.size, identity=found.identity)
     if wanted != known and not leaf.read_only:
         await trio.to_thread.run_sync(leaf.record_backing, wanted)

@@ -546,3 +546,17 @@ def test_a_full_disk_pauses_the_job_and_guests_can_still_read(
                 qmp.execute("block-job-resume", device="disk0")
             assert server.wait(60) == 0
     assert_same(leaf, image, image_format)
+
+
+def test_qemu_reads_a_leaf_whose_backing_is_no_raw_image(tmp_path: Path, image: Path) -> None:
+    packed, leaf = tmp_path / "packed.qcow2", tmp_path / "leaf.qcow2"
+    run([binary("QEMU_IMG"), "convert", "-q", "-O", "qcow2", image, packed])
+    with nbdkit("file", packed, readonly=True) as backing:
+        assert nbdstream("create", leaf, "-b", f"qcow2+{backing.uri}").returncode == 0
+        with nbdstream_serve(leaf, None, "--stream", "off") as server:
+            assert_same(server.uri, image)
+            assert server.terminate() == 0
+        found = run([binary("QEMU_IMG"), "info", leaf])
+        assert f"backing file: {backing.uri}\n" in found
+        assert "backing file format: qcow2" in found
+        assert_same(leaf, image, "qcow2")

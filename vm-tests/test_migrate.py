@@ -252,7 +252,7 @@ async def test_the_sources_server_is_away_once_the_guest_has_gone(
     there = plan.disks[0]
     offer = (await ask(there.control, "x-nbdstream-stats"))["backing"]["uri"]
     with pytest.raises(BackingError):
-        await describe_backing(offer)
+        await describe_backing(offer, "qcow2")
     seal = read_seal(str(leaf))
     assert seal is not None
     Path(f"{leaf}.sealed").rename(f"{leaf}.broken")  # noqa: ASYNC240
@@ -261,7 +261,7 @@ async def test_the_sources_server_is_away_once_the_guest_has_gone(
             new = await qmp.execute("x-nbdstream-export-add", {"listen-at": seal.listen})
             assert new["generation"] != seal.generation
             with pytest.raises(BackingError, match="no export"):
-                await describe_backing(offer)
+                await describe_backing(offer, "qcow2")
     Path(f"{leaf}.broken").rename(f"{leaf}.sealed")  # noqa: ASYNC240
     with nbdstream_serve(leaf):
         await wait_local(there)

@@ -3,7 +3,7 @@
 
 from nbdstream.backing.base import Backing, BackingStatistics, Priority
 from nbdstream.backing.identity import fingerprint
-from nbdstream.backing.sources import named_by_image, open_backing
+from nbdstream.backing.sources import named_by_image, open_backing, recorded_by_image
 
 __all__ = [
     "Backing",
@@ -12,4 +12,5 @@ __all__ = [
     "fingerprint",
     "named_by_image",
     "open_backing",
+    "recorded_by_image",
 ]

@@ -166,6 +166,17 @@ def named_by_image(image: str, name: str, image_format: str) -> str:
     raise UsageError(f"{image}: the backing {name} {what}: name it with -b (qcow2+{name}, say)")
 
 
+def recorded_by_image(uri: str) -> tuple[str, str]:
+    """How an image names this backing so that QEMU understands it: name and format.
+
+    The opposite of `named_by_image`: ``qcow2+nbd://host`` is ``nbd://host``, a qcow2 image.
+    """
+    prefix, _, rest = uri.partition("+")
+    if rest and prefix in FORMATS:
+        return rest, FORMATS[prefix]
+    return uri, "raw"
+
+
 async def _first_connection(uri: str, served: _Served) -> Connection:
     """Connect; a helper's own words say best why that failed. Raises BackingError."""
     helper = served.helper

@@ -61,15 +61,16 @@ def create(
     """
     if backing is None and size is None:
         raise UsageError("give --size, or the backing to take it from (-b URI)")
+    leaf_format = image_format or format_from_suffix(leaf)
     reference = None
     if backing is not None:
         if os.path.lexists(leaf):
             raise LeafError(f"{leaf} exists already: choose another name, or serve it as it is")
-        reference = trio.run(describe_backing, backing)
+        reference = trio.run(describe_backing, backing, leaf_format)
         size = reference.size if size is None else size
     create_leaf(
         leaf,
-        format=image_format or format_from_suffix(leaf),
+        format=leaf_format,
         size=size or 0,
         cluster_size=cluster_size,
         backing=reference,
