@@ -4,6 +4,7 @@
 import argparse
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def _run(name: str, options: Options) -> Report:
 
 def main() -> None:
     arguments = _arguments()
+    # As on an interrupt: peers are stopped and files removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options = Options(arguments.rounds, arguments.seconds)
     reports = {}
     failed = False
