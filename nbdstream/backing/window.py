@@ -87,6 +87,8 @@ YIELD_TIME = 1.0
 GAIN = 0.5
 # The rate is measured at its best, which is a little more than it is.
 PIPE_PART = 0.8
+# Start-up: how much larger W becomes each round trip, as long as what is sent keeps up with it.
+START_GAIN = 3
 # Start-up ends after so many spans in which the rate grew by less than a quarter.
 FLAT_SPANS = 3
 FLAT_GROWTH = 1.25
@@ -188,6 +190,7 @@ class Window:
         self._mark_time = 0.0
         self._idle_since = 0.0
         self._mark_delivered = 0
+        self._spans = 0
         self._periods = (0.0, 0.0)  # the best rate of the last period, and of this one
         self._period_end = -math.inf
         self._round_start = -math.inf
@@ -245,7 +248,7 @@ class Window:
             return
         self._round.append(sample)
         self._round_limited = self._round_limited or limited
-        if self._starting and limited:
+        if self._starting and START_GAIN * request.in_flight >= self.size:
             self._recent.add(now, sample, now - max(self.base_rtt, START_LEAST))
             self._grow(now, request.length)
         enough = min(SAMPLES_LEAST, max(self.size // self.unit, 1))
@@ -266,6 +269,7 @@ class Window:
             return
         sample = (self._delivered - self._mark_delivered) / elapsed
         self._mark_time, self._mark_delivered = now, self._delivered
+        self._spans += 1
         last, this = self._periods
         if now >= self._period_end:
             last, this = this, 0.0
@@ -309,10 +313,11 @@ class Window:
 
     def _grow(self, now: float, length: int) -> None:
         most = MOST_STARTING * self._fitting_size()
-        self._resize(max(min(self.size + length, most), self.size))
+        self._resize(max(min(self.size + (START_GAIN - 1) * length, most), self.size))
         # A standing queue is what every reply of the last round trip waited in. Doubling
-        # sends in bursts, and most replies wait behind the rest of their own.
-        if self.rate > 0 and self._recent.least - self.base_rtt > self._start_limit():
+        # sends in bursts, and most replies wait behind the rest of their own. The first span
+        # has the time in it until anything came at all, so its rate is too low to go by.
+        if self._spans > 1 and self._recent.least - self.base_rtt > self._start_limit():
             self._settle(now)
 
     def _start_limit(self) -> float:
@@ -386,12 +391,17 @@ class Window:
 
     def _choose_unit(self) -> None:
         """The unit is a power of two, so that it does not change with every breath."""
-        wanted = min(self.rate * UNIT_TIME, self.size / UNITS_LEAST, UNIT_MOST)
+        # Not of W alone: where requests are what costs the time, W is never used up, and
+        # larger ones are what it takes.
+        room = max(self.size, self.rate * (self.base_rtt + self.target))
+        wanted = min(self.rate * UNIT_TIME, room / UNITS_LEAST, UNIT_MOST)
         unit = max(self._unit_least, 1 << max(int(wanted), 1).bit_length() - 1)
         if unit != self.unit and self.rate > 0:
             # What is longer by so much takes longer by so much. Too high a guess is put
             # right by the next replies; too low a one, by the next drain.
-            self.base_rtt = max(self.base_rtt + (unit - self.unit) / self.rate, 1e-6)
+            guess = self.base_rtt + (unit - self.unit) / self.rate
+            scaled = self.base_rtt * unit / self.unit
+            self.base_rtt = min(guess, scaled) if unit > self.unit else max(guess, scaled)
         self.unit = unit
 
     def _fitting_size(self) -> int:
