@@ -80,8 +80,10 @@ NOISE_GAIN = 0.125
 NOISE_PART = 0.5
 NOISE_ALLOWED = 0.005
 # While a guest is missing, a shorter queue will do: this part of it, for so many seconds
-# after each demand read.
+# after each demand read. While none is, nobody is hurt by a longer one, and our own pauses
+# and the server's cost nothing.
 YIELD_PART = 0.45
+CALM_PART = 2.5
 YIELD_TIME = 1.0
 # Steady state: how far to go to where the law points, each round.
 GAIN = 0.5
@@ -250,7 +252,7 @@ class Window:
         self._round_limited = self._round_limited or limited
         if self._starting and START_GAIN * request.in_flight >= self.size:
             self._recent.add(now, sample, now - max(self.base_rtt, START_LEAST))
-            self._grow(now, request.length)
+            self._grow(now, request)
         enough = min(SAMPLES_LEAST, max(self.size // self.unit, 1))
         if request.time >= self._round_start and len(self._round) >= enough:
             self._end_round(now)
@@ -294,8 +296,7 @@ class Window:
         """The queueing delay wanted, in seconds."""
         by_rate = TARGET_TIME * math.sqrt(TARGET_RATE / self.rate) if self.rate else TARGET_MOST
         wanted = max(by_rate, TARGET_LEAST)
-        if self._yielding:
-            wanted *= YIELD_PART
+        wanted *= YIELD_PART if self._yielding else CALM_PART
         noise = min(self._noise, max(NOISE_PART * self.base_rtt, NOISE_ALLOWED))
         return min(max(wanted, noise, TARGET_PART * self.base_rtt), TARGET_MOST)
 
@@ -311,24 +312,25 @@ class Window:
         self._recent = Lowest()
         self._flat_spans, self._flat_rate = 0, self.rate
 
-    def _grow(self, now: float, length: int) -> None:
+    def _grow(self, now: float, request: Sent) -> None:
         most = MOST_STARTING * self._fitting_size()
-        self._resize(max(min(self.size + (START_GAIN - 1) * length, most), self.size))
+        self._resize(max(min(self.size + (START_GAIN - 1) * request.length, most), self.size))
         # A standing queue is what every reply of the last round trip waited in. Doubling
         # sends in bursts, and most replies wait behind the rest of their own. The first span
         # has the time in it until anything came at all, so its rate is too low to go by.
         if self._spans > 1 and self._recent.least - self.base_rtt > self._start_limit():
-            self._settle(now)
+            # The measured rate lags behind; what one request saw does not, nor is it too much.
+            self._settle(now, request.in_flight / (now - request.time))
 
     def _start_limit(self) -> float:
         """The queue at which start-up has found the link's rate."""
         return max(2 * self.target, self.base_rtt / 8)
 
-    def _settle(self, now: float) -> None:
-        """End of start-up: go to what has been measured."""
+    def _settle(self, now: float, rate: float = 0.0) -> None:
+        """End of start-up: go to what has been measured, or to ``rate`` if that is more."""
         self._starting = False
         self._empty_rounds = self._empty_units = 0
-        self.size = self._fitting_size()
+        self.size = max(self._fitting_size(), _bounded(rate * (self.base_rtt + self.target)))
         self._begin_round(now)
         if self._drain_at == -math.inf:
             self._plan_drain(now, DRAIN_INTERVAL)
