@@ -100,11 +100,13 @@ class Greeting:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A request. ``id`` is the client's own; the answer repeats it (None: there is none)."""
+    """A request. ``id`` is the client's own; the answer repeats it (None: there is none).
+    ``oob``: out of band, to be carried out though the server's main loop hangs."""
 
     name: str
     arguments: JSONObject = field(default_factory=dict)
     id: Any = None
+    oob: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +147,9 @@ def _to_json(message: Message) -> JSONObject:
     match message:
         case Greeting(version, capabilities):
             return {"QMP": {"version": version, "capabilities": capabilities}}
-        case Command(name, arguments, id_):
-            return {"execute": name} | ({"arguments": arguments} if arguments else {}) | _id(id_)
+        case Command(name, arguments, id_, oob):
+            how = {"exec-oob" if oob else "execute": name}
+            return how | ({"arguments": arguments} if arguments else {}) | _id(id_)
         case Return(value, id_):
             return {"return": value} | _id(id_)
         case Failure(error, id_):

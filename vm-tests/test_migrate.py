@@ -17,6 +17,7 @@ from nbdstream.guest.disks import Disk
 from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf.seal import read_seal
 from nbdstream.migrate.destination import Spawned, nbdstream_command
+from nbdstream.migrate.memory import Settings
 from nbdstream.migrate.plan import DiskPlan, MigrationError
 from nbdstream.migrate.run import Migration
 from nbdstream.migrate.switchover import Phase
@@ -204,9 +205,14 @@ async def test_the_destination_dies_before_it_runs(
                     assert process is not None
                     os.kill(process.pid, signal.SIGKILL)
 
+            odd = {"max-bandwidth": 3 << 20, "downtime-limit": 123}
+            await guest.guest.qmp.execute("migrate-set-parameters", odd)
+            before = await Settings.of(guest.guest.qmp)
             move = Migration(plan, kill)
             with pytest.raises(MigrationError, match="the guest stays at the source"):
                 await move.run()
+            assert before.parameters == odd
+            assert await Settings.of(guest.guest.qmp) == before
             seen = last_acknowledged(guest.console.transcript)
             await guest.console.wait_for(rf"ACK {seen + 3}\b", 60)
             assert "I/O error" not in guest.console.transcript
@@ -280,6 +286,7 @@ async def test_on_the_command_line(ends: Ends, busybox_disk: Path) -> None:
     slow = ["--max-bandwidth", "4M", "--", *plan.command]
     log = Path(ends.path("tool.log"))
     async with migration.source(ends, Disk.file(busybox_disk)) as guest:
+        before = await Settings.of(guest.guest.qmp)
         for ending in (signal.SIGINT, signal.SIGKILL):
             log.unlink(missing_ok=True)  # noqa: ASYNC240
             tool = Spawned([*command, *slow], log)
@@ -290,12 +297,12 @@ async def test_on_the_command_line(ends: Ends, busybox_disk: Path) -> None:
             status = await trio.to_thread.run_sync(os.waitpid, tool.pid, 0)
             if ending is signal.SIGINT:
                 assert os.waitstatus_to_exitcode(status[1]) == 130, log.read_text()  # noqa: ASYNC240
-                assert not Path(disk.leaf).exists()  # noqa: ASYNC240
             else:
-                result = await trio.run_process([*command, "--cancel"], capture_stdout=True)
-                assert b"taken back" in result.stdout
-                await migration.end_server(disk.control)
-                Path(disk.leaf).unlink()  # noqa: ASYNC240
+                again = [*command, "--max-bandwidth", "4M", "--cancel"]
+                result = await trio.run_process(again, capture_stdout=True)
+                assert result.stdout == b"taken back: the guest runs at the source\n"
+            assert not Path(disk.leaf).exists()  # noqa: ASYNC240
+            assert await Settings.of(guest.guest.qmp) == before
             assert await guest.guest.qmp.execute("query-block-exports") == []
             seen = last_acknowledged(guest.console.transcript)
             await guest.console.wait_for(rf"ACK {seen + 3}\b", 60)

@@ -127,7 +127,7 @@ class StreamedDisk:
         self.detect_zeroes = detect_zeroes
         self.on_read: Callable[[int, int], None] | None = None
         self._frozen = ""
-        self._refuse_at = 0.0
+        self._hold = 0.0
         self._thawed = trio.Event()
         self._standing_by = False
         self._locate = leaf.locate
@@ -321,7 +321,7 @@ class StreamedDisk:
 
     async def _wait_thawed(self) -> None:
         """Hold a change back for as long as `freeze` says: it may yet be welcome."""
-        with trio.move_on_at(self._refuse_at):
+        with trio.move_on_after(self._hold):
             await self._thawed.wait()
 
     async def _clear(self, obstacle: LeafExtent) -> None:
@@ -374,10 +374,10 @@ class StreamedDisk:
         """Refuse all changes by guests from now on (EPERM), and make durable those that
         were completed. Raises OSError; it is frozen all the same.
 
-        For ``hold`` seconds changes wait instead: a `thaw` by then lets them happen.
+        Each change waits for ``hold`` seconds before: a `thaw` by then lets it happen.
         """
         self._frozen = reason
-        self._refuse_at = trio.current_time() + hold
+        self._hold = hold
         self._thawed = trio.Event()
         await self.flush()
 

@@ -124,8 +124,9 @@ class QMPClient:
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, path: str | Path) -> AsyncIterator["QMPClient"]:
+    async def connect(cls, path: str | Path, *, oob: bool = False) -> AsyncIterator["QMPClient"]:
         """Connect to the QMP server on the unix socket *path*; hang up when the block ends.
+        With *oob* commands may be given out of band, if the server is able to do that.
 
         Raises QMPConnectionError if nobody listens there.
         """
@@ -133,12 +134,14 @@ class QMPClient:
             stream = await trio.open_unix_socket(str(path))
         except OSError as error:
             raise QMPConnectionError(f"no QMP server at {path}: {error.strerror}") from error
-        async with cls.over(stream) as client:
+        async with cls.over(stream, oob=oob) as client:
             yield client
 
     @classmethod
     @asynccontextmanager
-    async def over(cls, stream: trio.abc.Stream) -> AsyncIterator["QMPClient"]:
+    async def over(
+        cls, stream: trio.abc.Stream, *, oob: bool = False
+    ) -> AsyncIterator["QMPClient"]:
         """Speak QMP over *stream*, which is closed when the block ends.
 
         Raises QMPError if the server does not greet as QMP wants it.
@@ -148,13 +151,15 @@ class QMPClient:
             nursery.start_soon(client._read_all)
             nursery.start_soon(client._write_all)
             try:
-                await client._negotiate()
+                await client._negotiate(oob=oob)
                 yield client
             finally:
                 client._end(QMPConnectionError("the QMP connection was closed here"))
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Carry out *command* and return what it returned.
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, oob: bool = False
+    ) -> Any:
+        """Carry out *command* and return what it returned; *oob*: out of band, see `connect`.
 
         Raises CommandError as the server answers, QMPConnectionError if the connection is
         gone before the answer. Cancelled: the command may or may not be carried out; the
@@ -165,7 +170,7 @@ class QMPClient:
         self._last_id = id_ = self._last_id + 1
         pending = self._pending[id_] = _Pending()
         try:
-            await self._hand_over(encode(Command(command, dict(arguments or {}), id_)))
+            await self._hand_over(encode(Command(command, dict(arguments or {}), id_, oob)))
             return await self._outcome(pending)
         finally:
             del self._pending[id_]
@@ -190,9 +195,11 @@ class QMPClient:
         finally:
             self._queues.remove(queue)
 
-    async def _negotiate(self) -> None:
-        self.version = (await self._outcome(self._greeted)).get("version", {})
-        await self.execute("qmp_capabilities")
+    async def _negotiate(self, *, oob: bool) -> None:
+        greeting = await self._outcome(self._greeted)
+        self.version = greeting["version"]
+        able = oob and "oob" in greeting["capabilities"]
+        await self.execute("qmp_capabilities", {"enable": ["oob"]} if able else None)
 
     async def _outcome(self, pending: _Pending) -> Any:
         await pending.done.wait()
@@ -233,8 +240,8 @@ class QMPClient:
             case Event() as event:
                 for queue in self._queues:
                     queue.put(event)
-            case Greeting(version):
-                self._greeted.settle(Return({"version": version}))
+            case Greeting(version, capabilities):
+                self._greeted.settle(Return({"version": version, "capabilities": capabilities}))
             case Return(_, id_) as answer:
                 self._answer(id_, answer)
             case Failure(error, id_):

@@ -118,14 +118,20 @@ class DestinationDisk:
         """End the server, and delete the leaf if it was made here."""
         if self.process is None:
             return
-        await self.process.end()
-        for path in (self.plan.leaf, self.plan.leaf + MAP_SUFFIX):
-            Path(path).unlink(missing_ok=True)  # noqa: ASYNC240
+        # At once: nothing of the leaf is of any use.
+        await self.process.end(patience=0)
+        delete_leaf(self.plan)
 
     async def _ask(self, command: str, arguments: JSONObject | None = None) -> JSONObject:
         async with QMPClient.connect(self.plan.control) as qmp:
             answer: JSONObject = await qmp.execute(command, arguments)
             return answer
+
+
+def delete_leaf(plan: DiskPlan) -> None:
+    """Delete the destination's leaf, which nobody serves any more, and what goes with it."""
+    for path in (plan.leaf, plan.leaf + MAP_SUFFIX, plan.socket, plan.control):
+        Path(path).unlink(missing_ok=True)
 
 
 async def _listens(path: str) -> bool:
@@ -178,7 +184,8 @@ async def quit_qemu(path: str, process: Spawned | None) -> None:
     if process is not None:
         # At once: it has nothing to flush, and would wait for a server that is away.
         await process.end(patience=0)
-        return
+    # What has ended may only have been the near end of an ssh.
     with suppress(QMPError), trio.move_on_after(QUIT_SECONDS):
         async with QMPClient.connect(path) as qmp:
-            await qmp.execute("quit")
+            if not (await qmp.execute("query-status"))["running"]:
+                await qmp.execute("quit")

@@ -10,20 +10,32 @@ when it is told to, and not before.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 import trio
 
 from nbdstream.guest.qmp import EventQueue, QMPClient
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
-from nbdstream.qmp import CommandError, Event, JSONObject
+from nbdstream.qmp import CommandError, Event, JSONObject, QMPError
 from nbdstream.tasks import open_background_nursery
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
+# Seconds without a byte of memory after which the link counts as lost. TCP alone would take a
+# quarter of an hour, and at the end the guest stands still meanwhile.
+STALL_SECONDS = 20.0
+# Seconds that QEMU gets to pull out of the migration, out of band.
+YANK_SECONDS = 5.0
 FAILED = ("failed", "cancelled", "cancelling")
 # The states of a migration that can still be cancelled.
 CANCELLABLE = ("setup", "active", "pre-switchover", "device")
+# The guest is in two pieces: neither end can go back.
+SPLIT = ("postcopy-active", "postcopy-paused", "postcopy-recover")
+# What `Memory.start` may set, and what QEMU has where nobody set anything.
+CAPABILITIES = ("return-path", "events", "postcopy-ram", "pause-before-switchover")
+DEFAULT_PARAMETERS = {"max-bandwidth": 128 << 20, "downtime-limit": 300}
 
 
 class Memory:
@@ -36,16 +48,11 @@ class Memory:
         self._completed = False
 
     async def start(self) -> None:
-        """Begin. Raises QMPError."""
+        """Begin. Raises QMPError, MigrationError."""
         common = {"return-path": True, "events": True, "postcopy-ram": self._plan.postcopy_ram}
         await _set(self._destination, common)
         await _set(self._source, {**common, "pause-before-switchover": True})
-        parameters: JSONObject = {}
-        if self._plan.max_bandwidth:
-            parameters["max-bandwidth"] = self._plan.max_bandwidth
-        if self._plan.downtime_limit:
-            parameters["downtime-limit"] = round(self._plan.downtime_limit * 1000)
-        if parameters:
+        if parameters := wanted_parameters(self._plan):
             await self._source.execute("migrate-set-parameters", parameters)
         await self._destination.execute(
             "migrate-incoming", {"uri": self._plan.memory_listen or self._plan.memory}
@@ -57,16 +64,28 @@ class Memory:
 
         ``events`` are the source's, from before `start`. Raises MigrationError, QMPError.
         """
-        async with open_background_nursery() as nursery:
-            nursery.start_soon(self._look, watch)
-            if self._plan.postcopy_ram:
-                nursery.start_soon(self._leave_early, events)
-            return await self._wait(events, "pre-switchover")
+        return await self._while_it_moves(events, "pre-switchover", watch)
 
-    async def _look(self, watch: Callable[[JSONObject], None]) -> None:
-        """Report on the transfer."""
+    async def _while_it_moves(
+        self, events: EventQueue, wanted: str, watch: Callable[[JSONObject], None]
+    ) -> Event:
+        """Wait for a status, for as long as memory goes over."""
+        with trio.CancelScope(deadline=trio.current_time() + STALL_SECONDS) as stall:
+            async with open_background_nursery() as nursery:
+                nursery.start_soon(self._look, watch, stall)
+                if self._plan.postcopy_ram and wanted == "pre-switchover":
+                    nursery.start_soon(self._leave_early, events)
+                return await self._wait(events, wanted)
+        raise MigrationError(f"nothing of the memory went over for {STALL_SECONDS:g} s")
+
+    async def _look(self, watch: Callable[[JSONObject], None], stall: trio.CancelScope) -> None:
+        """Report on the transfer, and put the deadline off whenever something was sent."""
+        sent = -1
         while True:
-            watch(await self._source.execute("query-migrate"))
+            facts = await self._source.execute("query-migrate")
+            watch(facts)
+            if (now := facts.get("ram", {}).get("transferred", 0)) != sent:
+                sent, stall.deadline = now, trio.current_time() + STALL_SECONDS
             await trio.sleep(POLL_SECONDS)
 
     async def _leave_early(self, events: EventQueue) -> None:
@@ -80,10 +99,24 @@ class Memory:
     async def hand_over(self, events: EventQueue) -> None:
         """Send the rest, so that the destination has all that it takes to run the guest.
 
-        Raises MigrationError: the migration failed, QMPError.
+        Raises MigrationError: the migration failed, QMPError. With post-copy, cancelled only
+        before it begins: from its end on there is no way back.
         """
         await self._source.execute("migrate-continue", {"state": "pre-switchover"})
-        await self._wait(events, "postcopy-active" if self._plan.postcopy_ram else "completed")
+        wanted = "postcopy-active" if self._plan.postcopy_ram else "completed"
+        try:
+            with trio.CancelScope(shield=self._plan.postcopy_ram):
+                await self._while_it_moves(events, wanted, lambda _facts: None)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._pull_out()
+            raise
+
+    async def _pull_out(self) -> None:
+        """Have QEMU close its connection to the destination: sending what is left, it holds
+        its main loop, and hears nothing but this as long as a lost link makes it wait."""
+        with suppress(QMPError), trio.move_on_after(YANK_SECONDS):
+            await self._source.execute("yank", {"instances": [{"type": "migration"}]}, oob=True)
 
     async def wait_completed(self, events: EventQueue) -> None:
         """After post-copy: return when the last page has gone over. Raises MigrationError."""
@@ -119,6 +152,48 @@ async def resume(source: QMPClient) -> None:
     """Let the guest go on at the source, if it has not by itself. Raises QMPError."""
     if not (await source.execute("query-status"))["running"]:
         await source.execute("cont")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a QEMU is set to migrate, of what a migration changes."""
+
+    capabilities: dict[str, bool]
+    parameters: JSONObject
+
+    @classmethod
+    async def of(cls, qmp: QMPClient) -> "Settings":
+        """What is set now. Raises QMPError."""
+        states = {
+            each["capability"]: each["state"]
+            for each in await qmp.execute("query-migrate-capabilities")
+        }
+        parameters = await qmp.execute("query-migrate-parameters")
+        return cls(
+            {name: states[name] for name in CAPABILITIES},
+            {name: parameters[name] for name in DEFAULT_PARAMETERS},
+        )
+
+    async def restore(self, qmp: QMPClient) -> None:
+        """Set it so again. Raises QMPError."""
+        await _set(qmp, self.capabilities)
+        await qmp.execute("migrate-set-parameters", self.parameters)
+
+
+def default_settings(plan: MigrationPlan) -> Settings:
+    """QEMU's own, of all that a migration by this plan sets."""
+    parameters = {name: DEFAULT_PARAMETERS[name] for name in wanted_parameters(plan)}
+    return Settings(dict.fromkeys(CAPABILITIES, False), parameters)
+
+
+def wanted_parameters(plan: MigrationPlan) -> JSONObject:
+    """The source's migration parameters that a plan asks for, in QEMU's units."""
+    parameters: JSONObject = {}
+    if plan.max_bandwidth:
+        parameters["max-bandwidth"] = plan.max_bandwidth
+    if plan.downtime_limit:
+        parameters["downtime-limit"] = round(plan.downtime_limit * 1000)
+    return parameters
 
 
 async def _set(qmp: QMPClient, wanted: dict[str, bool]) -> None:

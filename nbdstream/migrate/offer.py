@@ -23,10 +23,10 @@ from nbdstream.qmp import GenericError, JSONObject
 from nbdstream.server.listeners import Listener, listen_tcp, listen_unix, parse_address
 from nbdstream.server.server import Server
 
-# Seconds for which a sealed disk holds the guest's writes back instead of failing them: a
-# QEMU whose migration failed at the last moment lets its guest go on by itself, and it
-# takes whoever runs the migration a moment to see that and to take the seal off.
-HOLD = 30.0
+# Seconds for which a sealed disk holds a guest's write back instead of failing it: a QEMU
+# whose migration failed at the last moment lets its guest go on by itself, and it takes
+# whoever runs the migration a while to see that and to take the seal off.
+HOLD = 600.0
 
 
 class Offering:
@@ -37,8 +37,8 @@ class Offering:
         self._device = device
         self._nursery = nursery
         self._seal: Seal | None = None
-        self._server: Server | None = None
-        self._ended = trio.Event()
+        self._serving = trio.CancelScope()
+        self._ended: trio.Event | None = None
         self._uri = ""
 
     def resume(self, seal: Seal) -> None:
@@ -101,23 +101,30 @@ class Offering:
 
     def _start(self, seal: Seal, listeners: list[Listener]) -> None:
         self._seal, self._ended = seal, trio.Event()
-        self._server = Server(
-            [ReadOnlyExport(self._disk, seal.export, "handed over to another host")]
-        )
+        export = ReadOnlyExport(self._disk, seal.export, "handed over to another host")
+        self._serving = trio.CancelScope()
         self._uri = listeners[0].uri(seal.export)
-        self._nursery.start_soon(self._run, self._server, listeners, self._ended)
+        self._nursery.start_soon(self._run, Server([export]), listeners, self._serving, self._ended)
 
-    async def _run(self, server: Server, listeners: list[Listener], ended: trio.Event) -> None:
+    async def _run(
+        self,
+        server: Server,
+        listeners: list[Listener],
+        serving: trio.CancelScope,
+        ended: trio.Event,
+    ) -> None:
         try:
-            await server.run(listeners)
+            with serving:
+                await server.run(listeners)
         finally:
             ended.set()
 
     async def _stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
+        """Drop the clients at once: over a link that is cut, they would not take replies."""
+        if self._ended is not None:
+            self._serving.cancel()
             await self._ended.wait()
-        self._server, self._seal = None, None
+        self._ended, self._seal = None, None
 
 
 def listen(address: str) -> list[Listener]:

@@ -10,16 +10,23 @@ from contextlib import suppress
 
 import trio
 
+from nbdstream.errors import LeafInUseError, NbdstreamError
 from nbdstream.guest.qmp import QMPClient
-from nbdstream.migrate.destination import quit_qemu
-from nbdstream.migrate.memory import cancel, resume
-from nbdstream.migrate.plan import MigrationError, MigrationPlan
+from nbdstream.leaf import open_leaf
+from nbdstream.leaf.base import BackingReference
+from nbdstream.leaf.seal import generation_of
+from nbdstream.migrate.destination import delete_leaf, quit_qemu
+from nbdstream.migrate.memory import SPLIT, cancel, default_settings, resume
+from nbdstream.migrate.plan import DiskPlan, MigrationError, MigrationPlan
 from nbdstream.migrate.sources import QemuServer, make_sources
-from nbdstream.qmp import QMPConnectionError
+from nbdstream.qmp import QMPError
+from nbdstream.service import STANDBY
 
-# States of the memory's migration in which the destination may have been told to run.
-_TOO_LATE = ("completed", "postcopy-active", "postcopy-paused", "postcopy-recover")
 ASK_SECONDS = 10.0
+# Seconds that a server at the destination gets to end; it tries for a while to round off
+# clusters, in vain.
+END_SECONDS = 40.0
+_POLL = 0.1
 
 
 async def take_back(plan: MigrationPlan) -> str:
@@ -28,30 +35,103 @@ async def take_back(plan: MigrationPlan) -> str:
     Raises MigrationError if it is too late, or if nobody can tell whether it is; QMPError.
     """
     async with QMPClient.connect(plan.source_qmp) as source:
-        status = (await source.execute("query-migrate")).get("status", "none")
-        if status in _TOO_LATE:
-            await _refuse_if_told(plan)
+        await _refuse_if_late(source, plan)
         server = QemuServer()
         server.qmp = source
-        sources = make_sources(plan.disks, server)
         await quit_qemu(plan.destination_qmp, None)
-        for disk in sources:
-            await disk.adopt()
+        generations = []
+        for disk in make_sources(plan.disks, server):
+            generations.append(await disk.adopt())
             await disk.unseal()
+        if any(planned.source_node for planned in plan.disks):
+            await server.clear()
         await cancel(source)
         await resume(source)
-    return "taken back: the guest runs at the source; leaves at the destination are of no use"
+        await default_settings(plan).restore(source)
+    # Once more: it may have been about to start.
+    await quit_qemu(plan.destination_qmp, None)
+    left = [
+        planned.leaf
+        for planned, generation in zip(plan.disks, generations, strict=True)
+        if not await _discard(planned, generation)
+    ]
+    words = "taken back: the guest runs at the source"
+    return words + (f"; of no use, and left for you to delete: {', '.join(left)}" if left else "")
+
+
+async def _refuse_if_late(source: QMPClient, plan: MigrationPlan) -> None:
+    """Raises MigrationError unless it is certain that the destination was not told to run."""
+    if (await source.execute("query-status"))["running"]:
+        return  # whatever query-migrate tells is of an earlier migration, such as to this host
+    status = (await source.execute("query-migrate")).get("status", "none")
+    if status in SPLIT:
+        raise MigrationError(
+            "too late: post-copy of the guest's memory has begun; if it does not run at the "
+            "destination, continue it there"
+        )
+    if status == "completed":
+        await _refuse_if_told(plan)
 
 
 async def _refuse_if_told(plan: MigrationPlan) -> None:
     """All has gone over; only the destination knows whether it was told to run."""
-    with trio.move_on_after(ASK_SECONDS), suppress(QMPConnectionError):
+    with trio.move_on_after(ASK_SECONDS), suppress(QMPError):
         async with QMPClient.connect(plan.destination_qmp) as destination:
             status = await destination.execute("query-status")
-            if status["status"] == "paused" and not status["running"]:
+            # Paused is also a guest that was stopped again, after it had run.
+            if status["status"] == "paused" and not await _has_run(destination):
                 return
-            raise MigrationError(f"too late: the guest is {status['status']} at the destination")
+            raise MigrationError(
+                f"too late: the guest is at the destination, and {status['status']}"
+            )
     raise MigrationError(
         "too late: the destination has the guest and does not answer; if you know that it was "
         "never told to run, end it, delete LEAF.sealed at the source and continue the guest"
     )
+
+
+async def _has_run(destination: QMPClient) -> bool:
+    """Whether the guest has used a disk there."""
+    return any(
+        count
+        for device in await destination.execute("query-blockstats")
+        for name, count in device["stats"].items()
+        if name.endswith("_operations")
+    )
+
+
+async def _discard(plan: DiskPlan, generation: str) -> bool:
+    """End the destination's server and delete its leaf, if they belong to what was taken
+    back; returns whether nothing is left."""
+    with suppress(QMPError):
+        async with QMPClient.connect(plan.control) as qmp:
+            disk = (await qmp.execute("query-block"))[0]["inserted"]
+            if not generation or generation_of(disk.get("backing_file", "")) != generation:
+                return False
+            await qmp.execute("quit")
+    with trio.move_on_after(END_SECONDS):
+        while True:
+            try:
+                backing = await trio.to_thread.run_sync(_backing, plan.leaf)
+            except LeafInUseError:
+                await trio.sleep(_POLL)
+            except FileNotFoundError:
+                return True
+            except (NbdstreamError, OSError):
+                return False
+            else:
+                break
+        known = generation_of(backing.uri) if backing is not None else ""
+        if backing is not None and (backing.identity == STANDBY or known == generation != ""):
+            delete_leaf(plan)
+            return True
+    return False
+
+
+def _backing(leaf: str) -> BackingReference | None:
+    """What a leaf records of its backing. Raises LeafError, OSError."""
+    opened = open_leaf(leaf, read_only=True)
+    try:
+        return opened.backing
+    finally:
+        opened.close()

@@ -9,7 +9,7 @@ back: the guest's home is the destination then.
 
 import logging
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from urllib.parse import unquote, urlsplit
 
@@ -23,7 +23,7 @@ from nbdstream.migrate.destination import (
     quit_qemu,
     start_qemu,
 )
-from nbdstream.migrate.memory import Memory, cancel, resume
+from nbdstream.migrate.memory import SPLIT, Memory, Settings, cancel, resume
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer, QemuServer, make_sources, nbd_uri
 from nbdstream.migrate.switchover import Phase, Undo, canonical, undo
@@ -33,7 +33,11 @@ log = logging.getLogger(__name__)
 
 # Seconds between two looks at the streams, and that one step back may take.
 POLL_SECONDS = 0.5
-UNDO_SECONDS = 60.0
+UNDO_SECONDS = 30.0
+# Seconds for which the guest may stand still until its disks have changed hands, and that the
+# destination gets to say that it runs.
+SWITCH_SECONDS = 20.0
+START_SECONDS = 20.0
 
 
 @dataclass
@@ -76,6 +80,7 @@ class Migration:
         self.disks = [DestinationDisk(disk, plan.prefix) for disk in plan.disks]
         self.qemu: Spawned | None = None
         self._destination: QMPClient | None = None
+        self._settings: Settings | None = None
         self._began = 0.0
 
     async def run(self, *, follow: bool = True) -> Summary:
@@ -89,7 +94,7 @@ class Migration:
         try:
             async with AsyncExitStack() as connections:
                 connect = connections.enter_async_context
-                self._server.qmp = await connect(QMPClient.connect(self.plan.source_qmp))
+                self._server.qmp = await connect(QMPClient.connect(self.plan.source_qmp, oob=True))
                 await self._prepare(connections)
                 await self._move()
                 if follow:
@@ -137,6 +142,7 @@ class Migration:
         """From the first byte of memory to the guest's first instruction over there."""
         assert self._destination is not None
         was_running = (await self._source.execute("query-status"))["running"]
+        self._settings = await Settings.of(self._source)
         memory = Memory(self._source, self._destination, self.plan)
         with self._source.events() as events, self._source.events() as stops:
             self._enter(Phase.MEMORY)
@@ -149,7 +155,10 @@ class Migration:
             if was_running:  # by the source's clock, which need not be ours
                 stopped -= paused.timestamp - (await stops.wait("STOP")).timestamp
             self._enter(Phase.STOPPED)
-            await self._switch_disks()
+            with trio.move_on_after(SWITCH_SECONDS) as limit:
+                await self._switch_disks()
+            if limit.cancelled_caught:
+                raise MigrationError(f"the disks did not change hands in {SWITCH_SECONDS:g} s")
             self._enter(Phase.HANDING)
             await memory.hand_over(events)
             self._enter(Phase.TOLD)
@@ -176,14 +185,18 @@ class Migration:
                 nursery.start_soon(disk.activate, offer)
 
     async def _start_there(self, was_running: bool) -> None:
-        """Have the guest go on. After a failure nobody knows whether it does."""
+        """Have the guest go on. After a failure nobody knows whether it does; so nobody may
+        cancel this."""
         assert self._destination is not None
         if not was_running:
             return
-        with self._destination.events() as events:
-            await self._destination.execute("cont")
-            if not (await self._destination.execute("query-status"))["running"]:
-                await events.wait("RESUME")
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + START_SECONDS):
+            with self._destination.events() as events:
+                await self._destination.execute("cont")
+                if not (await self._destination.execute("query-status"))["running"]:
+                    await events.wait("RESUME")
+            return
+        raise MigrationError("the destination does not answer")
 
     # -- after it ----------------------------------------------------------------------
 
@@ -219,36 +232,62 @@ class Migration:
         steps = undo(self.phase)
         if not steps:
             return []
+        if self.phase is Phase.HANDING and self.plan.postcopy_ram and await self._is_split():
+            self.phase = Phase.TOLD
+            return ["by post-copy its memory may be there only: continue the guest there"]
         troubles: list[str] = []
-        try:
-            with trio.fail_after(UNDO_SECONDS):
-                async with QMPClient.connect(self.plan.source_qmp) as self._server.qmp:
-                    for step in steps:
-                        await self._try(step, troubles)
-        except (NbdstreamError, OSError, trio.TooSlowError) as error:
-            troubles.append(f"the source cannot be told so: {error or 'no answer'}")
+        for step in steps:
+            try:
+                with trio.fail_after(UNDO_SECONDS):
+                    await self._undo(step)
+            except (NbdstreamError, OSError, trio.TooSlowError) as error:
+                troubles.append(f"could not {step.value}: {error or 'no answer'}")
         return troubles
 
-    async def _try(self, step: Undo, troubles: list[str]) -> None:
-        try:
-            await self._undo(step)
-        except (NbdstreamError, OSError) as error:
-            troubles.append(f"could not {step.value}: {error}")
+    async def _is_split(self) -> bool:
+        """Whether post-copy has begun, as far as anybody can tell."""
+        with suppress(QMPError), trio.move_on_after(UNDO_SECONDS):
+            async with QMPClient.connect(self.plan.source_qmp) as source:
+                return (await source.execute("query-migrate")).get("status") in SPLIT
+        return True
 
     async def _undo(self, step: Undo) -> None:
         match step:
             case Undo.QUIT_DESTINATION:
                 await quit_qemu(self.plan.destination_qmp, self.qemu)
+            case Undo.UNSEAL if not any(source.offered for source in self._sources):
+                pass
+            case Undo.UNSEAL if not any(disk.source_node for disk in self.plan.disks):
+                await self._unseal()
+            case Undo.DISCARD:
+                for disk in self.disks:
+                    await disk.discard()
+            case _:
+                async with QMPClient.connect(self.plan.source_qmp) as self._server.qmp:
+                    await self._undo_at_source(step)
+
+    async def _unseal(self) -> None:
+        """Each, whatever becomes of the others."""
+        failures: list[Exception] = []
+        for source in self._sources:
+            try:
+                await source.unseal()
+            except (NbdstreamError, OSError) as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    async def _undo_at_source(self, step: Undo) -> None:
+        match step:
             case Undo.UNSEAL:
-                for source in self._sources:
-                    await source.unseal()
+                await self._unseal()
             case Undo.CANCEL_MEMORY:
                 await cancel(self._source)
             case Undo.RESUME_SOURCE:
                 await resume(self._source)
-            case Undo.DISCARD:
-                for disk in self.disks:
-                    await disk.discard()
+            case Undo.RESTORE_SETTINGS:
+                if self._settings is not None:
+                    await self._settings.restore(self._source)
 
     def _verdict(self, error: Exception, troubles: list[str]) -> str:
         if canonical(self.phase) == "source":
@@ -256,7 +295,8 @@ class Migration:
             if troubles:
                 where = f"the guest belongs to the source, but {'; '.join(troubles)}"
         else:
-            where = "the destination was told to run: its disks are the guest's now"
+            where = "; ".join(troubles) or "the destination was told to run"
+            where += ": its disks are the guest's now"
         return f"{error}; {where}"
 
 

@@ -8,13 +8,14 @@ reading them for its NBD clients.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote
 
 from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf.seal import export_name, new_generation
 from nbdstream.migrate.plan import DiskPlan, MigrationError
-from nbdstream.qmp import JSONObject
+from nbdstream.qmp import CommandError, JSONObject
 from nbdstream.server.listeners import parse_address
 
 # How the ids of our block exports begin.
@@ -35,9 +36,16 @@ class Offer:
 class Source(ABC):
     """One disk at the source. Methods raise QMPError, MigrationError."""
 
+    _generation = ""
+
+    @property
+    def offered(self) -> bool:
+        """Whether there is an offer to end, as far as this process knows."""
+        return bool(self._generation)
+
     @abstractmethod
-    async def adopt(self) -> None:
-        """Take over an offer that an earlier tool left behind, if there is one."""
+    async def adopt(self) -> str:
+        """Take over an offer that an earlier tool left behind; its generation, or ""."""
 
     @abstractmethod
     async def offer(self) -> Offer:
@@ -63,10 +71,10 @@ class NbdstreamSource(Source):
     def __init__(self, control: str, listen: str) -> None:
         self._control = control
         self._listen = listen
-        self._generation = ""
 
-    async def adopt(self) -> None:
+    async def adopt(self) -> str:
         self._generation = (await self._ask("x-nbdstream-export-query", {})).get("generation", "")
+        return self._generation
 
     async def offer(self) -> Offer:
         answer = await self._ask("x-nbdstream-export-add", {"listen-at": self._listen})
@@ -137,6 +145,13 @@ class QemuServer:
                 return generation
         return ""
 
+    async def clear(self) -> None:
+        """Stop a server that has no exports: the tool was killed while it made the first, or
+        dropped the last."""
+        if not await self.qmp.execute("query-block-exports"):
+            with suppress(CommandError):  # there is none
+                await self.qmp.execute("nbd-server-stop")
+
 
 class QemuSource(Source):
     """A node of the source's QEMU."""
@@ -145,10 +160,10 @@ class QemuSource(Source):
         self._server = server
         self._node = node
         self._listen = listen
-        self._generation = ""
 
-    async def adopt(self) -> None:
+    async def adopt(self) -> str:
         self._generation = await self._server.adopt(self._node)
+        return self._generation
 
     async def offer(self) -> Offer:
         nodes = await self._server.qmp.execute("query-named-block-nodes", {"flat": True})

@@ -31,6 +31,7 @@ class Undo(enum.Enum):
     UNSEAL = "end the offers for good, take the seals off"
     CANCEL_MEMORY = "cancel the migration of memory"
     RESUME_SOURCE = "let the guest go on at the source"
+    RESTORE_SETTINGS = "give the source's QEMU its migration settings back"
     DISCARD = "delete what was made at the destination"
 
 
@@ -62,5 +63,5 @@ def undo(phase: Phase) -> tuple[Undo, ...]:
         return ()
     steps = [Undo.QUIT_DESTINATION, Undo.UNSEAL]
     if phase >= Phase.MEMORY:
-        steps += [Undo.CANCEL_MEMORY, Undo.RESUME_SOURCE]
+        steps += [Undo.CANCEL_MEMORY, Undo.RESUME_SOURCE, Undo.RESTORE_SETTINGS]
     return (*steps, Undo.DISCARD)
