@@ -170,7 +170,8 @@ class Link(Steering):
             direction.advance(now)
         for connection in self._connections.copy():
             for flow in connection.flows:
-                self._deliver(connection, flow, now)
+                if connection in self._connections:  # the first may have found it reset
+                    self._deliver(connection, flow, now)
             if connection.up.finished and connection.down.finished:
                 self._close(connection)
         return any(
