@@ -11,20 +11,25 @@ import hashlib
 import re
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
 
 import bootdisk
 import guests
+import pulse
 from guests import BUSYBOX, RunningGuest, System
 from nbdstream.errors import LeafInUseError
+from nbdstream.guest.accelerator import qemu_binary
+from nbdstream.guest.console import Console
 from nbdstream.guest.disks import Disk
-from nbdstream.guest.qemu import Machine, MiB, qemu_binary
+from nbdstream.guest.qemu import Machine, MiB
 from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf import open_leaf
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
+from nbdstream.qmp import QMPConnectionError
+from nbdstream.tasks import open_background_nursery
 
 SMALL: System = dataclasses.replace(BUSYBOX, memory=128 * MiB)
 RECORDS = "/records"
@@ -38,10 +43,12 @@ WRITER = (
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """The sockets and files of one migration, all in ``directory``."""
+    """The sockets and files of one migration, all in ``directory``. ``image`` is that of the
+    ``system``; one that brings its kernel along is booted without firmware."""
 
     directory: Path
     image: Path
+    system: System = SMALL
 
     def path(self, name: str) -> str:
         return str(self.directory / name)
@@ -73,22 +80,28 @@ class Ends:
 
 def destination_command(ends: Ends, disks: int) -> list[str]:
     """The destination's QEMU: the same machine, its console in a file and on a socket."""
-    machine = Machine(memory=SMALL.memory, serial="chardev:serial")
+    machine = Machine(memory=ends.system.memory, serial="chardev:serial")
     log, socket = ends.path("there.console"), ends.path("there.serial")
     command = [qemu_binary(), *machine.arguments("tcg"), "-no-reboot"]
     for number in range(disks):
         command += ["-device", f"virtio-blk-pci,drive=disk{number},id=virtio-disk{number}"]
         command[-1] += f",bootindex={number + 1},discard=on"
     serial = f"socket,id=serial,path={socket},server=on,wait=off,logfile={log}"
-    return [*command, "-chardev", serial, *guests.direct_boot(ends.image)]
+    return [*command, "-chardev", serial, *_extra(ends, "there")]
+
+
+def _extra(ends: Ends, end: str) -> tuple[str, ...]:
+    """What both QEMUs have besides disks and console."""
+    kernel = guests.direct_boot(ends.image) if (ends.image / "vmlinuz").exists() else ()
+    return (*kernel, *pulse.serial_port(ends.path(f"{end}.pulse")))
 
 
 @asynccontextmanager
 async def source(ends: Ends, *disks: Disk, **more: object) -> AsyncIterator[RunningGuest]:
     """A guest at its shell, with the writer at work."""
     qmp = ("-qmp", f"unix:{ends.path('source.qmp')},server=on,wait=off")
-    extra = (*guests.direct_boot(ends.image), *qmp)
-    async with guests.boot(SMALL, *disks, extra=extra, **more) as guest:  # type: ignore[arg-type]
+    extra = (*_extra(ends, "source"), *qmp)
+    async with guests.boot(ends.system, *disks, extra=extra, **more) as guest:  # type: ignore[arg-type]
         await guest.console.send(WRITER + "\n")
         await guest.console.wait_for("ACK 3\\b", 60)
         yield guest
@@ -107,6 +120,21 @@ async def destination(ends: Ends) -> AsyncIterator[QMPClient]:
                     await qmp.wait_event("SHUTDOWN")
                 except Exception as error:  # it may be gone already
                     print(f"at the destination's end: {error}")
+
+
+async def power_off(ends: Ends) -> None:
+    """Switch the guest at the destination off as its user would, and see its QEMU end."""
+    async with QMPClient.connect(ends.path("there.qmp")) as qmp:
+        stream = await trio.open_unix_socket(ends.path("there.serial"))
+        async with stream, open_background_nursery() as nursery:
+            console = Console(stream)
+            nursery.start_soon(console.pump)
+            await console.send(f"\n{ends.system.power_off}\n")
+            with trio.fail_after(guests.POWER_OFF_TIMEOUT):
+                await qmp.wait_event("SHUTDOWN")
+                with suppress(QMPConnectionError):
+                    while True:
+                        await qmp.wait_event()
 
 
 async def end_server(control: str) -> None:
