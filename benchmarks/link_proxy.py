@@ -170,10 +170,12 @@ class Link(Steering):
             direction.advance(now)
         for connection in self._connections.copy():
             for flow in connection.flows:
-                if connection in self._connections:  # the first may have found it reset
-                    self._deliver(connection, flow, now)
-            if connection.up.finished and connection.down.finished:
-                self._close(connection)
+                self._deliver(connection, flow, now)
+                if connection not in self._connections:  # it was found reset
+                    break
+            else:
+                if connection.up.finished and connection.down.finished:
+                    self._close(connection)
         return any(
             direction.has_room and any(flow.lane.buffered < WINDOW for flow in ready)
             for direction, ready in self._ready.items()
