@@ -99,13 +99,13 @@ class Memory:
     async def hand_over(self, events: EventQueue) -> None:
         """Send the rest, so that the destination has all that it takes to run the guest.
 
-        Raises MigrationError: the migration failed, QMPError. With post-copy, cancelled only
-        before it begins: from its end on there is no way back.
+        Raises MigrationError: the migration failed, QMPError. Post-copy cannot be cancelled
+        here: there is no way back from it, and this is when it begins.
         """
-        await self._source.execute("migrate-continue", {"state": "pre-switchover"})
         wanted = "postcopy-active" if self._plan.postcopy_ram else "completed"
         try:
             with trio.CancelScope(shield=self._plan.postcopy_ram):
+                await self._source.execute("migrate-continue", {"state": "pre-switchover"})
                 await self._while_it_moves(events, wanted, lambda _facts: None)
         except BaseException:
             with trio.CancelScope(shield=True):
