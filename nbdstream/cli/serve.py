@@ -12,10 +12,8 @@ import click
 import trio
 
 from nbdstream.cli.params import DURATION, LEAF, ON_OFF, RATE
-from nbdstream.cli.progress import show_progress
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
 from nbdstream.control import control_server, listen_control
-from nbdstream.control.metrics import DiskCollector, listen_metrics, serve_metrics
 from nbdstream.control.report import statistics
 from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
@@ -183,7 +181,12 @@ def steering(
     try:
         control_listener = listen_control(Path(control)) if control else None
         listeners += [control_listener] if control_listener else []
-        metrics_listeners = listen_metrics(metrics) if metrics else []
+        metrics_listeners: list[Listener] = []
+        if metrics:
+            # Here, as `progress` below: it takes a while, and a guest may be waiting.
+            from nbdstream.control.metrics import listen_metrics
+
+            metrics_listeners = listen_metrics(metrics)
         listeners += metrics_listeners
         yield control_listener, metrics_listeners
     finally:
@@ -239,11 +242,14 @@ def start_steering(
         )
         nursery.start_soon(server.serve, control)
     if metrics:
+        from nbdstream.control.metrics import DiskCollector, serve_metrics
+
         nursery.start_soon(serve_metrics, metrics, DiskCollector(disk, job, device_name(disk)))
 
 
 async def progress(service: Service) -> None:
     """Show on stderr how the stream job does, until it ends."""
+    from nbdstream.cli.progress import show_progress
 
     async def report() -> JSONObject:
         return statistics(service.opened.disk, service.opened.job)
