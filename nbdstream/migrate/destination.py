@@ -30,7 +30,8 @@ QUIT_SECONDS = 5.0
 # Seconds for which the destination's QEMU holds the guest's requests while its nbdstream is
 # away, to be started again.
 RECONNECT_DELAY = 600
-_POLL = 0.05
+# Seconds between two looks at whether somebody listens: the guest's move waits for it.
+_POLL = 0.01
 _WORDS = 2048
 
 
