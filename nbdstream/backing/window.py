@@ -17,18 +17,20 @@ queue, what only some waited for is noise (CoDel's insight).
 
 **What it does.**
 
-- *Start-up*: W grows by what is delivered, doubling each round trip, until q shows or
-  the delivered rate stops growing (as TCP slow start with HyStart, and BBR, do). Then W
+- *Start-up*: W grows by twice what is delivered, threefold each round trip, until q shows
+  or the delivered rate stops growing (as TCP slow start with HyStart, and BBR, do). Then W
   is set to what the measurements say: rate * base + the queue wanted.
 - *Steady*: once a round, W moves half-way to ``W * base / (base + q) + rate * target``
   (FAST TCP's law; Vegas's equilibrium). At rest, q equals the target. A rate that
   falls shows as q at once; a queue that stays empty for several rounds although W was
-  used up means that there is more to have, and starts growth by doubling again.
+  used up means that there is more to have, and starts growth again.
+  Nothing is made of a queue that is no longer than what the replies of that path differ
+  by anyway: its jitter.
 - *Probe*: delays can mislead (a busy machine answers late without any queue), so now and
   then, while no guest is missing, W is tried a quarter larger; if that delivers more,
   there was no queue, and W stays there (BBR's way of looking for bandwidth).
 - *Drain*: the base can be seen only while our own queue is empty, so every ten
-  seconds or so W is halved for a round, and the base becomes what is seen then. It is
+  seconds or so W is lowered for a round, and the base becomes what is seen then. It is
   also done when q stays high whatever W is, which is what a longer path looks like. Any
   shorter reply lowers the base at once.
 
@@ -51,8 +53,9 @@ rounds); Ha and Rhee, "HyStart" (2011); Nichols and Jacobson, "CoDel" (2012).
 
 import math
 import random
-from collections import deque
 from typing import NamedTuple
+
+from nbdstream.backing.measures import Jitter, Lowest, RateMeter
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -74,16 +77,14 @@ TARGET_RATE = 12.5e6
 TARGET_LEAST = 0.003
 TARGET_MOST = 0.030
 TARGET_PART = 0.05
-# Nor less than the path's own jitter: how far a round's replies are above its least on
-# average, smoothed, up to a part of the base, or this much if that is less.
-NOISE_GAIN = 0.125
-NOISE_PART = 0.5
-NOISE_ALLOWED = 0.005
+# Nor less than so many times the path's own jitter: where replies take 20 ms or 200 at
+# random (spinning disks, object stores), the least of a few says nothing of any queue, and
+# to shrink W only makes it fewer.
+TARGET_JITTERS = 2.0
 # While a guest is missing, a shorter queue will do: this part of it, for so many seconds
-# after each demand read. While none is, nobody is hurt by a longer one, and our own pauses
-# and the server's cost nothing.
+# after each demand read.
 YIELD_PART = 0.45
-CALM_PART = 2.5
+YIELD_JITTERS = 1.0
 YIELD_TIME = 1.0
 # Steady state: how far to go to where the law points, each round.
 GAIN = 0.5
@@ -113,10 +114,10 @@ DRAIN_PART = 0.75
 # A base that changes by more than this calls for another drain, soon.
 MOVED_PART = 0.1
 MOVED_INTERVAL = 1.0
-# The rate is measured over spans of a round trip, and no less than this; the best of the
-# current and the last period counts.
+# The rate is measured over spans of a round trip, and no less than this. The second figure
+# is for start-up, which must not wait for the rate to be told before it goes on.
 RATE_SPAN = 0.05
-RATE_PERIOD = 1.0
+START_SPAN = 0.01
 RATE_FELL = 0.75
 # Whatever the delays say, W is no more than so many times what the rate calls for: servers
 # that answer out of order hide their queue.
@@ -144,25 +145,6 @@ class Probe(NamedTuple):
     entered: bool = False
 
 
-class Lowest:
-    """The least of the samples of a sliding span of time."""
-
-    def __init__(self) -> None:
-        self._rising: deque[tuple[float, float]] = deque()
-
-    def add(self, now: float, sample: float, since: float) -> None:
-        """Take a sample, forget those from before ``since``."""
-        while self._rising and self._rising[-1][1] >= sample:
-            self._rising.pop()
-        self._rising.append((now, sample))
-        while self._rising[0][0] < since:
-            self._rising.popleft()
-
-    @property
-    def least(self) -> float:
-        return self._rising[0][1]
-
-
 class Window:
     """The controller of one backing's background reads.
 
@@ -180,27 +162,19 @@ class Window:
         self._rng = rng or random.Random()
         self.size = WINDOW_FIRST
         self.unit = self._unit_least = unit_least
-        self.rate = 0.0
         self.base_rtt = 0.0
         self.queue_delay = 0.0
-        self._starting = True
-        self._recent = Lowest()
         self._now = 0.0
-        self._demand_time = -math.inf
+        self._demand_time = self._background_time = -math.inf
         self._in_flight = 0
         self._delivered = 0
-        self._mark_time = 0.0
         self._idle_since = 0.0
-        self._mark_delivered = 0
-        self._spans = 0
-        self._periods = (0.0, 0.0)  # the best rate of the last period, and of this one
-        self._period_end = -math.inf
+        self._meter = RateMeter(0.0, RATE_SPAN)
+        self._jitter = Jitter()
         self._round_start = -math.inf
         self._round_delivered = 0
         self._round: list[float] = []
         self._round_limited = False
-        self._flat_spans = 0
-        self._flat_rate = 0.0
         self._empty_rounds = 0
         self._empty_units = 0
         self._deep_rounds = 0
@@ -211,7 +185,11 @@ class Window:
         self._probe_interval = PROBE_FIRST
         self._undrained_size = 0
         self._undrained_base = 0.0
-        self._noise = 0.0
+        self._start()
+
+    @property
+    def rate(self) -> float:
+        return self._meter.rate
 
     def set_unit_least(self, length: int) -> None:
         """From now on no request is smaller than ``length`` bytes."""
@@ -224,7 +202,7 @@ class Window:
         """A request of any priority went out; hand the result to `delivered` or `lost`."""
         self._now = now
         if self._in_flight == 0:
-            self._mark_time += now - self._idle_since  # idle time is nobody's rate
+            self._meter.idled(now - self._idle_since)
         self._in_flight += length
         return Sent(now, length, self._in_flight)
 
@@ -239,13 +217,17 @@ class Window:
         self._now = now
         self._land(request, now)
         self._delivered += request.length
-        self._measure_rate(now)
+        self._measure_rate(now, request.length)
         sample = self._as_unit(now - request.time, request.length)
         if self.base_rtt == 0 or sample < self.base_rtt:
             self.base_rtt = sample
         if not background:
-            self._demand_time = now
+            if now - self._background_time < YIELD_TIME:  # else it waited for nobody
+                self._demand_time = now
             return
+        self._background_time = now
+        if self.rate:
+            self._jitter.add(sample)
         if self._drain_start is not None and not self._is_drained(request):
             return
         self._round.append(sample)
@@ -253,8 +235,7 @@ class Window:
         if self._starting and START_GAIN * request.in_flight >= self.size:
             self._recent.add(now, sample, now - max(self.base_rtt, START_LEAST))
             self._grow(now, request)
-        enough = min(SAMPLES_LEAST, max(self.size // self.unit, 1))
-        if request.time >= self._round_start and len(self._round) >= enough:
+        if request.time >= self._round_start and len(self._round) >= SAMPLES_LEAST:
             self._end_round(now)
 
     def _land(self, request: Sent, now: float) -> None:
@@ -264,20 +245,10 @@ class Window:
 
     # -- what it means -----------------------------------------------------------------
 
-    def _measure_rate(self, now: float) -> None:
-        """What was delivered per second, over a span long enough to be no mere burst."""
-        elapsed = now - self._mark_time
-        if elapsed < max(RATE_SPAN, self.base_rtt):
+    def _measure_rate(self, now: float, length: int) -> None:
+        before = self.rate
+        if not self._meter.add(now, length, self.base_rtt):
             return
-        sample = (self._delivered - self._mark_delivered) / elapsed
-        self._mark_time, self._mark_delivered = now, self._delivered
-        self._spans += 1
-        last, this = self._periods
-        if now >= self._period_end:
-            last, this = this, 0.0
-            self._period_end = now + max(RATE_PERIOD, 4 * self.base_rtt)
-        self._periods = (last, max(this, sample))
-        before, self.rate = self.rate, max(self._periods)
         if self.rate < RATE_FELL * before:
             # On a slower link a unit itself takes longer, which is no queue. Should it be our
             # own restraint that shows here, the next reply lowers the base again.
@@ -296,9 +267,12 @@ class Window:
         """The queueing delay wanted, in seconds."""
         by_rate = TARGET_TIME * math.sqrt(TARGET_RATE / self.rate) if self.rate else TARGET_MOST
         wanted = max(by_rate, TARGET_LEAST)
-        wanted *= YIELD_PART if self._yielding else CALM_PART
-        noise = min(self._noise, max(NOISE_PART * self.base_rtt, NOISE_ALLOWED))
-        return min(max(wanted, noise, TARGET_PART * self.base_rtt), TARGET_MOST)
+        jitters = TARGET_JITTERS
+        if self._yielding:
+            wanted *= YIELD_PART
+            jitters = YIELD_JITTERS
+        wanted = min(max(wanted, TARGET_PART * self.base_rtt), TARGET_MOST)
+        return max(wanted, jitters * self._jitter.mean)
 
     @property
     def _yielding(self) -> bool:
@@ -311,14 +285,16 @@ class Window:
         self._starting = True
         self._recent = Lowest()
         self._flat_spans, self._flat_rate = 0, self.rate
+        self._start_meter = RateMeter(self._now, START_SPAN)
 
     def _grow(self, now: float, request: Sent) -> None:
-        most = MOST_STARTING * self._fitting_size()
+        self._start_meter.add(now, request.length, self.base_rtt)
+        most = MOST_STARTING * self._fitting_size(self._start_meter.rate)
         self._resize(max(min(self.size + (START_GAIN - 1) * request.length, most), self.size))
-        # A standing queue is what every reply of the last round trip waited in. Doubling
-        # sends in bursts, and most replies wait behind the rest of their own. The first span
+        # A standing queue is what every reply of the last round trip waited in. Growth sends
+        # in bursts, and most replies wait behind the rest of their own. The first span
         # has the time in it until anything came at all, so its rate is too low to go by.
-        if self._spans > 1 and self._recent.least - self.base_rtt > self._start_limit():
+        if self._meter.spans > 1 and self._recent.least - self.base_rtt > self._start_limit():
             # The measured rate lags behind; what one request saw does not, nor is it too much.
             self._settle(now, request.in_flight / (now - request.time))
 
@@ -330,7 +306,7 @@ class Window:
         """End of start-up: go to what has been measured, or to ``rate`` if that is more."""
         self._starting = False
         self._empty_rounds = self._empty_units = 0
-        self.size = max(self._fitting_size(), _bounded(rate * (self.base_rtt + self.target)))
+        self.size = self._fitting_size(rate)
         self._begin_round(now)
         if self._drain_at == -math.inf:
             self._plan_drain(now, DRAIN_INTERVAL)
@@ -363,8 +339,6 @@ class Window:
         elif self._probe is not None:
             self._go_on_probing(now, self._probe, rate)
         elif not self._starting:
-            spread = sum(self._round) / len(self._round) - best
-            self._noise += NOISE_GAIN * (spread - self._noise)
             self._follow(self.queue_delay)
             if now >= self._drain_at or self._deep_rounds >= DEEP_ROUNDS:
                 self._drain(now)
@@ -406,9 +380,10 @@ class Window:
             self.base_rtt = min(guess, scaled) if unit > self.unit else max(guess, scaled)
         self.unit = unit
 
-    def _fitting_size(self) -> int:
-        """The window that the measurements call for."""
-        return _bounded(max(self.rate * (self.base_rtt + self.target), self._whole_units()))
+    def _fitting_size(self, rate: float = 0.0) -> int:
+        """The window that the measurements call for, or ``rate`` if that is more."""
+        rate = max(rate, self.rate)
+        return _bounded(max(rate * (self.base_rtt + self.target), self._whole_units()))
 
     def _whole_units(self) -> int:
         """What fills the pipe, in units that go out whole: on slow links each is long."""
