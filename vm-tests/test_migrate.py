@@ -5,20 +5,27 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
 import migration
+from benchmarks.link_control import link_process
+from benchmarks.link_model import Shape
 from migration import Ends, destination, last_acknowledged, records, wait_acknowledged
 from nbdstream.errors import BackingError
 from nbdstream.guest.disks import Disk
 from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf.seal import read_seal
+from nbdstream.migrate import memory
+from nbdstream.migrate import run as run_module
 from nbdstream.migrate.destination import Spawned, nbdstream_command
 from nbdstream.migrate.memory import Settings
 from nbdstream.migrate.plan import DiskPlan, MigrationError
+from nbdstream.migrate.recover import take_back
 from nbdstream.migrate.run import Migration
 from nbdstream.migrate.switchover import Phase
 from nbdstream.qmp import JSONObject, QMPConnectionError
@@ -218,6 +225,81 @@ async def test_the_destination_dies_before_it_runs(
             assert "I/O error" not in guest.console.transcript
             assert read_seal(str(leaf)) is None
             assert (await ask(server.control, "x-nbdstream-stats"))["canonical"]
+
+
+@pytest.mark.parametrize("link", ["memory", "disk"])
+async def test_a_link_goes_silent_while_the_guest_stands_still(
+    ends: Ends, remote: Peer, tmp_path: Path, link: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TCP would wait for a quarter of an hour. QEMU, in sending the rest of memory, does not
+    even listen to its monitor."""
+    monkeypatch.setattr(memory, "STALL_SECONDS", 5.0)
+    monkeypatch.setattr(run_module, "SWITCH_SECONDS", 5.0)
+    with ExitStack() as stack:
+        server = stack.enter_context(nbdstream_serve(tmp_path / "here.qcow2", remote.uri))
+        disk = ends.disk("qcow2", control=str(server.control))
+        links = {
+            name: stack.enter_context(link_process("127.0.0.1:0", target, Shape()))
+            for name, target in {
+                "memory": f"unix:{ends.path('memory')}",
+                "disk": disk.listen,
+            }.items()
+        }
+        plan = replace(
+            ends.plan(replace(disk, reach=str(links["disk"].address))),
+            memory=f"tcp:{links['memory'].address}",
+            memory_listen=f"unix:{ends.path('memory')}",
+            # So that there is more to send at the end than the sockets' buffers take.
+            max_bandwidth=64 << 20,
+            downtime_limit=1.0,
+        )
+        at = Phase.HANDING if link == "memory" else Phase.STOPPED
+
+        def cut(phase: Phase, facts: JSONObject) -> None:
+            if phase is at and not facts:
+                links[link].cut("blackhole")
+
+        async with migration.source(ends, Disk.nbd(server.uri)) as guest:
+            words = "nothing of the memory" if link == "memory" else "did not change hands"
+            with pytest.raises(MigrationError, match=f"{words}.*; the guest stays at the source"):
+                await Migration(plan, cut).run()
+            seen = last_acknowledged(guest.console.transcript)
+            await guest.console.wait_for(rf"ACK {seen + 3}\b", 60)
+            assert "I/O error" not in guest.console.transcript
+
+
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy-ram"])
+async def test_what_was_told_to_run_is_not_taken_back(
+    ends: Ends, busybox_disk: Path, postcopy: bool
+) -> None:
+    """Whatever the guest at the destination does now; and a later tool, which has a migration
+    from there to somewhere else to take back, is not mistaken about where it runs."""
+    plan = ends.plan(ends.disk("qcow2", node="disk0"), postcopy_ram=postcopy)
+    onward = ends.plan(
+        ends.disk("qcow2", number=1, control=ends.path("there0.control")),
+        source_qmp=plan.destination_qmp,
+        destination_qmp=ends.path("onward.qmp"),
+    )
+    async with migration.source(ends, Disk.file(busybox_disk)) as guest:
+
+        def interrupt(phase: Phase, facts: JSONObject) -> None:
+            if phase is Phase.HANDING and postcopy:
+                scope.cancel()  # too late for it: there is no way back from what begins now
+
+        with trio.CancelScope() as scope:
+            await Migration(plan, interrupt).run(follow=False)
+        seen = last_acknowledged(guest.console.transcript)
+        seen = await wait_acknowledged(ends, seen + 3)
+        async with QMPClient.connect(plan.destination_qmp) as there:
+            await there.execute("stop")
+        with pytest.raises(MigrationError, match="too late"):
+            await take_back(plan)
+        async with QMPClient.connect(plan.destination_qmp) as there:
+            await there.execute("cont")
+        assert "taken back" in await take_back(onward)
+        seen = await wait_acknowledged(ends, seen + 3)
+        await wait_local(plan.disks[0])
+    await finish(ends, plan.disks[0].leaf, seen)
 
 
 async def test_the_destinations_server_is_killed_once_the_guest_is_there(

@@ -99,17 +99,15 @@ class Memory:
     async def hand_over(self, events: EventQueue) -> None:
         """Send the rest, so that the destination has all that it takes to run the guest.
 
-        Raises MigrationError: the migration failed, QMPError. Post-copy cannot be cancelled
-        here: there is no way back from it, and this is when it begins.
+        Raises MigrationError: the migration failed, QMPError. Not to be cancelled: post-copy
+        begins here, and there is no way back from it.
         """
         wanted = "postcopy-active" if self._plan.postcopy_ram else "completed"
         try:
-            with trio.CancelScope(shield=self._plan.postcopy_ram):
-                await self._source.execute("migrate-continue", {"state": "pre-switchover"})
-                await self._while_it_moves(events, wanted, lambda _facts: None)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._pull_out()
+            await self._source.execute("migrate-continue", {"state": "pre-switchover"})
+            await self._while_it_moves(events, wanted, lambda _facts: None)
+        except MigrationError:
+            await self._pull_out()
             raise
 
     async def _pull_out(self) -> None:

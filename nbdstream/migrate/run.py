@@ -28,6 +28,7 @@ from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer, QemuServer, make_sources, nbd_uri
 from nbdstream.migrate.switchover import Phase, Undo, canonical, undo
 from nbdstream.qmp import JSONObject, QMPError
+from nbdstream.tasks import open_background_nursery
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ UNDO_SECONDS = 30.0
 # destination gets to say that it runs.
 SWITCH_SECONDS = 20.0
 START_SECONDS = 20.0
+# Phases of limited time in which only what happens decides where the guest goes on.
+_NOT_TO_BE_DISTURBED = (Phase.HANDING, Phase.TOLD)
 
 
 @dataclass
@@ -81,16 +84,37 @@ class Migration:
         self.qemu: Spawned | None = None
         self._destination: QMPClient | None = None
         self._settings: Settings | None = None
+        self._work = trio.CancelScope(shield=True)
+        self._cancelled = False
         self._began = 0.0
 
     async def run(self, *, follow: bool = True) -> Summary:
         """Migrate; with ``follow`` until the disks are local and the source is released.
 
         Raises MigrationError, QMPError, BackingError, OSError; the message says where the
-        guest is. Cancelled: the same way back, where there is one.
+        guest is. Cancelled: the same way back, where there is one. While the guest is handed
+        over that has to wait, and may then be too late.
         """
         self.plan.check()
         self._began = trio.current_time()
+        async with open_background_nursery() as nursery:
+            nursery.start_soon(self._pass_on_cancellation)
+            with self._work:
+                await self._run(follow=follow)
+        await trio.lowlevel.checkpoint()  # raises, if it was cancelled
+        return self.summary
+
+    async def _pass_on_cancellation(self) -> None:
+        """The work and its connections are shielded as a whole: a shield about a command
+        alone would not keep the tasks that send it."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._cancelled = True
+            if self.phase not in _NOT_TO_BE_DISTURBED:
+                self._work.cancel()
+
+    async def _run(self, *, follow: bool) -> None:
         try:
             async with AsyncExitStack() as connections:
                 connect = connections.enter_async_context
@@ -109,7 +133,6 @@ class Migration:
             for trouble in troubles:
                 log.error("%s", trouble)  # noqa: TRY400 - for the operator, no traceback
             raise
-        return self.summary
 
     @property
     def _source(self) -> QMPClient:
@@ -120,6 +143,8 @@ class Migration:
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
         self._watch(phase, {})
+        if self._cancelled and phase not in _NOT_TO_BE_DISTURBED:
+            self._work.cancel()
 
     async def _prepare(self, connections: AsyncExitStack) -> None:
         self._enter(Phase.PREPARING)
@@ -161,6 +186,9 @@ class Migration:
                 raise MigrationError(f"the disks did not change hands in {SWITCH_SECONDS:g} s")
             self._enter(Phase.HANDING)
             await memory.hand_over(events)
+            if self._cancelled and not self.plan.postcopy_ram:
+                self._work.cancel()
+                await trio.lowlevel.checkpoint()
             self._enter(Phase.TOLD)
             await self._start_there(was_running)
             now = trio.current_time()
@@ -185,12 +213,11 @@ class Migration:
                 nursery.start_soon(disk.activate, offer)
 
     async def _start_there(self, was_running: bool) -> None:
-        """Have the guest go on. After a failure nobody knows whether it does; so nobody may
-        cancel this."""
+        """Have the guest go on. After a failure nobody knows whether it does."""
         assert self._destination is not None
         if not was_running:
             return
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + START_SECONDS):
+        with trio.move_on_after(START_SECONDS):
             with self._destination.events() as events:
                 await self._destination.execute("cont")
                 if not (await self._destination.execute("query-status"))["running"]:
