@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from benchmarks.link_control import link_process
 from benchmarks.link_model import Shape
 from nbdstream.backing import Backing, Priority, fingerprint, open_backing
 from nbdstream.backing import connection as connection_module
 from nbdstream.backing import pool as pool_module
+from nbdstream.backing.identity import sample_ranges
 from nbdstream.errors import (
     BackingError,
     BackingGoneError,
@@ -382,6 +384,27 @@ async def test_nonsense_ends_the_connection_and_not_the_read() -> None:
             assert await read(backing, 0, 4096) == bytes(4096)
         assert backing.statistics().retries == 4
         assert backing.statistics().reconnects >= 1
+
+
+async def test_what_a_guest_wants_does_not_wait_for_connections_in_the_making() -> None:
+    samples = sample_ranges(MIB)
+
+    async def script(number: int, cookie: bytes, offset: int, length: int, send: Reply) -> None:
+        # The second connection, and all after it, never gets to show what it serves.
+        if number <= 2 * len(samples) or (offset, length) not in samples:
+            await _good(cookie, offset, length, send)
+
+    async with fake_server(MIB, script) as uri:
+        async with open_backing(uri) as backing:
+            identity = await fingerprint(backing)
+        async with open_backing(uri, identity=identity) as backing, trio.open_nursery() as nursery:
+            nursery.start_soon(read, backing, 8192, 4096, Priority.STREAM)
+            await trio.testing.wait_all_tasks_blocked()
+            assert backing.statistics().requests["stream"] == 0
+            backing.promote(8192, 4096)
+            with trio.fail_after(pool_module.CONNECT_TIMEOUT / 2):
+                while not backing.statistics().requests["demand"]:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
 
 
 # --- one clear line at open -------------------------------------------------------------

@@ -103,6 +103,10 @@ class Pool:
                 f"{self.last_error}"
             )
 
+    def reconsider(self) -> None:
+        """The priority of a request that waits in `acquire` may have changed."""
+        self._set_changed()
+
     def _give_up_at(self) -> float:
         if self._timeout is None or self.connected:
             return float("inf")
@@ -188,6 +192,9 @@ class Pool:
                 log.info("%s: connected", self._endpoint.name)
             elif self._failure is None:
                 log.warning("%s: disconnected: %s", self._endpoint.name, self.last_error)
+        self._set_changed()
+
+    def _set_changed(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
