@@ -184,7 +184,9 @@ async def test_a_full_disk_pauses_the_job_until_it_is_resumed() -> None:
         assert await content(run.disk) == CONTENT
 
 
-async def test_a_lost_backing_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_lost_backing_is_waited_for(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
     async with running_job() as run:
         run.backing.error = BackingReadError("gone")
         run.job.start()
@@ -194,6 +196,7 @@ async def test_a_lost_backing_is_waited_for(autojump_clock: trio.testing.MockClo
         run.backing.error = None
         await run.job.completed.wait()
         assert await content(run.disk) == CONTENT
+    assert caplog.text.count("retrying") == 1  # not for each unit, nor each attempt
 
 
 async def test_another_backing_stops_the_job(autojump_clock: trio.testing.MockClock) -> None:

@@ -95,6 +95,8 @@ class Lookup:
             for extent in self._leaf.extents(edge, min(block_size, self._leaf.size - edge)):
                 if extent.state is not State.DATA:
                     return extent
+        if not self._leaf.may_compress:
+            return None
         for extent in self._leaf.extents(offset, length):
             if extent.state is State.COMPRESSED:
                 cluster, size = self.cluster(extent.offset)

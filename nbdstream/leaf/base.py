@@ -133,6 +133,7 @@ class Leaf(abc.ABC):
         backing: what the leaf says of its backing; None for a plain local disk, and
             after `drop_backing`.
         read_only: opened without the right to change anything.
+        may_compress: whether extents may be COMPRESSED.
         whole_clusters: other programs that take the image over need clusters that are
             allocated as a whole.
 
@@ -148,6 +149,7 @@ class Leaf(abc.ABC):
     fd: int
     backing: BackingReference | None
     read_only: bool
+    may_compress: bool = True
     whole_clusters: bool = False
 
     # -- where things are ------------------------------------------------------------

@@ -66,6 +66,7 @@ class QedLeaf(Leaf):
     """See `nbdstream.leaf.base.Leaf`."""
 
     format = "qed"
+    may_compress = False
 
     def __init__(self, path: str, *, read_only: bool) -> None:
         """Open an image (may block); one that was not closed clean is repaired first,

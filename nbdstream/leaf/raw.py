@@ -53,6 +53,7 @@ class RawLeaf(Leaf):
     """See `nbdstream.leaf.base.Leaf`."""
 
     format = "raw"
+    may_compress = False
     block_size = BLOCK_SIZE
 
     def __init__(self, path: str, *, read_only: bool) -> None:

@@ -79,6 +79,7 @@ class StreamJob:
         self._status = JobStatus.NULL
         self._speed = 0
         self._pace = 0
+        self._retrying = False
         self.deadline = Deadline(self)
         self._progress = Progress(disk.size, 0.0)
         self._listeners: list[EventListener] = []
@@ -283,16 +284,21 @@ class StreamJob:
         """Do a piece of work until it succeeds, through lost backings and full disks."""
         while True:
             try:
-                return await work(*args)
+                result = await work(*args)
             except BackingMismatchError as error:
                 self._stop("failed", "read", error)
             except BackingError as error:
                 # It has waited for the backing timeout already; the job waits on.
-                log.warning("job %s: %s; retrying", self.id, error)
+                if not self._retrying:  # once for all units and attempts of an outage
+                    log.warning("job %s: %s; retrying", self.id, error)
+                self._retrying = True
                 await trio.sleep(RETRY_INTERVAL)
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 self._stop("nospace" if full else "failed", "write", error)
+            else:
+                self._retrying = False
+                return result
             await self._until(JobStatus.RUNNING)
 
     async def _finish(self) -> None:
