@@ -6,8 +6,10 @@ own copy-on-read.
 The clock starts when the guest is asked for, so making a leaf, starting a server and
 shaking hands over the link count; it stops when the console shows the login prompt. The
 boot profile is one that nbdstream recorded by itself while the same image was booted from
-another leaf, over a link without limits. Leaves, overlays and the local file are in memory
-(/dev/shm where there is one). The far image's pages are cached by a boot before the first.
+another leaf, over a link without limits. Leaves, overlays and the local file are new files in
+TMPDIR, which has to be on a disk: reads of a file in /dev/shm cannot be tried without
+waiting (RWF_NOWAIT), so nbdstream is slower there. The far image is in the page cache from
+the first boot on.
 
 What the far side was asked for is taken from its own log, so no count of ours is relied on.
 `fetched twice` is what was read there beyond once, up to the login. For a whole life, the
@@ -31,7 +33,7 @@ from pathlib import Path
 
 import trio
 
-from benchmarks.far import BACKING_THREADS, memory_directory
+from benchmarks.far import BACKING_THREADS
 from benchmarks.link_control import LinkProcess, link_process
 from benchmarks.link_model import Shape
 from benchmarks.report import Options, Report, judged, median, progress, ratio
@@ -203,7 +205,7 @@ def run(options: Options) -> Report:
     image = debian() / "disk.raw"
     with tempfile.TemporaryDirectory(prefix="nbds-") as kept:
         progress("recording a boot profile")
-        with memory_directory() as scratch:
+        with temporary_directory() as scratch:
             profile = shutil.copy(record_profile(image, scratch), kept)
         ways: dict[str, Callable[[Path], Sample]] = {
             LOCAL: lambda scratch: from_file(image, scratch),
@@ -215,7 +217,7 @@ def run(options: Options) -> Report:
         }
         for _ in range(options.rounds):
             for name, way in ways.items():
-                with memory_directory() as scratch:
+                with temporary_directory() as scratch:
                     sample = way(scratch)
                 progress(name, f"{sample.login:.1f} s")
                 samples.setdefault(name, []).append(sample)
