@@ -127,14 +127,16 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
     if options.finish_by is not None and options.stream == "off":
         raise UsageError("--finish-by is about streaming: it does not go with --stream off")
     profile = read_profile(options.prefetch) if options.prefetch is not None else None
-    async with _open_images(options) as (leaf, backing):
+    seal = read_seal(options.leaf)
+    if seal is not None and seal.stamp:
+        options = replace(options, read_only=True)
+    async with _open_images(options, seal.format if seal is not None else "") as (leaf, backing):
         async with open_disk(
             leaf, backing, copy_on_read=options.copy_on_read, detect_zeroes=options.detect_zeroes
         ) as disk:
             disk.name = options.export
             if options.standby:
                 disk.stand_by()
-            seal = read_seal(options.leaf)
             if seal is not None:
                 log.warning("%s is %s; it is served read-only", options.leaf, seal.reason)
                 await disk.freeze(seal.reason)
@@ -201,13 +203,16 @@ def _job(options: ServeOptions, disk: StreamedDisk) -> StreamJob | None:
 
 
 @asynccontextmanager
-async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backing | None]]:
-    """Open the leaf and the backing that belongs to it; check that they do (invariant 6)."""
+async def _open_images(
+    options: ServeOptions, image_format: str
+) -> AsyncIterator[tuple[Leaf, Backing | None]]:
+    """Open the leaf and the backing that belongs to it; check that they do (invariant 6).
+    ``image_format``: what the leaf is, if that is known for certain, or ""."""
     exists = os.path.lexists(options.leaf)  # noqa: ASYNC240 - nobody is served yet
     if not exists and options.backing is None:
         raise UsageError(f"{options.leaf} does not exist; to create it, name its backing (-b URI)")
     if exists:
-        async with _open_leaf(options) as leaf:
+        async with _open_leaf(options, image_format) as leaf:
             if leaf.backing is None:
                 if options.backing is not None:
                     log.warning("%s is wholly local: the backing is not used", leaf.path)
@@ -240,7 +245,7 @@ async def _open_images(options: ServeOptions) -> AsyncIterator[tuple[Leaf, Backi
             cluster_size=None,
             backing=reference,
         )
-        async with _open_leaf(options) as leaf:
+        async with _open_leaf(options, "") as leaf:
             yield leaf, _fitted(backing, leaf)
 
 
@@ -262,10 +267,10 @@ def _check_hand_over(options: ServeOptions, known: BackingReference, uri: str) -
 
 
 @asynccontextmanager
-async def _open_leaf(options: ServeOptions) -> AsyncIterator[Leaf]:
+async def _open_leaf(options: ServeOptions, image_format: str) -> AsyncIterator[Leaf]:
     """Open and lock the leaf; close it clean at the end, whatever happens."""
     leaf = await trio.to_thread.run_sync(
-        lambda: open_leaf(options.leaf, read_only=options.read_only)
+        lambda: open_leaf(options.leaf, read_only=options.read_only, format=image_format or None)
     )
     try:
         yield leaf

@@ -2,6 +2,7 @@
 """Migration without guests: the plan, the rule, the seal, and two servers that hand over."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nbdstream.leaf.seal import (
     new_generation,
     read_seal,
     remove_seal,
+    stamp_of,
     write_seal,
 )
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
@@ -126,6 +128,21 @@ def test_a_seal_is_what_was_written(tmp_path: Path) -> None:
     remove_seal(leaf)
     remove_seal(leaf)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stamp_goes_with_the_image(tmp_path: Path) -> None:
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(4096))
+    stamp = stamp_of(str(image))
+    seal = Seal(new_generation(), "disk0@x", "127.0.0.1:1", stamp=stamp, format="raw")
+    write_seal(str(image), seal)
+    assert read_seal(str(image)) == seal
+    os.utime(image, ns=(0, image.stat().st_mtime_ns + 1))
+    with pytest.raises(LeafFormatError, match="changed after it was handed over"):
+        read_seal(str(image))
+    image.unlink()
+    with pytest.raises(LeafFormatError, match="changed after it was handed over"):
+        read_seal(str(image))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"generation": "x"}'])
@@ -260,3 +277,28 @@ async def test_a_sealed_leaf_is_served_read_only_by_the_next_process(
             assert query["generation"] == offer["generation"]
             with pytest.raises(GenericError, match="offered already"):
                 await ask(source, "x-nbdstream-export-add", listen_at=listen)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_an_image_that_qemu_has_left_is_offered_again_as_long_as_nobody_wrote_it(
+    tmp_path: Path, image: Path, image_format: str
+) -> None:
+    """The name says nothing about the format, and neither does what a guest may have written."""
+    plain, listen = tmp_path / "plain.img", f"unix:{tmp_path / 'offer'}"
+    run(["qemu-img", "convert", "-f", "raw", "-O", image_format, image, plain])
+    generation = new_generation()
+    export = export_name("disk0", generation)
+    stamp = stamp_of(str(plain))
+    write_seal(str(plain), Seal(generation, export, listen, stamp=stamp, format=image_format))
+    for _ in range(2):
+        with nbdstream_serve(plain) as source:
+            info = json.loads(run(["nbdinfo", "--json", source.uri]))
+            assert info["exports"][0]["is_read_only"]
+            query = await ask(source, "x-nbdstream-export-query")
+            assert query["generation"] == generation
+            assert_same(query["uri"], image)
+            assert_same(source.uri, image)
+    run(["qemu-io", "-f", image_format, "-c", "write 1M 512", plain])
+    with pytest.raises(PeerError, match="changed after it was handed over"):
+        with nbdstream_serve(plain):
+            pass

@@ -7,18 +7,15 @@ where the guest is. Then it holds reality against the rules: one side runs the g
 copy counts, and every record that the guest was told is durable is on that copy.
 """
 
-import contextlib
 import dataclasses
 import os
 import random
 import signal
 import socket
 import struct
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import trio
 
@@ -36,7 +33,7 @@ from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.run import Migration
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase
 from nbdstream.qmp import JSONObject, QMPError
-from tests.peers import Peer, binary, nbdkit, nbdstream_serve, run
+from tests.peers import Peer, nbdkit, nbdstream_serve, run
 
 MiB = 1 << 20
 # What a guest gets to write three more records; it may have waited for a reconnect before.
@@ -380,9 +377,9 @@ class Run:
         assert status == "postmigrate", status
         here = guest.console.transcript
         log = Path(self.ends.path("there.console"))
-        self._repair(stack)
         if self.trial.fault == "source's server killed" and self._server is None:
-            await self._replace_qemu(stack, guest)
+            await guest.guest.kill()  # QEMU's own NBD server
+        self._repair(stack)
         seen = max(last_acknowledged(here), last_acknowledged(_text(log)))
         await migration.wait_acknowledged(self.ends, seen + 3, PATIENCE)
         await self._wait_local()
@@ -407,20 +404,8 @@ class Run:
                 disk = self._there
                 command = [*nbdstream_command(), "serve", disk.leaf, "-U", disk.socket]
                 Spawned([*command, "--control", disk.control], Path(disk.leaf + ".log"))
-            case "source's server killed" if self._server is not None:
+            case "source's server killed":
                 stack.enter_context(nbdstream_serve(self._leaf))
-
-    async def _replace_qemu(self, stack: AsyncExitStack, guest: RunningGuest) -> None:
-        """The source's QEMU is gone, and qemu-nbd takes over its image's name and address."""
-        await guest.guest.kill()
-        backing = (await _stats(self._there.control)).get("backing")
-        if backing is None:
-            return  # it is local already
-        name = unquote(urlsplit(backing["uri"]).path.removeprefix("/"))
-        listen = self._there.listen.removeprefix("unix:")
-        image_format = self.trial.source.split(".")[1]
-        command = [binary("QEMU_NBD"), "-r", "-t", "-f", image_format, "-x", name, "-k", listen]
-        stack.enter_context(_process([*command, str(self._leaf)]))
 
     async def _wait_local(self) -> None:
         with trio.fail_after(PATIENCE):
@@ -463,15 +448,6 @@ async def _stats(control: str) -> JSONObject:
     async with QMPClient.connect(control) as qmp:
         answer: JSONObject = await qmp.execute("x-nbdstream-stats")
         return answer
-
-
-@contextlib.contextmanager
-def _process(command: list[str]) -> Iterator[None]:
-    with subprocess.Popen(command) as process:
-        try:
-            yield
-        finally:
-            process.terminate()
 
 
 def _text(log: Path) -> str:

@@ -111,6 +111,8 @@ async def test_a_guest_on_a_plain_file(
         ram = (await guest.guest.qmp.execute("query-migrate"))["ram"]
         assert bool(ram["postcopy-bytes"]) == postcopy
         assert await guest.guest.qmp.execute("query-block-exports") == []
+    seal = read_seal(str(disk))  # and what QEMU did in ending has not changed the image
+    assert seal is not None and seal.format == image_format
     disk.unlink()
     assert summary.disk_bytes < 64 << 20
     await finish(ends, plan.disks[0].leaf, seen)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seal on a leaf whose disk was handed over: LEAF.sealed beside it, a line of JSON.
+"""The seal on an image whose disk was handed over: LEAF.sealed beside it, a line of JSON.
 
 While the record is there, nbdstream serves the leaf to nobody for writing, and offers the
 *generation* of its content that was handed over, and no other, under a name of its own:
@@ -7,6 +7,9 @@ While the record is there, nbdstream serves the leaf to nobody for writing, and 
 uses the disk for writing again has to remove the record first; the name is gone with it,
 so that a destination which still depends on the old content can never connect to the
 new one, whatever else is the same about the two.
+
+An image that QEMU had open by itself is sealed afterwards, and with a *stamp*: QEMU knows
+nothing of seals, but an image that it has written since does not have its stamp any more.
 """
 
 import json
@@ -27,11 +30,14 @@ _GENERATION = re.compile(r"@([0-9a-f]{16})$")
 @dataclass(frozen=True)
 class Seal:
     """``export`` is the name under which the content is offered at ``listen``
-    (``HOST:PORT`` or ``unix:PATH``)."""
+    (``HOST:PORT`` or ``unix:PATH``). ``stamp``: the image's size and time of its last change,
+    where nothing may have changed it since; ``format`` goes with it."""
 
     generation: str
     export: str
     listen: str
+    stamp: str = ""
+    format: str = ""
 
     @property
     def reason(self) -> str:
@@ -56,20 +62,39 @@ def generation_of(uri: str) -> str:
     return named[1] if named else ""
 
 
+def stamp_of(image: str) -> str:
+    """What changes with any change of an image, "" for none. Raises OSError."""
+    try:
+        status = Path(image).stat()
+    except FileNotFoundError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def read_seal(leaf: str) -> Seal | None:
     """The seal on a leaf, if it is sealed. Raises LeafFormatError for a damaged record (the
-    leaf has to be taken as sealed then), OSError."""
+    leaf has to be taken as sealed then) and for an image that was written since, OSError."""
     try:
         text = _path(leaf).read_text()
     except FileNotFoundError:
         return None
     try:
         values = json.loads(text)
-        return Seal(*(str(values[name]) for name in ("generation", "export", "listen")))
+        seal = Seal(
+            *(str(values[name]) for name in ("generation", "export", "listen")),
+            *(str(values.get(name, "")) for name in ("stamp", "format")),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise LeafFormatError(
             f"{_path(leaf)} is damaged; remove it only if the disk is not in use elsewhere"
         ) from error
+    if seal.stamp and stamp_of(leaf) != seal.stamp:
+        raise LeafFormatError(
+            f"{leaf} was changed after it was handed over as generation {seal.generation}: "
+            "whoever relies on that has lost it; to use the image all the same, delete "
+            f"{_path(leaf)}"
+        )
+    return seal
 
 
 def write_seal(leaf: str, seal: Seal) -> None:

@@ -196,6 +196,7 @@ class Migration:
             self.summary.until_running = now - self._began
             self.summary.downtime = now - stopped
             self._enter(Phase.RUNNING)
+            await self._mark()
             await memory.wait_completed(events)
         ram = (await self._source.execute("query-migrate")).get("ram", {})
         self.summary.memory_bytes = ram.get("transferred", 0)
@@ -244,6 +245,13 @@ class Migration:
         self.summary.disks = reports
         self.summary.disk_bytes = sum(report["disk"]["fetched-bytes"] for report in reports)
         self._enter(Phase.LOCAL)
+
+    async def _mark(self) -> None:
+        for source in self._sources:
+            try:
+                await source.mark()
+            except OSError as error:
+                log.warning("the source's image could not be sealed: %s", error)
 
     async def _report(self, disk: DestinationDisk) -> JSONObject:
         try:

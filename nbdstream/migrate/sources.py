@@ -4,16 +4,30 @@
 `NbdstreamSource`: the disk is served by an nbdstream, which offers and seals it.
 `QemuSource`: the disk is a node of the guest's own QEMU, whose NBD server offers it. There
 the seal is QEMU's own: migrating, it gives up ("inactivates") its images, and goes on
-reading them for its NBD clients.
+reading them for its NBD clients. When the guest runs at the destination, the image gets a
+seal of ours, too, if it is a file of this host.
 """
 
+import os
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote
 
+import trio
+
+from nbdstream.errors import LeafError, LeafFormatError, LeafInUseError
 from nbdstream.guest.qmp import QMPClient
-from nbdstream.leaf.seal import export_name, new_generation
+from nbdstream.leaf.locking import open_locked
+from nbdstream.leaf.seal import (
+    SUFFIX,
+    Seal,
+    export_name,
+    new_generation,
+    read_seal,
+    stamp_of,
+    write_seal,
+)
 from nbdstream.migrate.plan import DiskPlan, MigrationError
 from nbdstream.qmp import CommandError, JSONObject
 from nbdstream.server.listeners import parse_address
@@ -54,6 +68,10 @@ class Source(ABC):
     @abstractmethod
     async def seal(self) -> None:
         """When this returns, nobody will write the content that was offered."""
+
+    async def mark(self) -> None:  # noqa: B027 - not all have to
+        """The guest runs at the destination: have the source's image say so, where `seal`
+        did not. Raises OSError, too."""
 
     @abstractmethod
     async def unseal(self) -> None:
@@ -160,6 +178,8 @@ class QemuSource(Source):
         self._server = server
         self._node = node
         self._listen = listen
+        self._image = ""
+        self._format = ""
 
     async def adopt(self) -> str:
         self._generation = await self._server.adopt(self._node)
@@ -167,20 +187,40 @@ class QemuSource(Source):
 
     async def offer(self) -> Offer:
         nodes = await self._server.qmp.execute("query-named-block-nodes", {"flat": True})
-        sizes = [node["image"]["virtual-size"] for node in nodes if node["node-name"] == self._node]
-        if not sizes:
+        found = [node for node in nodes if node["node-name"] == self._node]
+        if not found:
             raise MigrationError(f"the source's QEMU has no block node {self._node}")
+        size = found[0]["image"]["virtual-size"]
+        if await trio.to_thread.run_sync(_is_written_here, found[0]["file"]):
+            self._image, self._format = found[0]["file"], found[0]["drv"]
+            await trio.to_thread.run_sync(_refuse_sealed, self._image)
         generation = new_generation()
         # Noted before it is made: a QEMU whose server has started must get rid of it.
         self._generation = generation
         await self._server.add(self._listen, self._node, generation)
         uri = nbd_uri(self._listen, export_name(self._node, generation))
-        return Offer(uri, generation, sizes[0])
+        return Offer(uri, generation, size)
 
     async def seal(self) -> None:
         status = (await self._server.qmp.execute("query-status"))["status"]
         if status not in _STOPPED:
             raise MigrationError(f"the source's guest is not stopped but {status}")
+
+    async def mark(self) -> None:
+        if self._image:
+            name = export_name(self._node, self._generation)
+            await trio.to_thread.run_sync(
+                lambda: write_seal(
+                    self._image,
+                    Seal(
+                        self._generation,
+                        name,
+                        self._listen,
+                        stamp=stamp_of(self._image),
+                        format=self._format,
+                    ),
+                )
+            )
 
     async def unseal(self) -> None:
         await self.release()
@@ -189,6 +229,30 @@ class QemuSource(Source):
         if self._generation:
             await self._server.remove(self._generation)
             self._generation = ""
+
+
+def _is_written_here(path: str) -> bool:
+    """Whether a file is what QEMU has open for writing, by its locks: a source elsewhere may
+    call another file by this name."""
+    try:
+        os.close(open_locked(path, read_only=True))
+    except LeafInUseError:
+        return True
+    except (LeafError, OSError):
+        pass
+    return False
+
+
+def _refuse_sealed(image: str) -> None:
+    try:
+        sealed = read_seal(image) is not None
+    except LeafFormatError:
+        sealed = True
+    if sealed:
+        raise MigrationError(
+            f"{image} was handed over before: what runs from it is not the canonical copy; "
+            f"if you mean it, delete {image}{SUFFIX}"
+        )
 
 
 def make_sources(disks: tuple[DiskPlan, ...], server: QemuServer) -> list[Source]:
