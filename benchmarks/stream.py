@@ -65,11 +65,11 @@ def _children_seconds() -> float:
 
 
 def _nbdstream(leaf: str, far: Far, directory: Path, _: Options) -> Sample:
-    before = far.received()
     with nbdstream_serve(directory / leaf, far.uri, "--stream", "paused") as peer:
         assert peer.control
         with Qmp(peer.control, timeout=600) as qmp:
             used = processor_seconds(peer.pid)
+            before = far.received()  # the image's fingerprint has come over the link already
             (job,) = qmp.execute("query-block-jobs")
             qmp.execute("block-job-resume", device=job["device"])
             started = far.wait_bulk(before)

@@ -150,8 +150,6 @@ class NbdBacking(Backing):
     def promote(self, offset: int, length: int) -> None:
         """See `Backing.promote`."""
         self.scheduler.promote(offset, length)
-        # What waits for bulk connections that are still being made need not wait any more.
-        self._pool.reconsider()
 
     async def wait_for_room(self, priority: Priority) -> int:
         """See `Backing.wait_for_room`."""

@@ -103,10 +103,6 @@ class Pool:
                 f"{self.last_error}"
             )
 
-    def reconsider(self) -> None:
-        """The priority of a request that waits in `acquire` may have changed."""
-        self._set_changed()
-
     def _give_up_at(self) -> float:
         if self._timeout is None or self.connected:
             return float("inf")
@@ -116,12 +112,9 @@ class Pool:
         """The least busy connection of those meant for the priority, if one is up."""
         first = [connection for connection in self._live() if not self._is_bulk(connection)]
         bulk = [connection for connection in self._live() if self._is_bulk(connection)]
-        if priority == Priority.DEMAND:
-            candidates = first or bulk
-        elif bulk or any(slot.bulk and not slot.tried for slot in self._slots):
-            candidates = bulk
-        else:
-            candidates = first
+        # Bulk takes demand's connection for as long as its own are being made: they take a
+        # few round trips, in which the window is still small.
+        candidates = (first or bulk) if priority == Priority.DEMAND else (bulk or first)
         return min(candidates, key=lambda connection: connection.in_flight, default=None)
 
     def _live(self) -> list[Connection]:
@@ -192,9 +185,6 @@ class Pool:
                 log.info("%s: connected", self._endpoint.name)
             elif self._failure is None:
                 log.warning("%s: disconnected: %s", self._endpoint.name, self.last_error)
-        self._set_changed()
-
-    def _set_changed(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
