@@ -13,6 +13,7 @@ import trio.testing
 from nbdstream.guest.qmp import QMPClient
 from nbdstream.qmp import (
     Command,
+    CommandError,
     CommandNotFound,
     DeviceNotFound,
     Event,
@@ -249,7 +250,11 @@ async def test_against_qemu(tmp_path: Path) -> None:
         while not await listens(path):  # QEMU does not say when it does
             assert process.poll() is None, "QEMU died"
             await trio.sleep(0.01)
+        async with QMPClient.connect(path, oob=True) as qmp:
+            assert await qmp.execute("yank", {"instances": []}, oob=True) == {}
         async with QMPClient.connect(path) as qmp:
+            with pytest.raises(CommandError, match="exec-oob"):
+                await qmp.execute("yank", {"instances": []}, oob=True)
             assert qmp.version["qemu"]["major"] >= 7
             assert (await qmp.execute("query-status"))["running"] is False
             with pytest.raises(CommandNotFound):
