@@ -7,15 +7,20 @@ import os
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
+from benchmarks.chart import Band, Chart, Panel, Series
 from benchmarks.far import far_backing, qemu_leaf
 from benchmarks.link_model import Shape
 from benchmarks.load import fio, fio_command, run_fio
+from benchmarks.picture import END, Recording, draw
 from benchmarks.processes import processor_seconds, resident_bytes
 from benchmarks.report import Report, judged, median, ratio
+from nbdstream.backing.base import Priority
+from nbdstream.backing.scheduler import Sample
 from tests.peers import (
     PeerError,
     assert_same,
@@ -104,3 +109,44 @@ def test_an_unknown_benchmark_is_refused() -> None:
     )
     assert done.returncode == 2
     assert "no such benchmark: nonsense" in done.stderr
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_a_chart_has_every_point_on_its_scale() -> None:
+    dots = Series("reads <slow>", "dots", [(1.0, 5.0), (2.0, 80.0), (11.0, 1.0)])
+    line = Series("limit", "limit", [(0.0, 40.0), (10.0, 40.0)])
+    chart = Chart("a & b", 10.0, [Panel("ms", [line, dots])], [Band(2.0, 4.0, "busy")])
+    root = ElementTree.fromstring(chart.svg())
+    texts = {element.text for element in root.iter(f"{SVG}text")}
+    assert {"a & b", "ms", "reads <slow>", "limit", "busy", "100", "seconds"} <= texts
+    circles = [(float(e.get("cx", "")), float(e.get("cy", ""))) for e in root.iter(f"{SVG}circle")]
+    points = circles[:-1]  # the last is the legend's; what is later than the end is not shown
+    assert len(points) == 2
+    (x_early, y_low), (x_late, y_high) = points
+    assert x_late > x_early and y_high < y_low
+
+
+def test_the_picture_of_the_window_shows_what_was_recorded() -> None:
+    recording = Recording(reads=[(7.0, 0.03), (8.0, 0.05)])
+    for step in range(int(END * 10)):
+        recording.samples.append(
+            Sample(
+                time=step / 10,
+                priority=Priority.STREAM,
+                length=1 << 20,
+                latency=0.03,
+                window=400 << 10,
+                in_flight=300 << 10,
+                rate=1e7,
+                base_rtt=0.02,
+                queue_delay=0.002,
+            )
+        )
+    root = ElementTree.fromstring(draw(recording))
+    texts = [element.text or "" for element in root.iter(f"{SVG}text")]
+    assert {"delivered, Mbit/s", "bytes, KiB", "a guest's read, ms"} <= set(texts)
+    assert len(list(root.iter(f"{SVG}circle"))) == 2 + 1
+    curves = [e for e in root.iter(f"{SVG}path") if e.get("d", "").count("L") > 10]
+    assert len(curves) == 3  # rate, in flight, window
