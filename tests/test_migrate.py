@@ -4,9 +4,11 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nbd
 import pytest
 import trio
 
@@ -22,9 +24,11 @@ from nbdstream.leaf.seal import (
     stamp_of,
     write_seal,
 )
+from nbdstream.migrate.memory import default_settings
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase, Undo, canonical, undo
 from nbdstream.qmp import GenericError
+from nbdstream.server.server import STOP_TIMEOUT
 from tests.peers import (
     Peer,
     PeerError,
@@ -113,7 +117,19 @@ def test_the_source_may_run_again_as_long_as_the_destination_was_not_told_to() -
         if phase >= Phase.MEMORY:
             assert steps.index(Undo.UNSEAL) < steps.index(Undo.CANCEL_MEMORY)
             assert steps.index(Undo.CANCEL_MEMORY) < steps.index(Undo.RESUME_SOURCE)
+            # QEMU takes no settings while it migrates, and the guest has waited enough.
+            assert steps.index(Undo.RESUME_SOURCE) < steps.index(Undo.RESTORE_SETTINGS)
         assert steps[-1] is Undo.DISCARD
+
+
+def test_what_nobody_asked_for_is_not_set_back() -> None:
+    """By a tool that does not know how it was before."""
+    asked = replace(plan(), max_bandwidth=1 << 20)
+    assert default_settings(asked).parameters == {"max-bandwidth": 128 << 20}
+    assert default_settings(replace(plan(), downtime_limit=1.5)).parameters == {
+        "downtime-limit": 300
+    }
+    assert not any(default_settings(asked).capabilities.values())
 
 
 # -- the seal ------------------------------------------------------------------------------
@@ -248,6 +264,25 @@ async def test_a_disk_that_comes_back_takes_its_content_from_the_destination(
             with pytest.raises(PeerError, match=f"not generation {generation}"):
                 with nbdstream_serve(there, again["uri"]):
                     pass
+
+
+async def test_an_offer_ends_though_its_client_takes_no_replies(
+    tmp_path: Path, image: Path
+) -> None:
+    """As one at the far end of a link that is cut: the guest waits for the seal to come off."""
+    listen = f"unix:{tmp_path / 'offer'}"
+    with nbdkit("file", image, readonly=True) as far:
+        with nbdstream_serve(tmp_path / "here.qcow2", far.uri) as source:
+            offer = await ask(source, "x-nbdstream-export-add", listen_at=listen)
+            await ask(source, "x-nbdstream-seal", generation=offer["generation"])
+            client = nbd.NBD()
+            client.connect_uri(offer["uri"])
+            buffers = [nbd.Buffer(SIZE) for _ in range(8)]  # far more than a socket holds
+            for buffer in buffers:
+                client.aio_pread(buffer, 0)
+            with trio.fail_after(STOP_TIMEOUT / 2):
+                await ask(source, "x-nbdstream-unseal", generation=offer["generation"])
+            write(source.uri, "write 0 4k")
 
 
 async def test_a_leaf_that_only_stood_by_is_no_disk(tmp_path: Path, image: Path) -> None:

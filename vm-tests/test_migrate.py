@@ -358,6 +358,33 @@ async def test_the_sources_server_is_away_once_the_guest_has_gone(
     await finish(ends, there.leaf, seen)
 
 
+async def test_the_sources_server_dies_while_the_guest_stands_still(
+    ends: Ends, remote: Peer, tmp_path: Path
+) -> None:
+    """Sealed as the disk is then, the operator has to take the migration back."""
+    leaf = tmp_path / "here.qcow2"
+    with ExitStack() as servers:
+        server = servers.enter_context(nbdstream_serve(leaf, remote.uri))
+        plan = ends.plan(ends.disk("qcow2", control=str(server.control)))
+
+        def kill(phase: Phase, facts: JSONObject) -> None:
+            if phase is Phase.ACTIVATING and not facts:
+                server.kill()
+
+        async with migration.source(ends, Disk.nbd(server.uri, reconnect_delay=600)) as guest:
+            with pytest.raises(MigrationError, match="belongs to the source, but could not end"):
+                await Migration(plan, kill).run()
+            seen = last_acknowledged(guest.console.transcript)
+            assert (await guest.guest.qmp.execute("query-status"))["running"]
+            with nbdstream_serve(leaf, socket_path=server.socket) as sealed:
+                disk = replace(plan.disks[0], source_control=str(sealed.control))
+                assert "taken back" in await take_back(replace(plan, disks=(disk,)))
+            assert read_seal(str(leaf)) is None
+            with nbdstream_serve(leaf, socket_path=server.socket):
+                await guest.console.wait_for(rf"ACK {seen + 3}\b", 60)
+                assert "I/O error" not in guest.console.transcript
+
+
 async def test_on_the_command_line(ends: Ends, busybox_disk: Path) -> None:
     """Interrupted once, killed once and taken back, and then done."""
     plan = ends.plan(ends.disk("qcow2", node="disk0"), max_bandwidth=20 << 20, downtime_limit=0.001)
