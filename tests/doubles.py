@@ -165,6 +165,10 @@ class MemoryLeaf(Leaf):
         for block in self._blocks(cluster, len(content)):
             self.states[block] = State.COMPRESSED
 
+    def data_between(self, start: int, end: int) -> bool:
+        """Whether all of a range is DATA."""
+        return {self.states[block] for block in self._blocks(start, end - start)} == {State.DATA}
+
     def cold(self) -> ColdMetadata:
         """The signal, naming a place that can really be warmed."""
         return ColdMetadata(self.fd, 0, 1)

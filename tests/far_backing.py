@@ -5,30 +5,10 @@ For tests under trio's MockClock: a read takes a round trip plus its turn on a F
 of a given rate, and background work gets room as a perfect window would give it.
 """
 
-import os
-import tempfile
-
 import trio
 
 from nbdstream.backing.base import BackingStatistics, Priority
-from nbdstream.leaf.base import State
-from tests.doubles import GatedBacking, MemoryLeaf
-
-
-class CachedLeaf(MemoryLeaf):
-    """A `MemoryLeaf` in a real file, which the hot path can read: memory files do not know
-    RWF_NOWAIT, so each read would go to a worker thread, and virtual time know nothing of it."""
-
-    def __init__(self, size: int, *, block_size: int, cluster_size: int) -> None:
-        super().__init__(size, block_size=block_size, cluster_size=cluster_size)
-        os.close(self.fd)
-        with tempfile.TemporaryFile(dir="/var/tmp") as file:  # which is never in memory
-            file.truncate(size)
-            self.fd = os.dup(file.fileno())
-
-    def data_between(self, start: int, end: int) -> bool:
-        """Whether all of a range is DATA."""
-        return {self.states[block] for block in self._blocks(start, end - start)} == {State.DATA}
+from tests.doubles import GatedBacking
 
 
 class FarBacking(GatedBacking):

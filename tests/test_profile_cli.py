@@ -151,7 +151,11 @@ def test_a_deadline_that_the_link_cannot_meet_is_told_within_seconds(
             peer.wait_until(lambda: "cannot finish" in peer.stderr(), "warning", 30)
             told = statistics(peer)["job"]["finish-by"]
             assert isinstance(told, dict) and told["on-time"] is False
-            assert 10 < told["late"] < 60
+
+            def lateness_is_right() -> bool:  # the rate filter gives a burst at first
+                return 20 < statistics(peer)["job"]["finish-by"]["late"] < 50
+
+            peer.wait_until(lateness_is_right, "an honest estimate", 20)
             shown = nbdstream("status", str(peer.control)).stdout
             assert "too late for its deadline" in shown and "finish:" in shown
 

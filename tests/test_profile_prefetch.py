@@ -20,7 +20,8 @@ from nbdstream.leaf.base import BackingReference, State
 from nbdstream.streamer.job import StreamJob
 from nbdstream.streamer.prefetch import LOOK_AHEAD, MERGE_MOST, Prefetcher, merged
 from nbdstream.streamer.profile import Profile, Range
-from tests.far_backing import CachedLeaf, FarBacking
+from tests.doubles import MemoryLeaf
+from tests.far_backing import FarBacking
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -43,8 +44,8 @@ BOOT = profile(*((unit * CLUSTER, CLUSTER) for unit in ORDER))
 
 
 @asynccontextmanager
-async def far_disk() -> AsyncIterator[tuple[StreamedDisk, CachedLeaf, FarBacking]]:
-    leaf = CachedLeaf(SIZE, block_size=4 * KIB, cluster_size=CLUSTER)
+async def far_disk() -> AsyncIterator[tuple[StreamedDisk, MemoryLeaf, FarBacking]]:
+    leaf = MemoryLeaf(SIZE, block_size=4 * KIB, cluster_size=CLUSTER)
     leaf.backing = BackingReference("memory:", "raw", SIZE, IDENTITY)
     backing = FarBacking(CONTENT, rate=RATE, rtt=RTT)
     backing.room = MIB
@@ -145,7 +146,7 @@ async def test_what_is_local_is_passed_over(autojump_clock: trio.testing.MockClo
 async def test_a_profile_serves_leaves_with_other_clusters(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    leaf = CachedLeaf(SIZE, block_size=4 * KIB, cluster_size=4 * KIB)
+    leaf = MemoryLeaf(SIZE, block_size=4 * KIB, cluster_size=4 * KIB)
     leaf.backing = BackingReference("memory:", "raw", SIZE, IDENTITY)
     async with open_disk(leaf, FarBacking(CONTENT, rate=RATE, rtt=RTT)) as disk:
         await Prefetcher(disk, BOOT).run()

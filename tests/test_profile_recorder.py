@@ -23,7 +23,8 @@ from nbdstream.streamer.recorder import (
     RECORD_TIME,
     record_boot,
 )
-from tests.far_backing import CachedLeaf, FarBacking
+from tests.doubles import MemoryLeaf
+from tests.far_backing import FarBacking
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -36,7 +37,7 @@ REFERENCE = BackingReference("memory:", "raw", SIZE, "s1:abc")
 @asynccontextmanager
 async def booting(path: Path, *, backing: bool = True) -> AsyncIterator[StreamedDisk]:
     """A disk whose boot is recorded beside ``path``."""
-    leaf = CachedLeaf(SIZE, block_size=4 * KIB, cluster_size=CLUSTER)
+    leaf = MemoryLeaf(SIZE, block_size=4 * KIB, cluster_size=CLUSTER)
     leaf.path = str(path)
     leaf.backing = REFERENCE if backing else None  # type: ignore[assignment]
     far = FarBacking(CONTENT, rate=100e6, rtt=0.001) if backing else None

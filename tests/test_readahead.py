@@ -16,7 +16,8 @@ from nbdstream.disk.readahead import STREAMS, WINDOW_FIRST, WINDOW_MOST_LEAST
 from nbdstream.errors import BackingReadError
 from nbdstream.export import Hit
 from nbdstream.leaf.base import State
-from tests.far_backing import CachedLeaf, FarBacking
+from tests.doubles import MemoryLeaf
+from tests.far_backing import FarBacking
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -31,8 +32,8 @@ RTT = 0.1
 @asynccontextmanager
 async def far_disk(
     *, cluster_size: int = 64 * KIB, rate: float = RATE, rtt: float = RTT, copy_on_read: bool = True
-) -> AsyncIterator[tuple[StreamedDisk, CachedLeaf, FarBacking]]:
-    leaf = CachedLeaf(SIZE, block_size=4 * KIB, cluster_size=cluster_size)
+) -> AsyncIterator[tuple[StreamedDisk, MemoryLeaf, FarBacking]]:
+    leaf = MemoryLeaf(SIZE, block_size=4 * KIB, cluster_size=cluster_size)
     backing = FarBacking(CONTENT, rate=rate, rtt=rtt)
     async with open_disk(leaf, backing, copy_on_read=copy_on_read) as disk:
         yield disk, leaf, backing

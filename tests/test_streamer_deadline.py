@@ -18,7 +18,8 @@ from nbdstream.qmp import DeviceNotActive, GenericError
 from nbdstream.streamer.deadline import MEASURE_TIME, PACE_LEAST, Deadline
 from nbdstream.streamer.job import StreamJob
 from tests.control_room import DEVICE, ask, control_room
-from tests.far_backing import CachedLeaf, PacedBacking
+from tests.doubles import MemoryLeaf
+from tests.far_backing import PacedBacking
 
 MIB = 1 << 20
 SIZE = 32 * MIB
@@ -174,7 +175,7 @@ async def test_a_paused_job_is_not_paced_and_not_judged(
 
 @asynccontextmanager
 async def streaming(rate: float) -> AsyncIterator[tuple[StreamJob, PacedBacking]]:
-    leaf = CachedLeaf(SIZE, block_size=64 << 10, cluster_size=64 << 10)
+    leaf = MemoryLeaf(SIZE, block_size=64 << 10, cluster_size=64 << 10)
     backing = PacedBacking(CONTENT, rate=rate, rtt=RTT)
     async with open_disk(leaf, backing) as disk, trio.open_nursery() as nursery:
         job = StreamJob(disk, job_id="stream")

@@ -43,6 +43,7 @@ from nbdstream.leaf.base import (
     LeafExtent,
     State,
 )
+from nbdstream.leaf.files import hot_read_flags
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -131,6 +132,7 @@ class StreamedDisk:
         self._thawed = trio.Event()
         self._standing_by = False
         self._locate = leaf.locate
+        self._hot = hot_read_flags(leaf.fd)
         self._flusher = Flusher(leaf)
         self._lookup = Lookup(leaf, backing)
         self._fetcher: Fetcher | None = None
@@ -152,7 +154,7 @@ class StreamedDisk:
         host = self._locate(offset, len(view))
         if host >= 0:
             try:
-                done = os.preadv(self.leaf.fd, (view,), host, os.RWF_NOWAIT)
+                done = os.preadv(self.leaf.fd, (view,), host, self._hot)
             except OSError:
                 return Hit.MISS  # not in the page cache (EAGAIN), or the slow path's to report
             return Hit.DONE if done == len(view) else Hit.MISS
@@ -235,7 +237,7 @@ class StreamedDisk:
         if extent.state is State.COMPRESSED:
             return False
         try:
-            return os.preadv(self.leaf.fd, [view], extent.host, os.RWF_NOWAIT) == len(view)
+            return os.preadv(self.leaf.fd, [view], extent.host, self._hot) == len(view)
         except OSError:
             return False
 

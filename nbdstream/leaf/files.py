@@ -20,6 +20,10 @@ _ZERO_RANGE = 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
+
+_TMPFS_MAGIC = 0x01021994  # linux/magic.h
+_STATFS_SIZE = 256  # of struct statfs, generously; it begins with the type, a long
 
 # Written where the file system can neither punch nor zero a range.
 _ZEROES = memoryview(bytes(1 << 20))
@@ -55,6 +59,26 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
         fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
     except OSError:
         pass  # then it stays in use: nothing but space is lost
+
+
+def hot_read_flags(fd: int) -> int:
+    """The flags with which preadv(2) reads what is in memory and does not wait for a device.
+
+    That is RWF_NOWAIT; tmpfs does not know it, and does not need it.
+    """
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP and _is_in_memory(fd):
+            return 0
+    return os.RWF_NOWAIT
+
+
+def _is_in_memory(fd: int) -> bool:
+    statfs = ctypes.create_string_buffer(_STATFS_SIZE)
+    return _libc.fstatfs(fd, statfs) == 0 and (
+        ctypes.c_long.from_buffer(statfs).value == _TMPFS_MAGIC
+    )
 
 
 def read_cached(fd: int, offset: int, length: int) -> bytes:
