@@ -65,6 +65,9 @@ FAULTS: dict[str, tuple[Phase, ...]] = {
 
 SOURCES = ("file.raw", "file.qcow2", "leaf.raw", "leaf.qcow2", "leaf.qed")
 LEAVES = ("raw", "qcow2", "qed")
+# By post-copy the guest's memory is at both ends for a while: the loss of either, or of the
+# link between them, is the guest's death, and no test.
+_FATAL_TO_POSTCOPY = ("destination's QEMU killed", "source's server killed", "memory's link")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Trial:
     phase: Phase
     delay: float
     mend: float | None
+    postcopy: bool
 
     def __str__(self) -> str:
         return f"{self.number}-{self.fault}-{self.phase.name}".replace(" ", "_").replace("'", "")
@@ -106,6 +110,7 @@ def _draw_one(numbers: random.Random, number: int, fault: str) -> Trial:
         phase,
         numbers.choice((0.0, numbers.uniform(0.0, longest))),
         numbers.choice((None, numbers.uniform(0.2, 3.0))),
+        numbers.random() < 0.4 and not fault.startswith(_FATAL_TO_POSTCOPY),
     )
 
 
@@ -125,14 +130,15 @@ class Outcome:
             "" if one.mend is None or "disk's link" not in one.fault else f", {one.mend:.1f} s long"
         )
         return (
-            f"{one.number:3}  {one.source:10} → {one.leaf:5}  {one.phase.name:10} "
+            f"{one.number:3}  {one.source:10} → {one.leaf:5}  "
+            f"{'post' if one.postcopy else 'pre':4}  {one.phase.name:10} "
             f"+{one.delay:5.3f} s  {one.fault + mended:36}  {self.home:11}  "
             f"{self.acknowledged:5} {self.found:5}"
         )
 
 
 HEAD = (
-    f"{'#':>3}  {'source → leaf':18}  {'phase':10} {'after':>8}  {'fault':36}  "
+    f"{'#':>3}  {'source → leaf':18}  {'copy':4}  {'phase':10} {'after':>8}  {'fault':36}  "
     f"{'guest at':11}  {'acked':>5} {'found':>5}"
 )
 
@@ -222,6 +228,7 @@ class Run:
             memory_listen=f"unix:{self.ends.path('memory')}",
             command=(*plan.command, *more),
             max_bandwidth=MEMORY_BANDWIDTH,
+            postcopy_ram=self.trial.postcopy,
         )
 
     async def _migrate(self) -> bool:
@@ -288,6 +295,7 @@ class Run:
         options = ["--source-qmp", plan.source_qmp, "--destination-qmp", plan.destination_qmp]
         options += ["--memory", plan.memory, "--memory-listen", plan.memory_listen]
         options += ["--max-bandwidth", str(plan.max_bandwidth), "--disk", spelled]
+        options += ["--postcopy-ram"] if plan.postcopy_ram else []
         return [*options, "--", *plan.command]
 
     # -- the fault ---------------------------------------------------------------------
@@ -373,8 +381,11 @@ class Run:
 
     async def _judge_destination(self, stack: AsyncExitStack, guest: RunningGuest) -> None:
         """The guest goes on there once what is down is up again, and needs nothing of us."""
-        status = (await guest.guest.qmp.execute("query-status"))["status"]
-        assert status == "postmigrate", status
+        if self.trial.postcopy and self.trial.fault == "tool killed":
+            await self._continue_there()
+        with trio.fail_after(PATIENCE):
+            while await _run_state(guest.guest.qmp) != "postmigrate":  # noqa: ASYNC110
+                await trio.sleep(0.1)
         here = guest.console.transcript
         log = Path(self.ends.path("there.console"))
         if self.trial.fault == "source's server killed" and self._server is None:
@@ -396,6 +407,12 @@ class Run:
         raw = Path(self.ends.path("look.raw"))
         run(["qemu-img", "convert", "-f", self.trial.leaf, "-O", "raw", self._there.leaf, raw])
         self.outcome.found = records(raw)
+
+    async def _continue_there(self) -> None:
+        """With post-copy under way, the guest cannot go back, and is continued by hand."""
+        async with QMPClient.connect(self._plan.destination_qmp) as qmp:
+            if await _run_state(qmp) != "running":
+                await qmp.execute("cont")
 
     def _repair(self, stack: AsyncExitStack) -> None:
         """What the operator does, according to docs/migration.md."""
@@ -442,6 +459,11 @@ async def _listens(path: str) -> bool:
         await (await trio.open_unix_socket(path)).aclose()
         return True
     return False
+
+
+async def _run_state(qmp: QMPClient) -> str:
+    status: str = (await qmp.execute("query-status"))["status"]
+    return status
 
 
 async def _stats(control: str) -> JSONObject:

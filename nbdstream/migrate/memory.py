@@ -146,6 +146,17 @@ async def cancel(source: QMPClient) -> None:
             status = (await source.execute("query-migrate")).get("status", "none")
 
 
+async def settled_status(source: QMPClient) -> str:
+    """query-migrate's status; in the moment in which the guest is handed over, what comes of
+    that, unless it takes too long. Raises QMPError."""
+    deadline = trio.current_time() + STALL_SECONDS
+    while True:
+        status: str = (await source.execute("query-migrate")).get("status", "none")
+        if status != "device" or trio.current_time() > deadline:
+            return status
+        await trio.sleep(POLL_SECONDS)
+
+
 async def resume(source: QMPClient) -> None:
     """Let the guest go on at the source, if it has not by itself. Raises QMPError."""
     if not (await source.execute("query-status"))["running"]:

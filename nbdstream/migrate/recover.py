@@ -16,7 +16,7 @@ from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference
 from nbdstream.leaf.seal import generation_of
 from nbdstream.migrate.destination import delete_leaf, quit_qemu
-from nbdstream.migrate.memory import SPLIT, cancel, default_settings, resume
+from nbdstream.migrate.memory import SPLIT, cancel, default_settings, resume, settled_status
 from nbdstream.migrate.plan import DiskPlan, MigrationError, MigrationPlan
 from nbdstream.migrate.sources import QemuServer, make_sources
 from nbdstream.qmp import QMPError
@@ -63,7 +63,7 @@ async def _refuse_if_late(source: QMPClient, plan: MigrationPlan) -> None:
     """Raises MigrationError unless it is certain that the destination was not told to run."""
     if (await source.execute("query-status"))["running"]:
         return  # whatever query-migrate tells is of an earlier migration, such as to this host
-    status = (await source.execute("query-migrate")).get("status", "none")
+    status = await settled_status(source)
     if status in SPLIT:
         raise MigrationError(
             "too late: post-copy of the guest's memory has begun; if it does not run at the "

@@ -23,7 +23,7 @@ from nbdstream.migrate.destination import (
     quit_qemu,
     start_qemu,
 )
-from nbdstream.migrate.memory import SPLIT, Memory, Settings, cancel, resume
+from nbdstream.migrate.memory import SPLIT, Memory, Settings, cancel, resume, settled_status
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer, QemuServer, make_sources, nbd_uri
 from nbdstream.migrate.switchover import Phase, Undo, canonical, undo
@@ -283,7 +283,7 @@ class Migration:
         """Whether post-copy has begun, as far as anybody can tell."""
         with suppress(QMPError), trio.move_on_after(UNDO_SECONDS):
             async with QMPClient.connect(self.plan.source_qmp) as source:
-                return (await source.execute("query-migrate")).get("status") in SPLIT
+                return await settled_status(source) in SPLIT
         return True
 
     async def _undo(self, step: Undo) -> None:
