@@ -21,6 +21,7 @@ LOOP = (
     "read up x </proc/uptime; echo $i $up; done) 4<>/dev/never >/dev/ttyS1 2>/dev/null &"
 )
 _POLL = 0.02
+_PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,16 @@ class Pulse:
         self._changed.unpark_all()
 
     async def wait_here(self, beats: int) -> None:
-        """Wait until the source's guest has sent so many."""
-        while len(self.here) < beats:
-            await self._changed.park()
+        """Wait until the source's guest has sent so many. Raises TooSlowError."""
+        with trio.fail_after(_PATIENCE):
+            while len(self.here) < beats:
+                await self._changed.park()
 
     async def wait_there(self) -> float:
-        """Wait until the guest lives at the destination; when that was."""
-        while not self.there:
-            await self._changed.park()
+        """Wait until the guest lives at the destination; when that was. Raises TooSlowError."""
+        with trio.fail_after(_PATIENCE):
+            while not self.there:
+                await self._changed.park()
         return self.there[0].heard
 
     def pause(self) -> Pause:

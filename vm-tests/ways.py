@@ -12,6 +12,8 @@ switched off, and every record that it acknowledged, at either end, has to be on
 """
 
 import os
+import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -224,11 +226,13 @@ def grow(disk: Path, size: int, data: int) -> None:
 async def migrate(way: Way) -> Outcome:
     """Boot a guest, have it work, move it, and see that it has lost nothing.
 
-    Raises WayError if it has, and what `migration` and `Migration.run` raise.
+    Raises WayError if it has, SystemExit on SIGTERM, and what `migration` and `Migration.run`
+    raise; whatever was started is ended then.
     """
     ends, beats = way.ends, Pulse()
     try:
         async with open_background_nursery() as nursery:
+            nursery.start_soon(_heed_signal)
             nursery.start_soon(beats.listen, ends.path("source.pulse"), ends.path("there.pulse"))
             async with migration.source(ends, Disk.file(way.disk)) as guest:
                 await guest.console.send(f"{pulse.LOOP}\n")
@@ -238,7 +242,7 @@ async def migrate(way: Way) -> Outcome:
                 began = trio.current_time()
                 pause = await way.move(guest.guest.qmp)
                 complete = trio.current_time() - began
-                running = await beats.wait_there() - began
+                running = await _wait_there(way, beats) - began
                 memory, disk = (
                     after - count for after, count in zip(way.road.moved(), before, strict=True)
                 )
@@ -259,13 +263,35 @@ async def migrate(way: Way) -> Outcome:
     )
 
 
+async def _wait_there(way: Way, beats: Pulse) -> float:
+    """When the guest gave its first sign of life at the destination."""
+    try:
+        return await beats.wait_there()
+    except trio.TooSlowError:
+        async with QMPClient.connect(way.ends.path("there.qmp")) as there:
+            status = (await there.execute("query-status"))["status"]
+        console = _console(way)
+        raise WayError(f"no sign of life there: {status}; its console: {console[-80:]!r}") from None
+
+
+async def _heed_signal() -> None:
+    """Have SIGTERM end this as an error does: nothing that was started stays behind."""
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _number in signals:
+            sys.exit(1)
+
+
 async def _end_there(way: Way, seen: int) -> int:
     """See that the guest still writes, and switch it off; the last record it acknowledged."""
     await wait_acknowledged(way.ends, seen + RECORDS_AFTER)
     await migration.power_off(way.ends)
     await way.leave()
-    console = Path(way.ends.path("there.console"))
-    return last_acknowledged(console.read_text(errors="replace"))  # noqa: ASYNC240
+    return last_acknowledged(_console(way))
+
+
+def _console(way: Way) -> str:
+    """What the guest has said at the destination."""
+    return Path(way.ends.path("there.console")).read_text(errors="replace")
 
 
 def _check(way: Way, last: int) -> None:
