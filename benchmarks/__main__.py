@@ -12,7 +12,7 @@ from benchmarks.report import Options, Report, describe_machine, versions
 from tests.peers import MissingPeer, PeerError
 
 # Each is a module with `run(options: Options) -> Report`.
-NAMES = ("hotpath", "misses", "memory", "stream", "contention", "writes", "boot")
+NAMES = ("hotpath", "misses", "memory", "stream", "contention", "writes", "boot", "migration")
 
 
 def _arguments() -> argparse.Namespace:
