@@ -4,7 +4,8 @@
 - `MemoryOnly`: both ends have the same disk, as on shared storage. The yardstick;
 - `Nbdstream`: ``nbdstream migrate``. The guest first, its disk afterwards;
 - `Mirror`: QEMU's own way, ``blockdev-mirror`` to an NBD server at the destination, then
-  memory.
+  memory. The guest's writes wait for the mirror (``write-blocking``): it does not catch up
+  with a busy guest otherwise, but by chance.
 
 Each begins with a guest at work on its disk. Afterwards the source is gone, and its disk is
 deleted where there is another; the guest goes on writing at the destination until it is
@@ -199,6 +200,7 @@ class Mirror(MemoryOnly):
         node = Disk.nbd(f"nbd://{door.reach}/{NODE}").blockdev
         await source.execute("blockdev-add", {**node, "node-name": "target"})
         job = {"job-id": "mirror", "device": NODE, "target": "target", "sync": "full"}
+        job["copy-mode"] = "write-blocking"
         self.say("mirroring the disk")
         await source.execute("blockdev-mirror", job)
         with trio.fail_after(PATIENCE):
