@@ -76,9 +76,11 @@ async def start(
     *disks: Disk,
     on_console: Callable[[str], None] | None = None,
     extra: tuple[str, ...] = (),
+    prefix: tuple[str, ...] = (),
 ) -> AsyncIterator[RunningGuest]:
     """Start *system* from the first of *disks*; QEMU has just begun when the block does."""
-    machine = Machine(disks=disks, memory=system.memory, extra=("-no-reboot", *extra))
+    arguments = ("-no-reboot", *extra)
+    machine = Machine(disks=disks, memory=system.memory, extra=arguments, prefix=prefix)
     async with run_qemu(machine, on_console) as guest:
         yield RunningGuest(system, guest)
 
@@ -89,9 +91,10 @@ async def boot(
     *disks: Disk,
     on_console: Callable[[str], None] | None = None,
     extra: tuple[str, ...] = (),
+    prefix: tuple[str, ...] = (),
 ) -> AsyncIterator[RunningGuest]:
     """As ``start``, but the guest is at its shell prompt when the block begins."""
-    async with start(system, *disks, on_console=on_console, extra=extra) as guest:
+    async with start(system, *disks, on_console=on_console, extra=extra, prefix=prefix) as guest:
         await guest.wait_login()
         await guest.wait_shell()
         yield guest

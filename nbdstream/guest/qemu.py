@@ -54,6 +54,8 @@ class Machine:
     """A virtio network card behind QEMU's own NAT."""
     extra: tuple[str, ...] = ()
     """Further QEMU arguments, as they are."""
+    prefix: tuple[str, ...] = ()
+    """Put before QEMU's command, such as ``ip netns exec NAME``; it has to become QEMU."""
 
     def arguments(self, accelerator: Accelerator) -> list[str]:
         """Return QEMU's arguments, but for QMP and the captured console."""
@@ -129,7 +131,7 @@ async def run_qemu(
     block fails because QEMU died. Cancelled: QEMU is ended just so.
     """
     accelerator = machine.accelerator or await probe_accelerator()
-    command = [qemu_binary(), *machine.arguments(accelerator)]
+    command = [*machine.prefix, qemu_binary(), *machine.arguments(accelerator)]
     captured = machine.serial == "console"
     qmp_stream, qmp_there = _socket_pair()
     serial_stream, serial_there = _socket_pair()
