@@ -28,13 +28,14 @@ class Door:
 
 @dataclass(frozen=True)
 class Road:
-    """``what`` describes it; ``prefix`` is put before commands that run at the destination.
+    """``what`` describes it; ``here`` and ``there`` are put before what runs at either end.
     ``memory`` and ``target`` (of a mirror) are doors at the destination, ``offer`` (of a disk)
     is one at the source. ``moved`` returns the bytes that went over the road so far, both
     ways: of memory, of disks."""
 
     what: str
-    prefix: tuple[str, ...]
+    here: tuple[str, ...]
+    there: tuple[str, ...]
     memory: Door
     target: Door
     offer: Door
@@ -43,8 +44,7 @@ class Road:
 
 @contextmanager
 def road(directory: Path, shape: Shape) -> Iterator[Road]:
-    """A road of this shape, with its sockets, if any, in ``directory``. What this thread and
-    its later children start meanwhile is at the source. Raises OSError."""
+    """A road of this shape, with its sockets, if any, in ``directory``. Raises OSError."""
     with _emulated(directory, shape) if wire.missing() else _namespaces(shape) as made:
         yield made
 
@@ -62,7 +62,7 @@ def _namespaces(shape: Shape) -> Iterator[Road]:
         )
         offer = f"{wire.HERE}:{DISK_PORT}"
         what = "two network namespaces, one wire between them"
-        yield Road(what, joined.prefix, memory, target, Door(offer, offer), moved)
+        yield Road(what, joined.here, joined.there, memory, target, Door(offer, offer), moved)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _emulated(directory: Path, shape: Shape) -> Iterator[Road]:
             for listen, link in zip(sockets, (memory, disk), strict=True)
         ]
         what = f"no namespaces ({wire.missing()}), an emulated link each for memory and disk"
-        yield Road(what, (), doors[0], doors[1], doors[1], lambda: (_sent(memory), _sent(disk)))
+        yield Road(what, (), (), doors[0], doors[1], doors[1], lambda: (_sent(memory), _sent(disk)))
 
 
 def _sent(link: LinkProcess) -> int:

@@ -105,7 +105,7 @@ class Way(ABC):
         disk = self.ends.disk("raw", node=NODE)
         return replace(
             self.ends.plan(replace(disk, listen=offer.listen, reach=offer.reach)),
-            prefix=self.road.prefix,
+            prefix=self.road.there,
             memory=_uri(memory.reach),
             memory_listen=_uri(memory.listen),
         )
@@ -236,7 +236,7 @@ async def migrate(way: Way) -> Outcome:
         async with open_background_nursery() as nursery:
             nursery.start_soon(_heed_signal)
             nursery.start_soon(beats.listen, ends.path("source.pulse"), ends.path("there.pulse"))
-            async with migration.source(ends, Disk.file(way.disk)) as guest:
+            async with migration.source(ends, Disk.file(way.disk), prefix=way.road.here) as guest:
                 await guest.console.send(f"{pulse.LOOP}\n")
                 await beats.wait_here(BEATS)
                 way.say("the guest is up, and writes")

@@ -12,7 +12,6 @@ processor: guests need it more. The rate counts whole packets, `moved` only TCP'
 
 import argparse
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -128,16 +127,12 @@ def _answer(ways: tuple[Way, Way]) -> None:
 
 @dataclass(frozen=True)
 class Wire:
-    """Two namespaces by name, with the addresses `HERE` and `THERE`, and what joins them."""
+    """Two namespaces, with the addresses `HERE` and `THERE`, and what joins them. ``here`` and
+    ``there`` are put before a command to run it in one of them."""
 
-    here: str
-    there: str
+    here: tuple[str, ...]
+    there: tuple[str, ...]
     process: subprocess.Popen[str]
-
-    @property
-    def prefix(self) -> tuple[str, ...]:
-        """Put before a command, it runs there."""
-        return ("ip", "netns", "exec", self.there)
 
     def moved(self, port: int) -> int:
         """Bytes that went over the wire so far, both ways, on connections to this port."""
@@ -159,8 +154,7 @@ def missing() -> str:
 def wire(shape: Shape) -> Iterator[Wire]:
     """Two namespaces joined by a wire of this shape; gone with the block.
 
-    Meanwhile this thread, and what it starts, is in the first of them. Raises OSError,
-    CalledProcessError.
+    Raises OSError, CalledProcessError.
     """
     assert shape.rate is not None
     shape = replace(shape, queue=int(shape.rate / 8 * QUEUE_SECONDS))
@@ -186,32 +180,14 @@ def wire(shape: Shape) -> Iterator[Wire]:
             _ip(*inside, "address", "add", address, "peer", peer, "dev", device)
             _ip(*inside, "link", "set", device, "mtu", str(MTU), "up")
             _ip(*inside, "link", "set", "lo", "up")
-        for name in names:  # what most machines have; others pace, and probe with pauses
-            cubic = Path("/proc/sys/net/ipv4/tcp_congestion_control")
-            with _inside(name), contextlib.suppress(OSError):
-                cubic.write_text("cubic")
-        stack.enter_context(_inside(names[0]))
-        yield Wire(names[0], names[1], process)
+            # What most machines have; others' default paces, and probes with pauses.
+            _ip(*inside, "route", "replace", peer, "dev", device, "congctl", "cubic")
+        here, there = (("ip", "netns", "exec", name) for name in names)
+        yield Wire(here, there, process)
 
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
-
-
-@contextlib.contextmanager
-def _inside(namespace: str) -> Iterator[None]:
-    """Have this thread be in a network namespace."""
-    with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{namespace}") as wanted:
-        _set_namespace(wanted.fileno())
-        try:
-            yield
-        finally:
-            _set_namespace(before.fileno())
-
-
-def _set_namespace(fd: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).setns(fd, 0) != 0:
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 if __name__ == "__main__":
