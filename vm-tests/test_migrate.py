@@ -32,7 +32,7 @@ from nbdstream.qmp import JSONObject, QMPConnectionError
 from nbdstream.service import describe_backing
 from tests.peers import Peer, PeerError, make_image, nbdkit, nbdstream_serve, run
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -375,6 +375,8 @@ async def test_the_sources_server_dies_while_the_guest_stands_still(
             with pytest.raises(MigrationError, match="belongs to the source, but could not end"):
                 await Migration(plan, kill).run()
             seen = last_acknowledged(guest.console.transcript)
+            with pytest.raises(MigrationError, match=r"may still be sealed.*once more"):
+                await take_back(plan)
             assert (await guest.guest.qmp.execute("query-status"))["running"]
             with nbdstream_serve(leaf, socket_path=server.socket) as sealed:
                 disk = replace(plan.disks[0], source_control=str(sealed.control))

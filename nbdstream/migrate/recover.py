@@ -32,22 +32,33 @@ _POLL = 0.1
 async def take_back(plan: MigrationPlan) -> str:
     """Have the guest go on at the source; a line that says what was done.
 
-    Raises MigrationError if it is too late, or if nobody can tell whether it is; QMPError.
+    Raises MigrationError if it is too late, if nobody can tell whether it is, or if a disk's
+    server does not answer (then the rest is done); QMPError.
     """
     async with QMPClient.connect(plan.source_qmp) as source:
         await _refuse_if_late(source, plan)
         server = QemuServer()
         server.qmp = source
         await quit_qemu(plan.destination_qmp, None)
-        generations = []
-        for disk in make_sources(plan.disks, server):
-            generations.append(await disk.adopt())
-            await disk.unseal()
+        generations, troubles = [], []
+        for disk, planned in zip(make_sources(plan.disks, server), plan.disks, strict=True):
+            generation = ""
+            try:
+                generation = await disk.adopt()
+                await disk.unseal()
+            except QMPError as error:
+                troubles.append(f"{planned.source} may still be sealed: {error}")
+            generations.append(generation)
         if any(planned.source_node for planned in plan.disks):
             await server.clear()
         await cancel(source)
         await resume(source)
         await default_settings(plan).restore(source)
+    if troubles:
+        raise MigrationError(
+            f"the guest was continued at the source, but {'; '.join(troubles)}; see to that, "
+            "and take the migration back once more"
+        )
     # Once more: it may have been about to start.
     await quit_qemu(plan.destination_qmp, None)
     left = [
