@@ -20,8 +20,10 @@ import trio
 import trio.testing
 
 from nbdstream.backing.base import BackingStatistics
+from nbdstream.cli import steer
 from nbdstream.cli.progress import ProgressLine, Snapshot, show_progress
 from nbdstream.control.report import statistics
+from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf.base import State
 from nbdstream.streamer.job import JobStatus
 from tests.control_room import DEVICE, SIZE, Room, control_room
@@ -178,6 +180,23 @@ async def test_watch_of_what_is_over_or_never_began(tmp_path: Path) -> None:
         await room.stream.completed.wait()
         over = await nbdstream("watch", room.path)
         assert over.returncode == 0 and "everything is local" in over.stdout
+
+
+async def test_watch_of_a_job_that_ends_at_the_first_look(tmp_path: Path) -> None:
+    async with control_room(tmp_path, gated=True) as room, QMPClient.connect(room.path) as qmp:
+        room.stream.start()
+        execute = qmp.execute
+
+        async def late(command: str) -> Any:
+            answer = await execute(command)
+            if command == "x-nbdstream-stats":
+                open_gates(room)
+                await room.stream.completed.wait()
+            return answer
+
+        qmp.execute = late  # type: ignore[assignment,method-assign]
+        with trio.fail_after(20):
+            await steer._watch(qmp)
 
 
 async def test_watch_ends_quietly_on_control_c(tmp_path: Path) -> None:

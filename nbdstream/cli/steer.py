@@ -48,7 +48,10 @@ def _run(control: str, work: Callable[[QMPClient], Awaitable[T]]) -> T:
 
 async def _job_id(qmp: QMPClient) -> str:
     """The active job's name. Raises NbdstreamError if there is none."""
-    jobs = await qmp.execute("query-jobs")
+    return _name_of(await qmp.execute("query-jobs"))
+
+
+def _name_of(jobs: list[JSONObject]) -> str:
     if not jobs:
         raise NbdstreamError("no stream job is active ('resume' starts one)")
     return str(jobs[0]["id"])
@@ -144,11 +147,14 @@ def watch(control: str) -> None:
 
 
 async def _watch(qmp: QMPClient) -> None:
+    # In this order: a job that ends after the first look has left its event, and one that had
+    # ended before it shows in the second.
+    jobs = await qmp.execute("query-jobs")
     snapshot = Snapshot.of(await _report(qmp))
     if snapshot.state == "complete":
         click.echo("complete: everything is local")
         return
-    job_id = await _job_id(qmp)
+    job_id = _name_of(jobs)
     with ProgressLine() as line:
         event = await _follow(qmp, job_id, line)
         if event.name == "BLOCK_JOB_COMPLETED" and "error" not in event.data:
