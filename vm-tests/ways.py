@@ -252,7 +252,7 @@ async def migrate(way: Way) -> Outcome:
             allocated = way.disk.stat().st_blocks * 512
             if way.disk_there != way.disk:
                 way.disk.unlink()
-            way.say("the source is gone")
+                way.say("the source is gone, and its image deleted")
             heard = beats.pause()
             last = await _end_there(way, seen)
     finally:
