@@ -17,7 +17,7 @@ import trio.testing
 import guests
 import libvirt_support
 import migration
-from libvirt_support import DOMAIN, Host, domain_xml, host
+from libvirt_support import DOMAIN, Host, VirshError, domain_xml, host
 from migration import SMALL, WRITER, Ends, last_acknowledged, records, wait_acknowledged
 from nbdstream.guest.console import Console
 from nbdstream.guest.qmp import QMPClient
@@ -139,7 +139,8 @@ async def running_domain(site: Site) -> AsyncIterator[Console]:
     """The domain boots at the source, and its writer and its pulse begin."""
     ends = site.ends
     await libvirt_support.ready(site.here, site.there)
-    await site.here.virsh("create", "--paused", xml_file("here", ends))
+    await site.here.virsh("define", xml_file("here", ends))
+    await site.here.virsh("start", "--paused", DOMAIN)
     stream = await trio.open_unix_socket(ends.path("here.serial"))
     async with stream, open_background_nursery() as nursery:
         console = Console(stream)
@@ -152,11 +153,23 @@ async def running_domain(site: Site) -> AsyncIterator[Console]:
         yield console
 
 
+async def end_source(site: Site) -> None:
+    """End the source's server. Where the domain is still defined, somebody starts both once
+    more: that is refused, for the disk is read-only."""
+    await migration.end_server(str(site.server.control))
+    if not await site.here.state():
+        return
+    leaf, socket = (Path(site.ends.path(name)) for name in ("here.qcow2", "here.nbd"))
+    with nbdstream_serve(leaf, socket_path=socket), pytest.raises(VirshError) as refused:
+        await site.here.virsh("start", DOMAIN)
+    print(refused.value)
+
+
 async def finish(site: Site, seen: int) -> None:
     """The source is gone for good, the guest writes on, and all that it acknowledged is in
     the destination's leaf."""
     ends = site.ends
-    await migration.end_server(str(site.server.control))
+    await end_source(site)
     remove(ends.path("here.qcow2"))
     await wait_acknowledged(ends, last_acknowledged(said(ends)) + 3)
     await site.there.virsh("destroy", DOMAIN)
@@ -172,8 +185,11 @@ def said(ends: Ends) -> str:
     return Path(ends.path("there.console")).read_text(errors="replace")
 
 
-@pytest.mark.parametrize("way", [(), ("--p2p",)], ids=["client", "p2p"])
+@pytest.mark.parametrize(
+    "way", [(), ("--p2p", "--persistent", "--undefinesource")], ids=["client", "p2p"]
+)
 async def test_a_domain_moves(site: Site, way: tuple[str, ...]) -> None:
+    """Where its definition stays behind, it cannot be used any more."""
     pulse, ends = Pulse(), site.ends
     async with open_background_nursery() as nursery, running_domain(site) as console:
         # Nobody may miss its first beat.
@@ -188,8 +204,12 @@ async def test_a_domain_moves(site: Site, way: tuple[str, ...]) -> None:
         with trio.fail_after(60):
             await pulse.wait_there()
         print(pulse.pause(), await site.there.virsh("domjobinfo", "--completed", DOMAIN))
-        assert await site.here.state() == ""
         assert await site.there.state() == "running"
+        if way:
+            assert await site.here.state() == ""
+            assert DOMAIN in await site.there.virsh("list", "--name", "--persistent")
+        else:
+            assert await site.here.state() == "shut off"
         source = await site.ask_source("x-nbdstream-stats")
         assert not source["canonical"] and "sealed" in source["frozen"]
         await finish(site, seen)
