@@ -7,9 +7,8 @@ The clock starts when the guest is asked for, so making a leaf, starting a serve
 shaking hands over the link count; it stops when the console shows the login prompt. The
 boot profile is one that nbdstream recorded by itself while the same image was booted from
 another leaf, over a link without limits. Leaves, overlays and the local file are new files in
-TMPDIR, which has to be on a disk: reads of a file in /dev/shm cannot be tried without
-waiting (RWF_NOWAIT), so nbdstream is slower there. The far image is in the page cache from
-the first boot on.
+TMPDIR, as users have them on a disk. The far image is in the page cache from the first boot
+on.
 
 What the far side was asked for is taken from its own log, so no count of ours is relied on.
 `fetched twice` is what was read there beyond once, up to the login. For a whole life, the
