@@ -142,6 +142,14 @@ def from_file(image: Path, directory: Path) -> Sample:
     return Sample(until_login(time.monotonic(), Disk.file(copy)))
 
 
+def from_local_leaf(image: Path, directory: Path) -> Sample:
+    """From a leaf of nbdstream that is all local: what is left is what a server costs."""
+    leaf = copy_image(image, directory / "leaf.raw")
+    began = time.monotonic()
+    with nbdstream_serve(leaf) as server:
+        return Sample(until_login(began, Disk.nbd(server.uri)))
+
+
 def with_nbdstream(image: Path, directory: Path, leaf: str, *options: str) -> Sample:
     """From a new leaf over the link; once up, the rest streams without a limit."""
     with far_image(image, LINK) as far:
@@ -192,6 +200,7 @@ def record_profile(image: Path, directory: Path) -> Path:
 
 
 LOCAL = "local raw file"
+LOCAL_LEAF = "nbdstream, all local"
 PROFILE = "nbdstream, boot profile"
 NO_PROFILE = "nbdstream"
 QEMU = "QEMU copy-on-read"
@@ -208,6 +217,7 @@ def run(options: Options) -> Report:
             profile = shutil.copy(record_profile(image, scratch), kept)
         ways: dict[str, Callable[[Path], Sample]] = {
             LOCAL: lambda scratch: from_file(image, scratch),
+            LOCAL_LEAF: lambda scratch: from_local_leaf(image, scratch),
             PROFILE: lambda scratch: with_nbdstream(
                 image, scratch, "leaf.raw", "--prefetch", profile
             ),
@@ -243,6 +253,8 @@ def _fill(report: Report, samples: dict[str, list[Sample]]) -> None:
     blank = [None, None, None, None]
     with_profile = judged(ratio(login[PROFILE], login[LOCAL]), most=1.15)
     report.ratios.append(["with a profile / local", with_profile, *blank])
+    local_leaf = ratio(login[PROFILE], login[LOCAL_LEAF])
+    report.ratios.append(["with a profile / nbdstream, all local", local_leaf, *blank])
     without = judged(ratio(login[NO_PROFILE], login[QEMU]), most=0.7)
     report.ratios.append(["without a profile / QEMU", without, *blank])
     most = max(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.boot import Reads, count
 from benchmarks.chart import Band, Chart, Panel, Series
 from benchmarks.far import far_backing, qemu_leaf
 from benchmarks.link_model import Shape
@@ -68,6 +69,12 @@ def test_qemu_streams_from_far_away() -> None:
                     time.sleep(0.005)
         # The backing is gone, and everything is there.
         assert_same(image, leaf, "raw", "qcow2")
+
+
+def test_what_is_read_more_than_once_is_counted() -> None:
+    reads = [(0, 100), (200, 50), (50, 100), (225, 50), (210, 10), (1000, 10), (1000, 10)]
+    assert count(reads, []) == Reads(fetched=330, twice=50 + 25 + 10 + 10)
+    assert count(reads, [(1000, 10), (200, 40)]) == Reads(fetched=310, twice=50 + 25 + 10)
 
 
 def test_processes_are_accounted_for() -> None:
