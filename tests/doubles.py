@@ -11,9 +11,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import pytest
 import trio
 
 from nbdstream.backing.base import Backing, BackingStatistics, Priority
+from nbdstream.disk import buffers, fetch
+from nbdstream.disk.buffers import Buffers
 from nbdstream.errors import BackingReadError
 from nbdstream.extents import BackingExtent
 from nbdstream.leaf.base import (
@@ -292,3 +295,19 @@ class GatedBacking(Backing):
                 twice.append((read.offset, read.length))
             seen |= area
         return twice
+
+
+class PoisonedBuffers(Buffers):
+    """Whoever looks at a buffer after it was given back sees it."""
+
+    def give(self, buffer: bytearray) -> None:
+        buffer[:] = b"\xee" * len(buffer)
+        super().give(buffer)
+
+
+def poison_buffers() -> Iterator[None]:
+    """For a fixture: buffers of every size are used again, and poisoned in between."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buffers, "LEAST", 1)
+        patch.setattr(fetch, "Buffers", PoisonedBuffers)
+        yield

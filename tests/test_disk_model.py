@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
@@ -24,13 +25,15 @@ from nbdstream.backing.base import Priority
 from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk
 from nbdstream.errors import BackingError
 from nbdstream.export import Hit
-from tests.doubles import GatedBacking, MemoryLeaf
+from tests.doubles import GatedBacking, MemoryLeaf, poison_buffers
 
 CELL = 128
 BLOCK = 512
 CLUSTER = 2048
 SIZE = 16 * 1024 + 3 * CELL  # the last block and the last cluster are short
 CELLS = SIZE // CELL
+
+poisoned = pytest.fixture(poison_buffers, scope="module", autouse=True)
 
 
 def backing_value(cell: int) -> int:

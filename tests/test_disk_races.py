@@ -14,10 +14,12 @@ from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk, round_off
 from nbdstream.errors import BackingReadError
 from nbdstream.export import Hit
 from nbdstream.leaf.base import State, SyncError
-from tests.doubles import GatedBacking, MemoryLeaf
+from tests.doubles import GatedBacking, MemoryLeaf, poison_buffers
 
 SIZE = 64 * 1024 + 300  # the last block is a short one
 CONTENT = bytes(1 + i * 7 % 251 for i in range(SIZE))
+
+poisoned = pytest.fixture(poison_buffers, scope="module", autouse=True)
 
 
 @asynccontextmanager
@@ -274,6 +276,28 @@ async def test_a_full_leaf_still_gives_the_guest_its_data() -> None:
             await disk.write(memoryview(b"x" * 10), 5000, fua=False)
         leaf.store_error = None
         assert await disk.populate(0, 2048, Priority.STREAM) == 2048
+
+
+async def test_a_buffer_that_a_guest_looks_at_is_not_used_again() -> None:
+    async with gated_disk() as (disk, leaf, backing), trio.open_nursery() as nursery:
+        leaf.store_error = OSError(errno.ENOSPC, "no space")
+        results: list[bytes] = []
+
+        async def stream() -> None:
+            with pytest.raises(OSError, match="no space"):
+                await disk.populate(0, 2048, Priority.STREAM)
+
+        async def guest() -> None:
+            results.append(await read(disk, 100, 1000))
+
+        nursery.start_soon(stream)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(guest)
+        await trio.testing.wait_all_tasks_blocked()
+        backing.reads[0].gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert results == [CONTENT[100:1100]]
+        assert len(backing.reads) == 1
 
 
 async def test_holes_of_the_backing_are_zeroes_without_any_transfer() -> None:

@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Iterable
 import trio
 
 from nbdstream.backing.base import Backing, Priority
+from nbdstream.disk.buffers import Buffers
 from nbdstream.disk.zeroes import zero_runs
 from nbdstream.errors import BackingError, BackingGoneError
 from nbdstream.extents import align_up
@@ -41,20 +42,21 @@ class Fetch:
 
     ``error``: the read failed; ``store_error``: it did not, but the leaf would not take
     the data. Both are final once ``done`` is set. ``purpose``: why it was sent;
-    ``priority``: the most urgent reason so far.
+    ``priority``: the most urgent reason so far; ``joined``: somebody else waits for it, too.
     """
 
     def __init__(
-        self, offset: int, length: int, priority: Priority, *, store: bool, park: bool
+        self, offset: int, data: bytearray, priority: Priority, *, store: bool, park: bool
     ) -> None:
         self.offset = offset
-        self.length = length
+        self.length = len(data)
+        self.data = data
         self.purpose = priority
         self.priority = priority
         self.store = store
         self.park = park
+        self.joined = False
         self.wanted = trio.Event()
-        self.data = bytearray(length)
         self.done = trio.Event()
         self.error: BackingError | None = None
         self.store_error: OSError | None = None
@@ -91,6 +93,7 @@ class Fetcher:
         self._nursery = nursery
         self._settle = settle
         self._by_cluster: dict[int, Fetch] = {}
+        self._buffers = Buffers()
         self.fetched_bytes = 0
         self.stored_bytes = 0
         self.zero_bytes = 0
@@ -139,6 +142,7 @@ class Fetcher:
 
     def _join(self, fetch: Fetch, priority: Priority, *, store: bool) -> None:
         fetch.store = fetch.store or store
+        fetch.joined = True
         fetch.wanted.set()
         if priority < fetch.priority:
             fetch.priority = priority
@@ -149,7 +153,8 @@ class Fetcher:
         size = self._leaf.cluster_size
         offset = first * size
         end = min((last + 1) * size, self._leaf.size)
-        fetch = Fetch(offset, end - offset, priority, store=store, park=park)
+        data = self._buffers.take(end - offset)
+        fetch = Fetch(offset, data, priority, store=store, park=park)
         for cluster in range(first, last + 1):
             self._by_cluster[cluster] = fetch
         self._nursery.start_soon(self._run, fetch, range(first, last + 1))
@@ -178,7 +183,16 @@ class Fetcher:
             for cluster in clusters:
                 if self._by_cluster.get(cluster) is fetch:
                     del self._by_cluster[cluster]
+            self._retire(fetch)
             fetch.done.set()
+
+    def _retire(self, fetch: Fetch) -> None:
+        """Use the buffer again, unless somebody may still look at it (whoever joined), or
+        write to it (whoever failed to read)."""
+        if fetch.error is None and fetch.purpose >= Priority.PREFETCH and not fetch.joined:
+            self._buffers.give(fetch.data)
+        if not self._by_cluster:
+            self._buffers.clear()
 
     def _store(self, fetch: Fetch) -> None:
         """Put into the leaf what it still lacks. One step: no await, a guest write wins."""
