@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The connections of one backing: kept up, watched, and handed out.
 
-The first connection is for demand: bulk data never fills it, so a demand read waits
+The first connection is for demand: bulk data does not fill it, so a demand read waits
 for nothing but the link itself. If the server allows several connections
-(NBD_FLAG_CAN_MULTI_CONN), a few more carry background reads. Otherwise the
-one carries everything, which is correct, only less prompt.
+(NBD_FLAG_CAN_MULTI_CONN), a few more carry background reads, as soon as they are there.
+Otherwise, and until then, the one carries everything, which is correct, only less prompt.
 
 Each connection has a slot and a task that replaces it for as long as the pool lives,
 with backoff and jitter. A new connection goes into service only after ``verify`` has
