@@ -15,8 +15,8 @@ import pytest
 from nbdstream.errors import LeafError, LeafFormatError, LeafUnsupportedError, UsageError
 from nbdstream.leaf import create_leaf, open_leaf
 from nbdstream.leaf.base import BackingReference, FlushNeeded, Leaf, State
-from nbdstream.leaf.qed_check import check_image
-from nbdstream.leaf.qed_header import NEED_CHECK, Header, read_header
+from nbdstream.leaf.qed.check import check_image
+from nbdstream.leaf.qed.header import NEED_CHECK, Header, read_header
 from tests.leaf_conformance import LeafConformance, model_test
 from tests.leaf_support import (
     BACKING,

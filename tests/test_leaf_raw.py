@@ -12,7 +12,7 @@ import pytest
 from nbdstream.errors import LeafError, LeafFormatError, UsageError
 from nbdstream.leaf import create_leaf, open_leaf
 from nbdstream.leaf.base import BackingReference, State
-from nbdstream.leaf.raw_map import MapHeader
+from nbdstream.leaf.raw.map import MapHeader
 from tests.leaf_conformance import LeafConformance, model_test
 from tests.leaf_support import BACKING, ImageKind, extents, flush, ours, pattern, read, write
 from tests.peers import run

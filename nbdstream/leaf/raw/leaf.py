@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The raw leaf: guest offset = file offset, with an allocation map while it has a backing.
 
-``disk.raw`` holds the data; ``disk.raw.map`` (see `nbdstream.leaf.raw_map`) says which
+``disk.raw`` holds the data; ``disk.raw.map`` (see `nbdstream.leaf.raw.map`) says which
 blocks of it count. Without a map everything counts: a plain disk.
 
 Crash order (invariants 2 and 3). Three things reach the disk: data, bits, and the names
@@ -38,7 +38,7 @@ from nbdstream.leaf.base import (
 )
 from nbdstream.leaf.locking import open_locked
 from nbdstream.leaf.pages import write_pages
-from nbdstream.leaf.raw_map import (
+from nbdstream.leaf.raw.map import (
     BLOCK_SIZE,
     AllocationMap,
     MapHeader,

@@ -24,8 +24,8 @@ from nbdstream.extents import align_down, align_up
 from nbdstream.leaf import files
 from nbdstream.leaf.base import CheckResult, read_exactly, write_exactly
 from nbdstream.leaf.bits import bit_run, set_bits
-from nbdstream.leaf.qed_header import Header
-from nbdstream.leaf.qed_tables import UNALLOCATED, ZERO, load_entries, store_entries
+from nbdstream.leaf.qed.header import Header
+from nbdstream.leaf.qed.tables import UNALLOCATED, ZERO, load_entries, store_entries
 
 _CHUNK = 65536  # bytes of a table looked at in one go
 _SET_PAGE = 512  # bytes of a `ClusterSet` page: 4096 clusters

@@ -17,9 +17,9 @@ them, but qemu-img counts them as leaks, so before the first allocation `NEED_CH
 and synced: asking for a flush (`FlushNeeded`) brings that about in a worker. A clean close
 cuts off what is unused behind the last cluster, syncs, and only then clears the bit. An
 image that is opened for writing with the bit set is checked and repaired first
-(`nbdstream.leaf.qed_check`), as the specification demands.
+(`nbdstream.leaf.qed.check`), as the specification demands.
 
-Clusters never change hands (see `nbdstream.leaf.qed_tables`). Zeroing a data cluster punches
+Clusters never change hands (see `nbdstream.leaf.qed.tables`). Zeroing a data cluster punches
 a hole in place; zeroing an unallocated one only marks it.
 """
 
@@ -28,8 +28,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from nbdstream.errors import LeafError, LeafFormatError, LeafUnsupportedError, UsageError
-from nbdstream.extents import align_down, align_up
+from nbdstream.errors import LeafError, LeafFormatError, LeafUnsupportedError
+from nbdstream.extents import align_down
 from nbdstream.leaf import files
 from nbdstream.leaf.base import (
     BackingReference,
@@ -43,23 +43,17 @@ from nbdstream.leaf.base import (
 )
 from nbdstream.leaf.locking import open_locked
 from nbdstream.leaf.pages import write_pages
-from nbdstream.leaf.qed_check import check_image, first_unallocated
-from nbdstream.leaf.qed_header import (
-    MAX_TABLE_SIZE,
+from nbdstream.leaf.qed.check import check_image, first_unallocated
+from nbdstream.leaf.qed.header import (
     NEED_CHECK,
-    Header,
     install_backing,
-    is_cluster_size,
     read_backing,
     read_header,
     without_backing,
 )
-from nbdstream.leaf.qed_tables import UNALLOCATED, ZERO, Tables
+from nbdstream.leaf.qed.tables import UNALLOCATED, ZERO, Tables
 
 log = logging.getLogger(__name__)
-
-DEFAULT_CLUSTER_SIZE = 65536  # QEMU's defaults
-DEFAULT_TABLE_SIZE = 4
 
 
 class QedLeaf(Leaf):
@@ -299,43 +293,3 @@ class QedLeaf(Leaf):
 def open_image(path: str, *, read_only: bool) -> QedLeaf:
     """See `nbdstream.leaf.open_leaf`."""
     return QedLeaf(path, read_only=read_only)
-
-
-def create(
-    path: str, *, size: int, cluster_size: int | None, backing: BackingReference | None
-) -> None:
-    """Make a new image, durably, with tables of QEMU's default size unless the disk needs more.
-
-    Raises UsageError, LeafError (the backing's name does not fit in), OSError.
-    """
-    cluster_size = cluster_size or DEFAULT_CLUSTER_SIZE
-    if not is_cluster_size(cluster_size):
-        raise UsageError(
-            f"cluster size {cluster_size}: a QED image needs a power of two from 4k to 64M"
-        )
-    header = Header(
-        cluster_size=cluster_size,
-        table_size=DEFAULT_TABLE_SIZE,
-        header_size=1,
-        features=0,
-        compat_features=0,
-        autoclear_features=0,
-        l1_table_offset=cluster_size,
-        image_size=size,
-    )
-    while size > header.max_image_size and header.table_size < MAX_TABLE_SIZE:
-        header = replace(header, table_size=header.table_size * 2)
-    if size % 512 or size > header.max_image_size:
-        raise UsageError(
-            f"a QED disk of {size} bytes: needs a multiple of 512, with clusters of"
-            f" {cluster_size} at most {align_down(header.max_image_size, 512)}"
-        )
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        os.ftruncate(fd, align_up(header.header_bytes + header.table_bytes, cluster_size))
-        header.write(fd)
-        if backing is not None:
-            install_backing(fd, header, backing)
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -22,7 +22,7 @@ from nbdstream.errors import LeafFormatError
 from nbdstream.extents import align_up
 from nbdstream.leaf.base import ALL_ZERO, SCATTERED
 from nbdstream.leaf.pages import PAGE_SIZE, ZERO_PAGE, PageCache
-from nbdstream.leaf.qed_header import Header
+from nbdstream.leaf.qed.header import Header
 
 PAGE_ENTRIES = PAGE_SIZE // 8
 UNALLOCATED = 0

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw images, with an allocation map while they have a backing.
+
+map   the allocation map
+leaf  the leaf; what is durable when; new images
+"""
+
+from nbdstream.leaf.raw.leaf import create, open_image
+
+__all__ = ["create", "open_image"]
