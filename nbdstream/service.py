@@ -23,9 +23,10 @@ from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk, round_off
 from nbdstream.disk.readonly import ReadOnlyExport
 from nbdstream.errors import BackingMismatchError, UsageError
 from nbdstream.export import Export
+from nbdstream.handover.generation import STANDBY, generation_of
+from nbdstream.handover.seal import Seal, read_seal
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf
-from nbdstream.leaf.seal import Seal, generation_of, read_seal
 from nbdstream.server.listeners import Listener
 from nbdstream.server.server import Server
 from nbdstream.streamer.job import StreamJob
@@ -34,10 +35,6 @@ from nbdstream.streamer.profile import read_profile
 from nbdstream.streamer.recorder import record_boot
 
 log = logging.getLogger(__name__)
-
-# What a leaf records instead of its backing's identity as long as it has none: it was made
-# to stand by for a disk that somebody still writes (`nbdstream.migrate.standby`).
-STANDBY = "standby"
 
 
 @dataclass(frozen=True)

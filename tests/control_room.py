@@ -11,7 +11,7 @@ import trio
 from nbdstream.control import control_server, listen_control
 from nbdstream.control.server import ControlServer
 from nbdstream.disk import StreamedDisk, open_disk
-from nbdstream.guest.qmp import QMPClient
+from nbdstream.qmp.client import QMPClient
 from nbdstream.streamer.job import StreamJob
 from tests.doubles import GatedBacking, MemoryLeaf
 

@@ -23,8 +23,8 @@ from nbdstream.backing.base import BackingStatistics
 from nbdstream.cli import steer
 from nbdstream.cli.progress import ProgressLine, Snapshot, show_progress
 from nbdstream.control.report import statistics
-from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf.base import State
+from nbdstream.qmp.client import QMPClient
 from nbdstream.streamer.job import JobStatus
 from tests.control_room import DEVICE, SIZE, Room, control_room
 

@@ -16,9 +16,9 @@ from nbdstream.control.jobs import JobCommands
 from nbdstream.control.process import ProcessCommands
 from nbdstream.control.table import CommandTable
 from nbdstream.errors import BackingReadError
-from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf.base import State
-from nbdstream.qmp import (
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import (
     Command,
     CommandError,
     DeviceNotActive,

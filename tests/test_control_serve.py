@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import trio
 
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.qmp import QMPConnectionError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import QMPConnectionError
 from tests.peers import MissingPeer, Peer, Qmp, binary, nbdkit, nbdstream_serve, run
 
 SIZE = 8 << 20

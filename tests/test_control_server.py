@@ -15,8 +15,8 @@ import trio.testing
 from nbdstream.control import listen_control
 from nbdstream.control.server import BACKLOG_LIMIT
 from nbdstream.errors import UsageError
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.qmp import COMMAND_LIMIT
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import COMMAND_LIMIT
 from tests.control_room import DEVICE, Room, control_room
 
 NEGOTIATE = b'{"execute":"qmp_capabilities"}\n'

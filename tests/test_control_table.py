@@ -9,7 +9,13 @@ import pytest
 
 from nbdstream.control.table import CommandTable, command
 from nbdstream.errors import BackingGoneError
-from nbdstream.qmp import Command, CommandNotFound, DeviceNotFound, GenericError, JSONObject
+from nbdstream.qmp.protocol import (
+    Command,
+    CommandNotFound,
+    DeviceNotFound,
+    GenericError,
+    JSONObject,
+)
 
 
 class Sample:

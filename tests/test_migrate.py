@@ -13,21 +13,13 @@ import pytest
 import trio
 
 from nbdstream.errors import LeafFormatError, UsageError
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.leaf.seal import (
-    Seal,
-    export_name,
-    generation_of,
-    new_generation,
-    read_seal,
-    remove_seal,
-    stamp_of,
-    write_seal,
-)
+from nbdstream.handover.generation import export_name, generation_of, new_generation
+from nbdstream.handover.seal import Seal, read_seal, remove_seal, stamp_of, write_seal
 from nbdstream.migrate.memory import default_settings
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase, Undo, canonical, undo
-from nbdstream.qmp import GenericError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import GenericError
 from nbdstream.server.server import STOP_TIMEOUT
 from tests.peers import (
     Peer,

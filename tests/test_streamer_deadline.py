@@ -14,7 +14,7 @@ import trio.testing
 
 from nbdstream.disk import open_disk
 from nbdstream.errors import BackingReadError
-from nbdstream.qmp import DeviceNotActive, GenericError
+from nbdstream.qmp.protocol import DeviceNotActive, GenericError
 from nbdstream.streamer.deadline import MEASURE_TIME, PACE_LEAST, Deadline
 from nbdstream.streamer.job import StreamJob
 from tests.control_room import DEVICE, ask, control_room

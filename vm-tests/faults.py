@@ -25,14 +25,14 @@ from benchmarks.link_model import Shape
 from guests import RunningGuest
 from migration import Ends, last_acknowledged, records
 from nbdstream.guest.disks import Disk
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.leaf.seal import read_seal
+from nbdstream.handover.seal import read_seal
 from nbdstream.migrate.destination import Spawned, nbdstream_command
 from nbdstream.migrate.memory import Settings
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.run import Migration
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase
-from nbdstream.qmp import JSONObject, QMPError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import JSONObject, QMPError
 from tests.peers import Peer, nbdkit, nbdstream_serve, run
 
 MiB = 1 << 20

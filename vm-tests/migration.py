@@ -25,10 +25,10 @@ from nbdstream.guest.accelerator import qemu_binary
 from nbdstream.guest.console import Console
 from nbdstream.guest.disks import Disk
 from nbdstream.guest.qemu import Machine, MiB
-from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf import open_leaf
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
-from nbdstream.qmp import QMPConnectionError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import QMPConnectionError
 from nbdstream.tasks import open_background_nursery
 
 SMALL: System = dataclasses.replace(BUSYBOX, memory=128 * MiB)

@@ -22,8 +22,8 @@ from benchmarks.link_model import Shape
 from guests import RunningGuest, System, start
 from nbdstream.cli.progress import Snapshot
 from nbdstream.guest.disks import Disk
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.qmp import Event
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import Event
 from nbdstream.tasks import open_background_nursery
 from nbdstream.units import format_rate, format_size
 from show import Result, Show

@@ -10,7 +10,7 @@ from benchmarks.link_control import LinkProcess
 from benchmarks.link_model import Shape
 from guests import BUSYBOX, boot, check_filesystem
 from nbdstream.guest.disks import Disk
-from nbdstream.guest.qmp import QMPClient
+from nbdstream.qmp.client import QMPClient
 from peers import Task, copy_then_boot, slow_remote, stream_with_nbdstream, stream_with_qemu
 from show import Result, Show
 from tests.peers import assert_same, nbdstream_serve

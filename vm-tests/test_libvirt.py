@@ -20,8 +20,8 @@ import migration
 from libvirt_support import DOMAIN, Host, VirshError, domain_xml, host
 from migration import SMALL, WRITER, Ends, last_acknowledged, records, wait_acknowledged
 from nbdstream.guest.console import Console
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.qmp import JSONObject
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import JSONObject
 from nbdstream.tasks import open_background_nursery
 from pulse import LOOP, Pulse
 from tests.peers import Peer, nbdkit, nbdstream_serve, run, temporary_directory

@@ -18,8 +18,7 @@ from benchmarks.link_model import Shape
 from migration import Ends, destination, last_acknowledged, records, wait_acknowledged
 from nbdstream.errors import BackingError
 from nbdstream.guest.disks import Disk
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.leaf.seal import read_seal
+from nbdstream.handover.seal import read_seal
 from nbdstream.migrate import memory
 from nbdstream.migrate import run as run_module
 from nbdstream.migrate.destination import Spawned, nbdstream_command
@@ -28,7 +27,8 @@ from nbdstream.migrate.plan import DiskPlan, MigrationError
 from nbdstream.migrate.recover import take_back
 from nbdstream.migrate.run import Migration
 from nbdstream.migrate.switchover import Phase
-from nbdstream.qmp import JSONObject, QMPConnectionError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import JSONObject, QMPConnectionError
 from nbdstream.service import describe_backing
 from tests.peers import Peer, PeerError, make_image, nbdkit, nbdstream_serve, run
 

@@ -28,13 +28,13 @@ import pulse
 from migration import Ends, last_acknowledged, records, wait_acknowledged
 from nbdstream.guest.disks import Disk
 from nbdstream.guest.qemu import MiB
-from nbdstream.guest.qmp import QMPClient
 from nbdstream.migrate.destination import Spawned
 from nbdstream.migrate.memory import Memory
 from nbdstream.migrate.plan import MigrationPlan
 from nbdstream.migrate.run import Migration
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase
-from nbdstream.qmp import JSONObject
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import JSONObject
 from nbdstream.tasks import open_background_nursery
 from pulse import Pause, Pulse
 from road import Road

@@ -17,7 +17,7 @@ from nbdstream.migrate.plan import DiskPlan, MigrationPlan
 from nbdstream.migrate.recover import take_back
 from nbdstream.migrate.run import Migration, Summary
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase
-from nbdstream.qmp import JSONObject
+from nbdstream.qmp.protocol import JSONObject
 from nbdstream.tasks import open_background_nursery
 from nbdstream.units import format_duration, format_size
 

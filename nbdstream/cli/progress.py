@@ -18,7 +18,7 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nbdstream.qmp import JSONObject
+from nbdstream.qmp.protocol import JSONObject
 from nbdstream.units import format_duration, format_rate, format_size
 
 # Seconds between two looks, and between two lines where there is no terminal.

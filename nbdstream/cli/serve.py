@@ -17,9 +17,8 @@ from nbdstream.control import control_server, listen_control
 from nbdstream.control.report import statistics
 from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
-from nbdstream.migrate.offer import Offering
-from nbdstream.migrate.standby import Standby
-from nbdstream.qmp import JSONObject
+from nbdstream.handover.commands import hand_over_commands
+from nbdstream.qmp.protocol import JSONObject
 from nbdstream.server.listeners import (
     Listener,
     close_all,
@@ -232,11 +231,10 @@ def start_steering(
 ) -> None:
     """Serve the control socket and the metrics until the nursery is cancelled."""
     disk, job = service.opened.disk, service.opened.job
-    offering = Offering(disk, device_name(disk), nursery)
-    if service.opened.seal is not None:
-        offering.resume(service.opened.seal)
+    hand_over = hand_over_commands(
+        disk, job, nursery, device=device_name(disk), stream=stream, seal=service.opened.seal
+    )
     if control is not None:
-        hand_over = (offering, Standby(disk, job, stream))
         server = control_server(
             disk, job, device=device_name(disk), stop=service.stop, more=hand_over
         )

@@ -20,8 +20,8 @@ import trio
 from nbdstream.cli.params import RATE, SIZE
 from nbdstream.cli.progress import ProgressLine, Snapshot
 from nbdstream.errors import NbdstreamError
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.qmp import Event, JSONObject, QMPConnectionError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import Event, JSONObject, QMPConnectionError
 from nbdstream.units import format_duration, format_rate, format_size
 
 T = TypeVar("T")

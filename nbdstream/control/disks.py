@@ -14,7 +14,7 @@ from nbdstream.control.report import statistics
 from nbdstream.control.table import command
 from nbdstream.leaf.base import State
 from nbdstream.leaf.map import image_info
-from nbdstream.qmp import DeviceNotFound, GenericError, JSONObject
+from nbdstream.qmp.protocol import DeviceNotFound, GenericError, JSONObject
 
 # Extents in one answer to x-nbdstream-map: asked for by default, and at the most.
 MAP_LIMIT = 1024

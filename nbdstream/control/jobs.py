@@ -11,7 +11,7 @@ from typing import Literal
 
 from nbdstream.control.api import ControlledJob
 from nbdstream.control.table import command
-from nbdstream.qmp import (
+from nbdstream.qmp.protocol import (
     CommandError,
     DeviceNotActive,
     DeviceNotFound,

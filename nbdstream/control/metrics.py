@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from nbdstream.control.api import ControlledDisk, ControlledJob
 from nbdstream.control.report import statistics
-from nbdstream.qmp import JSONObject
+from nbdstream.qmp.protocol import JSONObject
 from nbdstream.server.listeners import Listener, close_all, listen_tcp, parse_address
 from nbdstream.streamer.job import JobStatus
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from nbdstream.control.server import version
 from nbdstream.control.table import command
-from nbdstream.qmp import JSONObject
+from nbdstream.qmp.protocol import JSONObject
 
 
 class ProcessCommands:

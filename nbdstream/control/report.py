@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from nbdstream.backing.base import BackingStatistics
 from nbdstream.control.api import ControlledDisk, ControlledJob
-from nbdstream.qmp import JSONObject
+from nbdstream.qmp.protocol import JSONObject
 from nbdstream.streamer.deadline import Deadline
 from nbdstream.streamer.job import JobStatus
 

@@ -21,7 +21,7 @@ import trio
 
 import nbdstream
 from nbdstream.control.table import CommandTable
-from nbdstream.qmp import (
+from nbdstream.qmp.protocol import (
     Command,
     CommandError,
     Event,

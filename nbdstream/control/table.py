@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from nbdstream.errors import NbdstreamError
-from nbdstream.qmp import Command, CommandError, CommandNotFound, GenericError, JSONObject
+from nbdstream.qmp.protocol import Command, CommandError, CommandNotFound, GenericError, JSONObject
 
 log = logging.getLogger(__name__)
 

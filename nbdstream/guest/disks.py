@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from nbdstream.errors import UsageError
-from nbdstream.qmp import JSONObject
+from nbdstream.qmp.protocol import JSONObject
 
 DEFAULT_NBD_PORT = 10809
 

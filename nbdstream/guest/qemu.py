@@ -22,8 +22,8 @@ from nbdstream.errors import NbdstreamError, UsageError
 from nbdstream.guest.accelerator import Accelerator, probe_accelerator, qemu_binary
 from nbdstream.guest.console import Console, ConsoleClosedError
 from nbdstream.guest.disks import Disk
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.qmp import QMPConnectionError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import QMPConnectionError
 from nbdstream.tasks import open_background_nursery
 
 MiB = 1 << 20

@@ -16,11 +16,11 @@ from pathlib import Path
 import trio
 
 from nbdstream.guest.disks import Disk
-from nbdstream.guest.qmp import QMPClient
 from nbdstream.leaf import MAP_SUFFIX
 from nbdstream.migrate.plan import DiskPlan, MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer
-from nbdstream.qmp import JSONObject, QMPError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import JSONObject, QMPError
 
 # Seconds until a process that was started has its socket, and one that was told to end ends.
 START_SECONDS = 60.0

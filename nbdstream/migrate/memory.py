@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import trio
 
-from nbdstream.guest.qmp import EventQueue, QMPClient
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
-from nbdstream.qmp import CommandError, Event, JSONObject, QMPError
+from nbdstream.qmp.client import EventQueue, QMPClient
+from nbdstream.qmp.protocol import CommandError, Event, JSONObject, QMPError
 from nbdstream.tasks import open_background_nursery
 
 log = logging.getLogger(__name__)

@@ -11,16 +11,16 @@ from contextlib import suppress
 import trio
 
 from nbdstream.errors import LeafInUseError, NbdstreamError
-from nbdstream.guest.qmp import QMPClient
+from nbdstream.handover.generation import STANDBY, generation_of
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference
-from nbdstream.leaf.seal import generation_of
 from nbdstream.migrate.destination import delete_leaf, quit_qemu
 from nbdstream.migrate.memory import SPLIT, cancel, default_settings, resume, settled_status
+from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import DiskPlan, MigrationError, MigrationPlan
 from nbdstream.migrate.sources import QemuServer, make_sources
-from nbdstream.qmp import QMPError
-from nbdstream.service import STANDBY
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import QMPError
 
 ASK_SECONDS = 10.0
 # Seconds that a server at the destination gets to end; it tries for a while to round off
@@ -35,10 +35,10 @@ async def take_back(plan: MigrationPlan) -> str:
     Raises MigrationError if it is too late, if nobody can tell whether it is, or if a disk's
     server does not answer (then the rest is done); QMPError.
     """
-    async with QMPClient.connect(plan.source_qmp) as source:
+    monitor = Monitor(plan.source_qmp)
+    server = QemuServer(monitor)
+    async with monitor.session() as source:
         await _refuse_if_late(source, plan)
-        server = QemuServer()
-        server.qmp = source
         await quit_qemu(plan.destination_qmp, None)
         generations, troubles = [], []
         for disk, planned in zip(make_sources(plan.disks, server), plan.disks, strict=True):

@@ -16,7 +16,6 @@ from urllib.parse import unquote, urlsplit
 import trio
 
 from nbdstream.errors import NbdstreamError
-from nbdstream.guest.qmp import QMPClient
 from nbdstream.migrate.destination import (
     DestinationDisk,
     Spawned,
@@ -24,10 +23,12 @@ from nbdstream.migrate.destination import (
     start_qemu,
 )
 from nbdstream.migrate.memory import SPLIT, Memory, Settings, cancel, resume, settled_status
+from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer, QemuServer, make_sources, nbd_uri
 from nbdstream.migrate.switchover import Phase, Undo, canonical, undo
-from nbdstream.qmp import JSONObject, QMPError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import JSONObject, QMPError
 from nbdstream.tasks import open_background_nursery
 
 log = logging.getLogger(__name__)
@@ -77,12 +78,11 @@ class Migration:
         self.phase = Phase.PREPARING
         self.summary = Summary()
         self._watch = watch or (lambda _phase, _facts: None)
-        self._server = QemuServer()
-        self._sources = make_sources(plan.disks, self._server)
+        self._monitor = Monitor(plan.source_qmp)
+        self._sources = make_sources(plan.disks, QemuServer(self._monitor))
         self._offers: list[Offer] = []
         self.disks = [DestinationDisk(disk, plan.prefix) for disk in plan.disks]
         self.qemu: Spawned | None = None
-        self._destination: QMPClient | None = None
         self._settings: Settings | None = None
         self._work = trio.CancelScope(shield=True)
         self._cancelled = False
@@ -116,11 +116,9 @@ class Migration:
 
     async def _run(self, *, follow: bool) -> None:
         try:
-            async with AsyncExitStack() as connections:
-                connect = connections.enter_async_context
-                self._server.qmp = await connect(QMPClient.connect(self.plan.source_qmp, oob=True))
-                await self._prepare(connections)
-                await self._move()
+            async with self._monitor.session() as source, AsyncExitStack() as connections:
+                destination = await self._prepare(connections)
+                await self._move(source, destination)
                 if follow:
                     await self._follow()
         except BaseException as error:
@@ -134,10 +132,6 @@ class Migration:
                 log.error("%s", trouble)  # noqa: TRY400 - for the operator, no traceback
             raise
 
-    @property
-    def _source(self) -> QMPClient:
-        return self._server.qmp
-
     # -- forth -------------------------------------------------------------------------
 
     def _enter(self, phase: Phase) -> None:
@@ -146,7 +140,8 @@ class Migration:
         if self._cancelled and phase not in _NOT_TO_BE_DISTURBED:
             self._work.cancel()
 
-    async def _prepare(self, connections: AsyncExitStack) -> None:
+    async def _prepare(self, connections: AsyncExitStack) -> QMPClient:
+        """Have everything wait for the guest; return a connection to the destination's QEMU."""
         self._enter(Phase.PREPARING)
         for source, disk in zip(self._sources, self.disks, strict=True):
             offer = await source.offer()
@@ -156,20 +151,20 @@ class Migration:
             self._offers.append(offer)
             await disk.start(offer)
         self.qemu = await start_qemu(self.plan)
-        self._destination = await connections.enter_async_context(
+        destination = await connections.enter_async_context(
             QMPClient.connect(self.plan.destination_qmp)
         )
-        status = (await self._destination.execute("query-status"))["status"]
+        status = (await destination.execute("query-status"))["status"]
         if status != "inmigrate":
             raise MigrationError(f"the destination's QEMU waits for no migration but is {status}")
+        return destination
 
-    async def _move(self) -> None:
+    async def _move(self, source: QMPClient, destination: QMPClient) -> None:
         """From the first byte of memory to the guest's first instruction over there."""
-        assert self._destination is not None
-        was_running = (await self._source.execute("query-status"))["running"]
-        self._settings = await Settings.of(self._source)
-        memory = Memory(self._source, self._destination, self.plan)
-        with self._source.events() as events, self._source.events() as stops:
+        was_running = (await source.execute("query-status"))["running"]
+        self._settings = await Settings.of(source)
+        memory = Memory(source, destination, self.plan)
+        with source.events() as events, source.events() as stops:
             self._enter(Phase.MEMORY)
             began = trio.current_time()
             await memory.start()
@@ -190,7 +185,8 @@ class Migration:
                 self._work.cancel()
                 await trio.lowlevel.checkpoint()
             self._enter(Phase.TOLD)
-            await self._start_there(was_running)
+            if was_running:
+                await self._start_there(destination)
             now = trio.current_time()
             self.summary.memory_time = now - began
             self.summary.until_running = now - self._began
@@ -198,7 +194,7 @@ class Migration:
             self._enter(Phase.RUNNING)
             await self._mark()
             await memory.wait_completed(events)
-        ram = (await self._source.execute("query-migrate")).get("ram", {})
+        ram = (await source.execute("query-migrate")).get("ram", {})
         self.summary.memory_bytes = ram.get("transferred", 0)
 
     async def _switch_disks(self) -> None:
@@ -213,15 +209,12 @@ class Migration:
             for disk, offer in zip(self.disks, self._offers, strict=True):
                 nursery.start_soon(disk.activate, offer)
 
-    async def _start_there(self, was_running: bool) -> None:
-        """Have the guest go on. After a failure nobody knows whether it does."""
-        assert self._destination is not None
-        if not was_running:
-            return
+    async def _start_there(self, destination: QMPClient) -> None:
+        """Have the guest go on. After a failure it is unknown whether it does."""
         with trio.move_on_after(START_SECONDS):
-            with self._destination.events() as events:
-                await self._destination.execute("cont")
-                if not (await self._destination.execute("query-status"))["running"]:
+            with destination.events() as events:
+                await destination.execute("cont")
+                if not (await destination.execute("query-status"))["running"]:
                     await events.wait("RESUME")
             return
         raise MigrationError("the destination does not answer")
@@ -282,7 +275,7 @@ class Migration:
     async def _is_split(self) -> bool:
         """Whether post-copy has begun, as far as anybody can tell."""
         with suppress(QMPError), trio.move_on_after(UNDO_SECONDS):
-            async with QMPClient.connect(self.plan.source_qmp) as source:
+            async with self._monitor.session() as source:
                 return await settled_status(source) in SPLIT
         return True
 
@@ -298,8 +291,8 @@ class Migration:
                 for disk in self.disks:
                     await disk.discard()
             case _:
-                async with QMPClient.connect(self.plan.source_qmp) as self._server.qmp:
-                    await self._undo_at_source(step)
+                async with self._monitor.session() as source:
+                    await self._undo_at_source(step, source)
 
     async def _unseal(self) -> None:
         """Each, whatever becomes of the others."""
@@ -312,17 +305,17 @@ class Migration:
         if failures:
             raise failures[0]
 
-    async def _undo_at_source(self, step: Undo) -> None:
+    async def _undo_at_source(self, step: Undo, source: QMPClient) -> None:
         match step:
             case Undo.UNSEAL:
                 await self._unseal()
             case Undo.CANCEL_MEMORY:
-                await cancel(self._source)
+                await cancel(source)
             case Undo.RESUME_SOURCE:
-                await resume(self._source)
+                await resume(source)
             case Undo.RESTORE_SETTINGS:
                 if self._settings is not None:
-                    await self._settings.restore(self._source)
+                    await self._settings.restore(source)
 
     def _verdict(self, error: Exception, troubles: list[str]) -> str:
         if canonical(self.phase) == "source":

@@ -17,19 +17,13 @@ from urllib.parse import quote
 import trio
 
 from nbdstream.errors import LeafError, LeafFormatError, LeafInUseError
-from nbdstream.guest.qmp import QMPClient
+from nbdstream.handover.generation import export_name, new_generation
+from nbdstream.handover.seal import SUFFIX, Seal, read_seal, stamp_of, write_seal
 from nbdstream.leaf.locking import open_locked
-from nbdstream.leaf.seal import (
-    SUFFIX,
-    Seal,
-    export_name,
-    new_generation,
-    read_seal,
-    stamp_of,
-    write_seal,
-)
+from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import DiskPlan, MigrationError
-from nbdstream.qmp import CommandError, JSONObject
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import CommandError, JSONObject
 from nbdstream.server.listeners import parse_address
 
 # How the ids of our block exports begin.
@@ -120,42 +114,42 @@ class NbdstreamSource(Source):
 
 
 class QemuServer:
-    """The NBD server in the source's QEMU: one for all disks, there while any is offered.
+    """The NBD server in the source's QEMU: one for all disks, there while any is offered."""
 
-    ``qmp`` has to be set before use, and again for each new connection."""
-
-    qmp: QMPClient
-
-    def __init__(self) -> None:
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
         self._offers: set[str] = set()
         self._started = False
 
     async def add(self, listen: str, node: str, generation: str) -> None:
         """Export a node, read-only, as a generation of its own."""
-        if not self._started:
-            await self.qmp.execute("nbd-server-start", {"addr": _address(listen)})
-            self._started = True
-        identity = _EXPORT_ID + generation
         name = export_name(node, generation)
-        arguments = {"type": "nbd", "id": identity, "node-name": node, "name": name}
-        await self.qmp.execute("block-export-add", {**arguments, "writable": False})
+        arguments = {"type": "nbd", "id": _EXPORT_ID + generation, "node-name": node, "name": name}
+        async with self.monitor.session() as qmp:
+            if not self._started:
+                await qmp.execute("nbd-server-start", {"addr": _address(listen)})
+                self._started = True
+            await qmp.execute("block-export-add", {**arguments, "writable": False})
         self._offers.add(generation)
 
     async def remove(self, generation: str) -> None:
         """Drop an export and its clients; with the last one the server."""
-        if generation in self._offers:
-            export = {"id": _EXPORT_ID + generation}
-            with self.qmp.events() as events:
-                await self.qmp.execute("block-export-del", {**export, "mode": "hard"})
-                await events.wait("BLOCK_EXPORT_DELETED", data=export)
-            self._offers.remove(generation)
-        if not self._offers and self._started:
-            await self.qmp.execute("nbd-server-stop")
-            self._started = False
+        async with self.monitor.session() as qmp:
+            if generation in self._offers:
+                export = {"id": _EXPORT_ID + generation}
+                with qmp.events() as events:
+                    await qmp.execute("block-export-del", {**export, "mode": "hard"})
+                    await events.wait("BLOCK_EXPORT_DELETED", data=export)
+                self._offers.remove(generation)
+            if not self._offers and self._started:
+                await qmp.execute("nbd-server-stop")
+                self._started = False
 
     async def adopt(self, node: str) -> str:
         """Take over what an earlier tool left behind; the node's generation, or ""."""
-        for export in await self.qmp.execute("query-block-exports"):
+        async with self.monitor.session() as qmp:
+            exports = await qmp.execute("query-block-exports")
+        for export in exports:
             if export["node-name"] == node and export["id"].startswith(_EXPORT_ID):
                 self._started = True
                 generation = str(export["id"].removeprefix(_EXPORT_ID))
@@ -166,9 +160,10 @@ class QemuServer:
     async def clear(self) -> None:
         """Stop a server that has no exports: the tool was killed while it made the first, or
         dropped the last."""
-        if not await self.qmp.execute("query-block-exports"):
-            with suppress(CommandError):  # there is none
-                await self.qmp.execute("nbd-server-stop")
+        async with self.monitor.session() as qmp:
+            if not await qmp.execute("query-block-exports"):
+                with suppress(CommandError):  # there is none
+                    await qmp.execute("nbd-server-stop")
 
 
 class QemuSource(Source):
@@ -186,7 +181,8 @@ class QemuSource(Source):
         return self._generation
 
     async def offer(self) -> Offer:
-        nodes = await self._server.qmp.execute("query-named-block-nodes", {"flat": True})
+        async with self._server.monitor.session() as qmp:
+            nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
         found = [node for node in nodes if node["node-name"] == self._node]
         if not found:
             raise MigrationError(f"the source's QEMU has no block node {self._node}")
@@ -202,7 +198,8 @@ class QemuSource(Source):
         return Offer(uri, generation, size)
 
     async def seal(self) -> None:
-        status = (await self._server.qmp.execute("query-status"))["status"]
+        async with self._server.monitor.session() as qmp:
+            status = (await qmp.execute("query-status"))["status"]
         if status not in _STOPPED:
             raise MigrationError(f"the source's guest is not stopped but {status}")
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import trio
 
-from nbdstream.qmp import (
+from nbdstream.qmp.protocol import (
     REPLY_LIMIT,
     Command,
     Event,

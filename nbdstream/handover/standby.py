@@ -14,9 +14,8 @@ from nbdstream.backing.identity import fingerprint
 from nbdstream.backing.nbd import NbdBacking
 from nbdstream.control.table import command
 from nbdstream.disk import StreamedDisk
-from nbdstream.leaf.seal import generation_of
-from nbdstream.qmp import GenericError, JSONObject
-from nbdstream.service import STANDBY
+from nbdstream.handover.generation import STANDBY, generation_of
+from nbdstream.qmp.protocol import GenericError, JSONObject
 from nbdstream.streamer.job import StreamJob
 
 

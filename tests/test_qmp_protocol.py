@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdstream.qmp import (
+from nbdstream.qmp.protocol import (
     COMMAND_LIMIT,
     Command,
     CommandError,

@@ -1,30 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seal on an image whose disk was handed over: LEAF.sealed beside it, a line of JSON.
 
-While the record is there, nbdstream serves the leaf to nobody for writing, and offers the
-*generation* of its content that was handed over, and no other, under a name of its own:
-``DEVICE@GENERATION``. A generation is a random token, made anew for each offer. Whoever
-uses the disk for writing again has to remove the record first; the name is gone with it,
-so that a destination which still depends on the old content can never connect to the
-new one, whatever else is the same about the two.
+While the record is there, nbdstream serves the leaf read-only, and offers the generation of
+its content that was handed over (`nbdstream.handover.generation`) and no other. To write to
+the disk again, the record has to be removed first; the generation's name goes with it.
 
-An image that QEMU had open by itself is sealed afterwards, and with a *stamp*: QEMU knows
-nothing of seals, but an image that it has written since does not have its stamp any more.
+An image that QEMU had open itself is sealed afterwards, and with a *stamp*: QEMU knows
+nothing of seals, but an image that it has written since no longer has that stamp.
 """
 
 import json
 import os
-import re
-import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from nbdstream.errors import LeafFormatError
 from nbdstream.leaf.files import sync_directory
 
 SUFFIX = ".sealed"
-_GENERATION = re.compile(r"@([0-9a-f]{16})$")
 
 
 @dataclass(frozen=True)
@@ -43,23 +36,6 @@ class Seal:
     def reason(self) -> str:
         """Why nobody may write, in one line."""
         return f"sealed: the disk was handed over as generation {self.generation}"
-
-
-def new_generation() -> str:
-    """A token that no other hand-over ever had."""
-    return secrets.token_hex(8)
-
-
-def export_name(device: str, generation: str) -> str:
-    """Under which name a generation of a device's content is offered."""
-    return f"{device}@{generation}"
-
-
-def generation_of(uri: str) -> str:
-    """The generation that an NBD URI names, or "" where it names none."""
-    parts = urlsplit(uri)
-    named = _GENERATION.search(unquote(parts.path)) if parts.scheme.startswith("nbd") else None
-    return named[1] if named else ""
 
 
 def stamp_of(image: str) -> str:

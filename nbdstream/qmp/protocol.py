@@ -4,7 +4,7 @@
 QMP is JSON objects, one per line. The server greets; the client must send
 ``qmp_capabilities`` before anything else; then commands are answered in the order in
 which they came, each with ``return`` or ``error``, and events appear between the answers
-at any time (QEMU's ``docs/interop/qmp-spec``). The client in ``nbdstream.guest`` and the
+at any time (QEMU's ``docs/interop/qmp-spec``). The client beside this module and the
 control socket of ``nbdstream serve`` both rest on this module.
 
 Errors, by what the reader can do about them::

@@ -10,8 +10,8 @@ import pytest
 import trio
 import trio.testing
 
-from nbdstream.guest.qmp import QMPClient
-from nbdstream.qmp import (
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import (
     Command,
     CommandError,
     CommandNotFound,

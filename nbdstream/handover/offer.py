@@ -5,7 +5,7 @@ One generation of the disk is offered at a time, read-only, on a listener of its
 must hold:
 
 - Once sealed, no guest changes the disk, in this process or in a later one, until the
-  seal is taken off (`nbdstream.leaf.seal`).
+  seal is taken off (`nbdstream.handover.seal`).
 - The seal comes off only after the offer has ended: a destination that was made to rely on
   the sealed content has then lost it for good.
 """
@@ -18,8 +18,9 @@ from nbdstream.control.table import command
 from nbdstream.disk import StreamedDisk
 from nbdstream.disk.readonly import ReadOnlyExport
 from nbdstream.errors import UsageError
-from nbdstream.leaf.seal import Seal, export_name, new_generation, remove_seal, write_seal
-from nbdstream.qmp import GenericError, JSONObject
+from nbdstream.handover.generation import export_name, new_generation
+from nbdstream.handover.seal import Seal, remove_seal, write_seal
+from nbdstream.qmp.protocol import GenericError, JSONObject
 from nbdstream.server.listeners import Listener, listen_tcp, listen_unix, parse_address
 from nbdstream.server.server import Server
 

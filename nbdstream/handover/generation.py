@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generations: the names of content that is handed over.
+
+A generation is a random token, made for one offer of a disk. The content is offered under
+``DEVICE@GENERATION`` and under no other name, so that a destination which depends on one
+generation can never connect to another, whatever else the two have in common.
+"""
+
+import re
+import secrets
+from urllib.parse import unquote, urlsplit
+
+# What a leaf records in place of its backing's identity while it stands by: it is not a disk
+# yet, because the backing may still be written (`nbdstream.handover.standby`).
+STANDBY = "standby"
+
+_GENERATION = re.compile(r"@([0-9a-f]{16})$")
+
+
+def new_generation() -> str:
+    """A token that no other hand-over has."""
+    return secrets.token_hex(8)
+
+
+def export_name(device: str, generation: str) -> str:
+    """The name under which a generation of a device's content is offered."""
+    return f"{device}@{generation}"
+
+
+def generation_of(uri: str) -> str:
+    """The generation that an NBD URI names, or "" where it names none."""
+    parts = urlsplit(uri)
+    named = _GENERATION.search(unquote(parts.path)) if parts.scheme.startswith("nbd") else None
+    return named[1] if named else ""
