@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import Options, Report, describe_machine, versions
-from tests.peers import MissingPeer, PeerError
+from testbed.peers import MissingPeer, PeerError
 
 # Each is a module with `run(options: Options) -> Report`.
 NAMES = ("hotpath", "misses", "memory", "stream", "contention", "writes", "boot", "migration")

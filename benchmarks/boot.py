@@ -27,7 +27,6 @@ machine.
 import contextlib
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,14 +35,15 @@ from pathlib import Path
 
 import trio
 
-from benchmarks.far import BACKING_THREADS
-from benchmarks.link_control import LinkProcess, link_process
-from benchmarks.link_model import Shape
-from benchmarks.processes import processor_seconds
 from benchmarks.report import Options, Report, judged, median, progress, ratio
 from nbdstream.backing.identity import sample_ranges
 from nbdstream.guest.disks import Disk
-from tests.peers import (
+from testbed.far import BACKING_THREADS
+from testbed.guests.images import copy_image, debian
+from testbed.guests.systems import DEBIAN, start
+from testbed.link.control import LinkProcess, link_process
+from testbed.link.model import Shape
+from testbed.peers import (
     Peer,
     PeerError,
     Qmp,
@@ -52,11 +52,7 @@ from tests.peers import (
     nbdstream_serve,
     temporary_directory,
 )
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "vm-tests"))
-
-from guests import DEBIAN, start
-from images import copy_image, debian
+from testbed.processes import processor_seconds
 
 LINK = Shape(rate=100e6, delay=0.050)
 NO_LIMIT = Shape()
@@ -244,7 +240,19 @@ def run(options: Options) -> Report:
                     sample = way(scratch)
                 progress(name, f"{sample.login:.1f} s, QEMU {sample.processor:.1f} s")
                 samples.setdefault(name, []).append(sample)
-    report.add_recipe(["linkemu", "--rate", "100M", "--delay", "50ms", "--to", "unix:BACKING"])
+    report.add_recipe(
+        [
+            "python",
+            "-m",
+            "testbed.link",
+            "--rate",
+            "100M",
+            "--delay",
+            "50ms",
+            "--to",
+            "unix:BACKING",
+        ]
+    )
     report.add_recipe(["nbdkit", "file", "disk.raw", "--filter=log"])
     report.add_recipe(["nbdstream", "serve", "leaf.raw", "-b", "URI", "--prefetch", "PROFILE"])
     report.add_recipe(["qemu-img", "create", "-f", "qcow2", "-F", "raw", "-b", "URI", "overlay"])

@@ -20,11 +20,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.far import Far, far_backing, qemu_leaf
-from benchmarks.link_model import Shape
 from benchmarks.load import Result, fio, fio_command
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
-from tests.peers import (
+from testbed.far import Far, far_backing, qemu_leaf
+from testbed.link.model import Shape
+from testbed.peers import (
     Peer,
     Qmp,
     binary,
@@ -147,7 +147,19 @@ def _off_and_on(name: str, seconds: float) -> tuple[Sample, Sample]:
 def run(options: Options) -> Report:
     columns = ["", "use of the link", "p50 off ms", "p50 on ms", "p99 off ms", "p99 on ms"]
     report = Report("100 Mbit/s, 20 ms, FIFO: streaming and demand reads", [*columns, "p99 on/off"])
-    report.add_recipe(["linkemu", "--rate", "100M", "--delay", "10ms", "--to", "unix:BACKING"])
+    report.add_recipe(
+        [
+            "python",
+            "-m",
+            "testbed.link",
+            "--rate",
+            "100M",
+            "--delay",
+            "10ms",
+            "--to",
+            "unix:BACKING",
+        ]
+    )
     report.add_recipe(["nbdkit", "pattern", f"size={SIZE}"])
     pace = f"--rate_iops={READS_PER_SECOND}"
     report.add_recipe(fio_command("URI", "randread", "4k", 32, pace, "--rate_process=poisson"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.load import fio, fio_command
 from benchmarks.report import Options, Report, judged, median, progress, ratio
-from tests.peers import (
+from testbed.peers import (
     Peer,
     make_image,
     nbdkit,
@@ -20,7 +20,7 @@ from tests.peers import (
     qemu_nbd,
     temporary_directory,
 )
-from tests.peers import (
+from testbed.peers import (
     run as run_program,
 )
 

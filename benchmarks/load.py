@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.peers import binary, run
+from testbed.peers import binary, run
 
 # fio may take this much longer than it was told to: a slow server answers late.
 SLACK_SECONDS = 60

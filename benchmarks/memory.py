@@ -13,9 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from benchmarks.load import fio_command, run_fio
-from benchmarks.processes import resident_bytes
 from benchmarks.report import Cell, Options, Report, judged, progress
-from tests.peers import (
+from testbed.peers import (
     Peer,
     make_qcow2,
     nbdkit,
@@ -23,6 +22,7 @@ from tests.peers import (
     qemu_nbd,
     temporary_directory,
 )
+from testbed.processes import resident_bytes
 
 SIZE = 8 << 40
 MIB = 1 << 20

@@ -4,33 +4,39 @@
 (as on shared storage) and beside QEMU's own way, which mirrors the disk first.
 
 The ways, the guest and what it is checked for afterwards are those of `./dev demo migrate`
-(`vm-tests/ways.py`): as root between two network namespaces, memory and disk through one
+(`testbed/migrations/ways.py`): as root between two network namespaces, memory and disk through one
 queue. Time runs from being asked, with the guest at work, to its first sign of life at the
 destination; so making a leaf and starting servers and QEMU there counts. The pause is the
-one that the guest's pulse shows (`vm-tests/pulse.py`), beside the time for which QEMU has
+one that the guest's pulse shows (`testbed/migrations/pulse.py`), beside the time for which QEMU has
 the guest stopped.
 
 `--seconds` means nothing here: a round takes about three minutes.
 """
 
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import trio
 
-from benchmarks.link_model import Shape
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
 from nbdstream.errors import NbdstreamError
-from tests.peers import PeerError, temporary_directory
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "vm-tests"))
-
-import images
-from migration import Ends
-from road import Road, road
-from ways import WAYS, MemoryOnly, Mirror, Nbdstream, Outcome, Way, WayError, grow, migrate
+from testbed.guests import images
+from testbed.link.model import Shape
+from testbed.migrations.arrangement import Ends
+from testbed.migrations.road import Road, road
+from testbed.migrations.ways import (
+    WAYS,
+    MemoryOnly,
+    Mirror,
+    Nbdstream,
+    Outcome,
+    Way,
+    WayError,
+    grow,
+    migrate,
+)
+from testbed.peers import PeerError, temporary_directory
 
 LINK = Shape(rate=200e6, delay=0.010)
 SIZE = 2 << 30

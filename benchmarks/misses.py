@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.far import qemu_leaf
 from benchmarks.load import Result, fio, fio_command, run_fio
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
-from tests.peers import Peer, make_qcow2, nbdkit, nbdstream_serve, temporary_directory
+from testbed.far import qemu_leaf
+from testbed.peers import Peer, make_qcow2, nbdkit, nbdstream_serve, temporary_directory
 
 LOCAL_SIZE = 256 << 20
 MISSES_PER_SECOND = 100

@@ -16,13 +16,13 @@ from pathlib import Path
 import trio
 
 from benchmarks.chart import Band, Chart, Panel, Series
-from benchmarks.far import Far, far_backing, memory_directory
-from benchmarks.link_model import Shape
 from benchmarks.report import progress
 from nbdstream.backing.nbd import NbdBacking
 from nbdstream.backing.scheduler import Sample
 from nbdstream.disk import StreamedDisk
 from nbdstream.service import ServeOptions, open_stream
+from testbed.far import Far, far_backing, memory_directory
+from testbed.link.model import Shape
 
 SIZE = 2 << 30
 LINK = Shape(rate=100e6, delay=0.010)

@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tests.peers import Peer, binary, run
+from testbed.peers import Peer, binary, run
 
 Cell = float | str | None
 

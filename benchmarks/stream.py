@@ -18,11 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.far import Far, far_backing, memory_directory, qemu_leaf
-from benchmarks.link_model import Shape
-from benchmarks.processes import processor_seconds
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
-from tests.peers import (
+from testbed.far import Far, far_backing, memory_directory, qemu_leaf
+from testbed.link.model import Shape
+from testbed.peers import (
     PeerError,
     Qmp,
     binary,
@@ -31,6 +30,7 @@ from tests.peers import (
     nbdstream_serve,
     temporary_directory,
 )
+from testbed.processes import processor_seconds
 
 SIZE = 1 << 30
 ROUND_TRIPS = (0.0, 0.010, 0.050, 0.200)
@@ -129,7 +129,19 @@ def run(options: Options) -> Report:
                         with memory_directory() as scratch:
                             sample = runner(far, scratch, options)
                         samples.setdefault((name, round_trip), []).append(sample)
-    report.add_recipe(["linkemu", "--listen", "unix:LINK", "--to", "unix:DIR/nbd", "--delay", "D"])
+    report.add_recipe(
+        [
+            "python",
+            "-m",
+            "testbed.link",
+            "--listen",
+            "unix:LINK",
+            "--to",
+            "unix:DIR/nbd",
+            "--delay",
+            "D",
+        ]
+    )
     report.add_recipe(["nbdcopy", "URI", "copy.raw"])
     report.add_recipe(["nbdstream", "serve", "leaf.raw", "-b", "URI", "--stream", "paused"])
     _fill(report, samples)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmarks.far import Far, far_backing, memory_directory, qemu_leaf
-from benchmarks.link_model import Shape
 from benchmarks.load import Result, fio, fio_command
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
-from tests.peers import make_qcow2, nbdstream_serve, qemu_nbd
+from testbed.far import Far, far_backing, memory_directory, qemu_leaf
+from testbed.link.model import Shape
+from testbed.peers import make_qcow2, nbdstream_serve, qemu_nbd
 
 # So large that hardly two writes meet in a cluster.
 SIZE = 64 << 30

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of nbdstream against real peers; `tests.peers` starts these peers."""
+"""Tests of nbdstream against real peers; `testbed.peers` starts these peers."""

@@ -5,7 +5,7 @@ from collections.abc import Generator
 
 import pytest
 
-from tests.peers import MissingPeer
+from testbed.peers import MissingPeer
 
 
 @pytest.hookimpl(wrapper=True)

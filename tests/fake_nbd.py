@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from tests.peers import unix_uri
+from testbed.peers import unix_uri
 
 OPTION_REPLY = 0x0003E889045565A9
 STRUCTURED = 0x668E33EF

@@ -21,7 +21,7 @@ from nbdstream.leaf.base import (
     State,
     read_exactly,
 )
-from tests.peers import binary
+from testbed.peers import binary
 
 T = TypeVar("T")
 

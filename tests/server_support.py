@@ -29,7 +29,7 @@ from nbdstream.server.constants import (
 )
 from nbdstream.server.listeners import listen_unix
 from nbdstream.server.server import Server
-from tests.peers import run, temporary_directory
+from testbed.peers import run, temporary_directory
 
 T = TypeVar("T")
 

@@ -10,8 +10,6 @@ import pytest
 import trio
 import trio.testing
 
-from benchmarks.link_control import link_process
-from benchmarks.link_model import Shape
 from nbdstream.backing import Backing, Priority, fingerprint, open_backing
 from nbdstream.backing import connection as connection_module
 from nbdstream.backing import pool as pool_module
@@ -22,7 +20,9 @@ from nbdstream.errors import (
     BackingMismatchError,
     UsageError,
 )
-from tests import peers
+from testbed import peers
+from testbed.link.control import link_process
+from testbed.link.model import Shape
 from tests.fake_nbd import Reply, data_chunk, error_chunk, fake_server
 
 MIB = 1 << 20

@@ -19,7 +19,7 @@ import trio
 from nbdstream.backing import Backing, Priority, fingerprint, open_backing
 from nbdstream.backing.sources import PLUGINS, anchored, has_plugin
 from nbdstream.errors import BackingError, UsageError
-from tests import peers
+from testbed import peers
 
 MIB = 1 << 20
 SIZE = 3 * MIB

@@ -26,8 +26,8 @@ from nbdstream.qmp.protocol import (
     GenericError,
 )
 from nbdstream.streamer.job import JobStatus
+from testbed.peers import qemu_storage_daemon, run
 from tests.control_room import CONTENT, DEVICE, SIZE, ask, control_room
-from tests.peers import qemu_storage_daemon, run
 
 CLUSTER = 2048
 

@@ -14,7 +14,7 @@ import trio
 
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import QMPConnectionError
-from tests.peers import MissingPeer, Peer, Qmp, binary, nbdkit, nbdstream_serve, run
+from testbed.peers import MissingPeer, Peer, Qmp, binary, nbdkit, nbdstream_serve, run
 
 SIZE = 8 << 20
 CLUSTER = 64 << 10

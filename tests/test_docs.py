@@ -18,7 +18,7 @@ import click
 import pytest
 
 from nbdstream.cli import cli
-from tests.peers import READY_SECONDS, binary, nbdkit, temporary_directory
+from testbed.peers import READY_SECONDS, binary, nbdkit, temporary_directory
 
 TOP = Path(__file__).parent.parent
 PAGES = sorted([TOP / "README.md", *(TOP / "docs").glob("*.md")])
@@ -130,14 +130,15 @@ def _is_module_or_attribute(name: str) -> bool:
 def test_the_architecture_page_names_every_module() -> None:
     text = (TOP / "docs" / "architecture.md").read_text()
     modules = [
-        path.relative_to(TOP / "nbdstream").as_posix()
-        for path in (TOP / "nbdstream").rglob("*.py")
+        path.relative_to(TOP).as_posix()
+        for package in ("nbdstream", "testbed")
+        for path in (TOP / package).rglob("*.py")
         if not path.name.startswith("__")
     ]
     named = {
         f"{room}{module}"
         for room, table in re.findall(
-            r"^### `nbdstream/(.*?)`.*?\n(.*?)(?=^#|\Z)", text, re.S | re.M
+            r"^### `((?:nbdstream|testbed)/.*?)`.*?\n(.*?)(?=^#|\Z)", text, re.S | re.M
         )
         for module in re.findall(r"^\| `([\w/]+\.py)` \|", table, re.M)
     }

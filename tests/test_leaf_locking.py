@@ -9,8 +9,8 @@ import pytest
 
 from nbdstream.errors import LeafInUseError, LeafUnsupportedError
 from nbdstream.leaf import open_leaf
+from testbed.peers import PeerError, qemu_nbd, run
 from tests.leaf_support import ours
-from tests.peers import PeerError, qemu_nbd, run
 
 FORMATS = ("raw", "qcow2", "qed")
 SIZE = 1 << 20

@@ -18,8 +18,8 @@ from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import State
 from nbdstream.leaf.qcow2.header import Header
 from nbdstream.leaf.qcow2.header_file import read_header
+from testbed.peers import run
 from tests.leaf_support import ImageKind, by_qemu, drive, extents, ours, pattern, qemu_check, write
-from tests.peers import run
 from tests.test_leaf_qcow2 import plain
 
 SIZE = 2 << 20

@@ -15,6 +15,7 @@ from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference, CheckResult, State
 from nbdstream.leaf.qcow2.header import Header
 from nbdstream.leaf.qcow2.header_file import read_header
+from testbed.peers import run
 from tests.leaf_support import (
     BACKING,
     ImageKind,
@@ -29,7 +30,6 @@ from tests.leaf_support import (
     write,
     zero,
 )
-from tests.peers import run
 from tests.test_leaf_qcow2 import plain
 
 SIZE = 3 << 20

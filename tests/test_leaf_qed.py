@@ -17,6 +17,7 @@ from nbdstream.leaf import create_leaf, open_leaf
 from nbdstream.leaf.base import BackingReference, FlushNeeded, Leaf, State
 from nbdstream.leaf.qed.check import check_image
 from nbdstream.leaf.qed.header import NEED_CHECK, Header, read_header
+from testbed.peers import run
 from tests.leaf_conformance import LeafConformance, model_test
 from tests.leaf_support import (
     BACKING,
@@ -33,7 +34,6 @@ from tests.leaf_support import (
     write,
     zero,
 )
-from tests.peers import run
 from tests.powercut import Disk, recording
 
 KINDS = [

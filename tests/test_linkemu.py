@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.link_control import (
+from testbed.link.control import (
     Address,
     Steering,
     link_process,
@@ -31,12 +31,14 @@ from benchmarks.link_control import (
     parse_command,
     settings_line,
 )
-from benchmarks.link_model import SLAB_SIZE, Direction, Lane, LinkClock, Shape, Slab
-from benchmarks.link_proxy import Link
-from tests.peers import temporary_directory
+from testbed.link.model import SLAB_SIZE, Direction, Lane, LinkClock, Shape, Slab
+from testbed.link.proxy import Link
+from testbed.peers import temporary_directory
+from testbed.processes import python_environment
 
 MEGABIT = 1e6
 PATIENCE = 20.0
+COMMAND = [sys.executable, "-m", "testbed.link"]
 
 
 # --- the model
@@ -509,14 +511,14 @@ def test_steering_a_process_is_the_same(listen: str, echo: str) -> None:
 def test_the_command_takes_orders_on_its_control_socket(
     listen: str, echo: str, directory: Path
 ) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "linkemu.py"
     control = directory / "control"
     options = ["--rate", "100M", "--delay", "15ms", "--control", str(control)]
     process = subprocess.Popen(
-        [sys.executable, str(script), "--listen", listen, "--to", echo, *options],
+        [*COMMAND, "--listen", listen, "--to", echo, *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
+        env=python_environment(),
     )
     try:
         assert process.stdout
@@ -545,9 +547,10 @@ def test_the_command_takes_orders_on_its_control_socket(
     "options", [["--to", "nowhere"], ["--to", "unix:/x", "--rate", "fast"], ["--listen", "0:x"]]
 )
 def test_the_command_explains_what_is_wrong(options: list[str]) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "linkemu.py"
     options = options if "--to" in options else [*options, "--to", "unix:/x"]
-    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    done = subprocess.run(
+        [*COMMAND, *options], capture_output=True, text=True, env=python_environment()
+    )
     assert done.returncode == 1
-    assert done.stderr.startswith("linkemu: error: ")
+    assert done.stderr.startswith("testbed.link: error: ")
     assert len(done.stderr.splitlines()) == 1

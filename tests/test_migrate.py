@@ -21,7 +21,7 @@ from nbdstream.migrate.switchover import PHASE_WORDS, Phase, Undo, canonical, un
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import GenericError
 from nbdstream.server.server import STOP_TIMEOUT
-from tests.peers import (
+from testbed.peers import (
     Peer,
     PeerError,
     assert_same,

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbd
 import pytest
 
-from tests.peers import Peer, assert_same, binary, make_image, nbdkit, run
+from testbed.peers import Peer, assert_same, binary, make_image, nbdkit, run
 
 PLUGIN = Path(__file__).parent.parent / "plugins" / "nbdstream_plugin.py"
 MIB = 1 << 20

@@ -15,7 +15,7 @@ import nbd
 import pytest
 
 from nbdstream.streamer.profile import Profile, Range, format_profile, read_profile, write_profile
-from tests.peers import Peer, Qmp, binary, make_image, nbdkit, nbdstream_serve, run
+from testbed.peers import Peer, Qmp, binary, make_image, nbdkit, nbdstream_serve, run
 
 KIB = 1024
 MIB = 1024 * KIB

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbd
 import pytest
 
-from tests.peers import (
+from testbed.peers import (
     Qmp,
     assert_same,
     binary,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from testbed.peers import assert_same, make_image, unix_uri
 from tests.file_export import FileExport
 from tests.memory_export import MemoryExport
-from tests.peers import assert_same, make_image, unix_uri
 from tests.server_support import client, clients_gone, in_thread, serving
 
 nbd = pytest.importorskip("nbd", reason="python3-libnbd is not installed")

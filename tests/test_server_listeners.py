@@ -19,7 +19,7 @@ from nbdstream.server.listeners import (
     listen_unix,
     parse_address,
 )
-from tests.peers import run, temporary_directory
+from testbed.peers import run, temporary_directory
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from nbdstream.server.constants import (
 from nbdstream.server.listeners import Listener, listen_tcp, listen_unix
 from nbdstream.server.server import Server
 from nbdstream.server.transmission import MAX_SLOW_BYTES, MAX_SLOW_REQUESTS
+from testbed.peers import binary, temporary_directory, unix_uri
 from tests.memory_export import MemoryExport
-from tests.peers import binary, temporary_directory, unix_uri
 from tests.server_support import (
     RawClient,
     client,

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import guests
-import images
+from testbed.guests import images, systems
 
 
 @pytest.fixture(scope="session")
@@ -23,15 +22,15 @@ def debian_image() -> Path:
 
 
 @pytest.fixture(params=["busybox", "debian"])
-def system(request: pytest.FixtureRequest) -> guests.System:
+def system(request: pytest.FixtureRequest) -> systems.System:
     """Each of the two systems in turn; ``system_disk`` is its disk."""
-    return {"busybox": guests.BUSYBOX, "debian": guests.DEBIAN}[request.param]
+    return {"busybox": systems.BUSYBOX, "debian": systems.DEBIAN}[request.param]
 
 
 @pytest.fixture
-def system_disk(system: guests.System, tmp_path: Path) -> Path:
+def system_disk(system: systems.System, tmp_path: Path) -> Path:
     """A copy of the system's disk, to be written to."""
-    image = images.busybox() if system is guests.BUSYBOX else images.debian()
+    image = images.busybox() if system is systems.BUSYBOX else images.debian()
     return images.copy_image(image / "disk.raw", tmp_path / "disk.raw")
 
 

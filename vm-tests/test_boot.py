@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.link_control import LinkProcess
-from benchmarks.link_model import Shape
-from guests import BUSYBOX, boot, check_filesystem
 from nbdstream.guest.disks import Disk
 from nbdstream.qmp.client import QMPClient
-from peers import Task, copy_then_boot, slow_remote, stream_with_nbdstream, stream_with_qemu
-from show import Result, Show
-from tests.peers import assert_same, nbdstream_serve
+from testbed.demo.show import Result, Show
+from testbed.demo.ways import (
+    Task,
+    copy_then_boot,
+    slow_remote,
+    stream_with_nbdstream,
+    stream_with_qemu,
+)
+from testbed.guests.systems import BUSYBOX, boot, check_filesystem
+from testbed.link.control import LinkProcess
+from testbed.link.model import Shape
+from testbed.peers import assert_same, nbdstream_serve
 
 LINK = Shape(rate=200e6, delay=0.010)
 CHECK = "cd /data && sha256sum -c SHA256SUMS"

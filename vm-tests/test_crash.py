@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from benchmarks.link_model import Shape
-from guests import BUSYBOX, RunningGuest, boot, check_filesystem
 from nbdstream.guest.disks import Disk
 from nbdstream.guest.qemu import Machine, run_qemu
-from peers import slow_remote
-from tests.peers import Peer, binary, nbdkit, nbdstream_serve, run
+from testbed.demo.ways import slow_remote
+from testbed.guests.systems import BUSYBOX, RunningGuest, boot, check_filesystem
+from testbed.link.model import Shape
+from testbed.peers import Peer, binary, nbdkit, nbdstream_serve, run
 
 LINK = Shape(rate=200e6, delay=0.010)
 CHECK = "cd /data && sha256sum -c SHA256SUMS"

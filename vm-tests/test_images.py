@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import images
-from guests import BUSYBOX, System, boot, check_filesystem, direct_boot
 from nbdstream.guest.console import GuestCommandError
 from nbdstream.guest.disks import Disk
-from tests.peers import nbdkit
+from testbed.guests import images
+from testbed.guests.systems import BUSYBOX, System, boot, check_filesystem, direct_boot
+from testbed.peers import nbdkit
 
 DATA = {True: "/data", False: "/srv/check"}
 

@@ -14,21 +14,27 @@ import pytest
 import trio
 import trio.testing
 
-import guests
-import libvirt_support
-import migration
-from libvirt_support import DOMAIN, Host, VirshError, domain_xml, host
-from migration import SMALL, WRITER, Ends, last_acknowledged, records, wait_acknowledged
 from nbdstream.guest.console import Console
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.tasks import open_background_nursery
-from pulse import LOOP, Pulse
-from tests.peers import Peer, nbdkit, nbdstream_serve, run, temporary_directory
+from testbed.guests import systems
+from testbed.migrations import arrangement, libvirt
+from testbed.migrations.arrangement import (
+    SMALL,
+    WRITER,
+    Ends,
+    last_acknowledged,
+    records,
+    wait_acknowledged,
+)
+from testbed.migrations.libvirt import DOMAIN, Host, VirshError, domain_xml, host
+from testbed.migrations.pulse import LOOP, Pulse
+from testbed.peers import Peer, nbdkit, nbdstream_serve, run, temporary_directory
 
 pytestmark = [
     pytest.mark.timeout(400),
-    pytest.mark.skipif(bool(libvirt_support.missing()), reason=libvirt_support.missing()),
+    pytest.mark.skipif(bool(libvirt.missing()), reason=libvirt.missing()),
 ]
 
 PAGE = Path(__file__).parent.parent / "docs/libvirt.md"
@@ -131,14 +137,14 @@ def ended(control: str) -> Iterator[None]:
         yield
     finally:
         if Path(control).is_socket():
-            trio.run(migration.end_server, control)
+            trio.run(arrangement.end_server, control)
 
 
 @asynccontextmanager
 async def running_domain(site: Site) -> AsyncIterator[Console]:
     """The domain boots at the source, and its writer and its pulse begin."""
     ends = site.ends
-    await libvirt_support.ready(site.here, site.there)
+    await libvirt.ready(site.here, site.there)
     await site.here.virsh("define", xml_file("here", ends))
     await site.here.virsh("start", "--paused", DOMAIN)
     stream = await trio.open_unix_socket(ends.path("here.serial"))
@@ -146,8 +152,8 @@ async def running_domain(site: Site) -> AsyncIterator[Console]:
         console = Console(stream)
         nursery.start_soon(console.pump)
         await site.here.virsh("resume", DOMAIN)
-        await console.wait_for(ends.system.login, guests.BOOT_TIMEOUT)
-        await console.wait_for(ends.system.prompt, guests.BOOT_TIMEOUT)
+        await console.wait_for(ends.system.login, systems.BOOT_TIMEOUT)
+        await console.wait_for(ends.system.prompt, systems.BOOT_TIMEOUT)
         await console.send(f"{WRITER}\n")
         await console.wait_for("ACK 3\\b", 60)
         yield console
@@ -156,7 +162,7 @@ async def running_domain(site: Site) -> AsyncIterator[Console]:
 async def end_source(site: Site) -> None:
     """End the source's server. Where the domain is still defined, somebody starts both once
     more: that is refused, for the disk is read-only."""
-    await migration.end_server(str(site.server.control))
+    await arrangement.end_server(str(site.server.control))
     if not await site.here.state():
         return
     leaf, socket = (Path(site.ends.path(name)) for name in ("here.qcow2", "here.nbd"))
@@ -174,7 +180,7 @@ async def finish(site: Site, seen: int) -> None:
     await wait_acknowledged(ends, last_acknowledged(said(ends)) + 3)
     await site.there.virsh("destroy", DOMAIN)
     last = last_acknowledged(said(ends))
-    await migration.end_server(ends.path("there.control"))
+    await arrangement.end_server(ends.path("there.control"))
     raw = ends.directory / "look.raw"
     run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", ends.path("there.qcow2"), raw])
     assert records(raw) >= last > seen
@@ -232,7 +238,7 @@ async def test_a_destination_that_dies_leaves_the_domain_where_it_is(site: Site)
         assert not exists(ends.path("there.qcow2"))
 
         with host("there", ends.directory / "t2") as there:
-            await libvirt_support.ready(there)
+            await libvirt.ready(there)
             again = Site(site.here, there, ends, site.server)
             done = await again.move("--migrateuri", "tcp://127.0.0.1:49302", *FULL_SPEED)
             assert done.returncode == 0

@@ -12,10 +12,6 @@ from pathlib import Path
 import pytest
 import trio
 
-import migration
-from benchmarks.link_control import link_process
-from benchmarks.link_model import Shape
-from migration import Ends, destination, last_acknowledged, records, wait_acknowledged
 from nbdstream.errors import BackingError
 from nbdstream.guest.disks import Disk
 from nbdstream.handover.seal import read_seal
@@ -30,7 +26,17 @@ from nbdstream.migrate.switchover import Phase
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import JSONObject, QMPConnectionError
 from nbdstream.service import describe_backing
-from tests.peers import Peer, PeerError, make_image, nbdkit, nbdstream_serve, run
+from testbed.link.control import link_process
+from testbed.link.model import Shape
+from testbed.migrations import arrangement
+from testbed.migrations.arrangement import (
+    Ends,
+    destination,
+    last_acknowledged,
+    records,
+    wait_acknowledged,
+)
+from testbed.peers import Peer, PeerError, make_image, nbdkit, nbdstream_serve, run
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -87,7 +93,7 @@ async def finish(ends: Ends, leaf: str, seen: int) -> None:
     async with destination(ends):
         await wait_acknowledged(ends, seen + 3)
     last = last_acknowledged(Path(ends.path("there.console")).read_text())  # noqa: ASYNC240
-    await migration.end_server(ends.path("there0.control"))
+    await arrangement.end_server(ends.path("there0.control"))
     path = Path(leaf)
     assert records(as_raw(path, path.suffix[1:])) >= last > seen
 
@@ -104,7 +110,7 @@ async def test_a_guest_on_a_plain_file(
     # Too slow to converge by itself, so that post-copy has something to do.
     slow = {"postcopy_ram": True, "max_bandwidth": 20 << 20, "downtime_limit": 0.001}
     plan = ends.plan(ends.disk("qcow2", node="disk0"), **(slow if postcopy else {}))
-    async with migration.source(ends, Disk.file(disk, image_format)) as guest:
+    async with arrangement.source(ends, Disk.file(disk, image_format)) as guest:
         summary = await Migration(plan).run()
         seen = last_acknowledged(guest.console.transcript)
         assert (await guest.guest.qmp.execute("query-status"))["status"] == "postmigrate"
@@ -126,7 +132,7 @@ async def test_a_guest_on_nbdstream_that_still_streams(
     leaf = tmp_path / f"here.{there}"
     with nbdstream_serve(leaf, remote.uri, "--stream", "off") as server:
         plan = ends.plan(ends.disk(there, control=str(server.control)))
-        async with migration.source(ends, Disk.nbd(server.uri)) as guest:
+        async with arrangement.source(ends, Disk.nbd(server.uri)) as guest:
             await Migration(plan).run()
             seen = last_acknowledged(guest.console.transcript)
             report = await ask(server.control, "x-nbdstream-stats")
@@ -146,11 +152,11 @@ async def test_two_disks(ends: Ends, busybox_disk: Path, remote: Peer, tmp_path:
             ends.disk("qcow2", number=1, node="disk1"),
         )
         disks = Disk.nbd(server.uri), Disk.file(data)
-        async with migration.source(ends, *disks) as guest:
+        async with arrangement.source(ends, *disks) as guest:
             await Migration(plan).run()
             seen = last_acknowledged(guest.console.transcript)
     await finish(ends, plan.disks[0].leaf, seen)
-    await migration.end_server(plan.disks[1].control)
+    await arrangement.end_server(plan.disks[1].control)
     run(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", data, plan.disks[1].leaf])
 
 
@@ -171,7 +177,7 @@ async def test_whatever_fails_before_the_destination_runs(
         else:
             disk = Disk.nbd(server.uri)
             plan = ends.plan(ends.disk("qcow2", control=str(server.control)))
-        async with migration.source(ends, disk) as guest:
+        async with arrangement.source(ends, disk) as guest:
             for fatal in (
                 Phase.MEMORY,
                 Phase.STOPPED,
@@ -206,7 +212,7 @@ async def test_the_destination_dies_before_it_runs(
     leaf = tmp_path / "here.qcow2"
     with nbdstream_serve(leaf, remote.uri) as server:
         plan = ends.plan(ends.disk("qcow2", control=str(server.control)))
-        async with migration.source(ends, Disk.nbd(server.uri)) as guest:
+        async with arrangement.source(ends, Disk.nbd(server.uri)) as guest:
 
             def kill(phase: Phase, facts: JSONObject) -> None:
                 if phase is at and not facts:
@@ -261,7 +267,7 @@ async def test_a_link_goes_silent_while_the_guest_stands_still(
             if phase is at and not facts:
                 links[link].cut("blackhole")
 
-        async with migration.source(ends, Disk.nbd(server.uri)) as guest:
+        async with arrangement.source(ends, Disk.nbd(server.uri)) as guest:
             words = "nothing of the memory" if link == "memory" else "did not change hands"
             with pytest.raises(MigrationError, match=f"{words}.*; the guest stays at the source"):
                 await Migration(plan, cut).run()
@@ -282,7 +288,7 @@ async def test_what_was_told_to_run_is_not_taken_back(
         source_qmp=plan.destination_qmp,
         destination_qmp=ends.path("onward.qmp"),
     )
-    async with migration.source(ends, Disk.file(busybox_disk)) as guest:
+    async with arrangement.source(ends, Disk.file(busybox_disk)) as guest:
 
         def interrupt(phase: Phase, facts: JSONObject) -> None:
             if phase is Phase.HANDING and postcopy:
@@ -308,7 +314,7 @@ async def test_the_destinations_server_is_killed_once_the_guest_is_there(
     ends: Ends, busybox_disk: Path
 ) -> None:
     plan = ends.plan(ends.disk("raw", node="disk0"))
-    async with migration.source(ends, Disk.file(busybox_disk)) as guest:
+    async with arrangement.source(ends, Disk.file(busybox_disk)) as guest:
         move = Migration(plan)
         await move.run(follow=False)
         seen = last_acknowledged(guest.console.transcript)
@@ -331,7 +337,7 @@ async def test_the_sources_server_is_away_once_the_guest_has_gone(
     leaf = tmp_path / "here.qcow2"
     with nbdstream_serve(leaf, remote.uri) as server:
         plan = ends.plan(ends.disk("qcow2", control=str(server.control)))
-        async with migration.source(ends, Disk.nbd(server.uri)) as guest:
+        async with arrangement.source(ends, Disk.nbd(server.uri)) as guest:
 
             def kill(phase: Phase, facts: JSONObject) -> None:
                 if phase is Phase.RUNNING and not facts:
@@ -371,7 +377,7 @@ async def test_the_sources_server_dies_while_the_guest_stands_still(
             if phase is Phase.ACTIVATING and not facts:
                 server.kill()
 
-        async with migration.source(ends, Disk.nbd(server.uri, reconnect_delay=600)) as guest:
+        async with arrangement.source(ends, Disk.nbd(server.uri, reconnect_delay=600)) as guest:
             with pytest.raises(MigrationError, match="belongs to the source, but could not end"):
                 await Migration(plan, kill).run()
             seen = last_acknowledged(guest.console.transcript)
@@ -398,7 +404,7 @@ async def test_on_the_command_line(ends: Ends, busybox_disk: Path) -> None:
     command = [*nbdstream_command(), "migrate", *options]
     slow = ["--max-bandwidth", "4M", "--", *plan.command]
     log = Path(ends.path("tool.log"))
-    async with migration.source(ends, Disk.file(busybox_disk)) as guest:
+    async with arrangement.source(ends, Disk.file(busybox_disk)) as guest:
         before = await Settings.of(guest.guest.qmp)
         for ending in (signal.SIGINT, signal.SIGKILL):
             log.unlink(missing_ok=True)  # noqa: ASYNC240

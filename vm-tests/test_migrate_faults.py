@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import faults
-from faults import Outcome, Trial
-from migration import Ends
+from testbed.migrations import faults
+from testbed.migrations.arrangement import Ends
+from testbed.migrations.faults import Outcome, Trial
 
 COUNT = int(os.environ.get("NBDSTREAM_MIGRATIONS", "6"))
 SEED = int(os.environ.get("NBDSTREAM_SEED", "0")) or random.randrange(1, 1 << 31)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from benchmarks.link_model import Shape
-from migration import Ends
-from pulse import Beat, Pulse
-from road import road
-from ways import WAYS, MemoryOnly, Way, grow, migrate
+from testbed.link.model import Shape
+from testbed.migrations.arrangement import Ends
+from testbed.migrations.pulse import Beat, Pulse
+from testbed.migrations.road import road
+from testbed.migrations.ways import WAYS, MemoryOnly, Way, grow, migrate
 
 MIB = 1 << 20
 FAST = Shape(rate=1e9, delay=0.001)

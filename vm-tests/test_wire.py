@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-import wire
-from benchmarks.link_model import Shape
-from wire import THERE, Wire
+from testbed.link import wire
+from testbed.link.model import Shape
+from testbed.link.wire import THERE, Wire
 
 RATE, DELAY = 40e6, 0.010
 PORTS = 4444, 10809

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process costs, from /proc."""
+"""Processes that run modules of this checkout, and what a process costs, from /proc."""
 
 import os
 from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+
+
+def python_environment() -> dict[str, str]:
+    """The environment in which `python -m testbed.…` finds this checkout from any directory."""
+    path = [str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def processor_seconds(pid: int) -> float:

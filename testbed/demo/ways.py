@@ -17,17 +17,17 @@ from pathlib import Path
 
 import trio
 
-from benchmarks.link_control import LinkProcess, link_process
-from benchmarks.link_model import Shape
-from guests import RunningGuest, System, start
 from nbdstream.cli.progress import Snapshot
 from nbdstream.guest.disks import Disk
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import Event
 from nbdstream.tasks import open_background_nursery
 from nbdstream.units import format_rate, format_size
-from show import Result, Show
-from tests.peers import nbdkit, nbdstream_serve
+from testbed.demo.show import Result, Show
+from testbed.guests.systems import RunningGuest, System, start
+from testbed.link.control import LinkProcess, link_process
+from testbed.link.model import Shape
+from testbed.peers import nbdkit, nbdstream_serve
 
 POLL_INTERVAL = 0.5
 STREAM_TIMEOUT = 1800.0

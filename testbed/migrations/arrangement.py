@@ -16,10 +16,6 @@ from pathlib import Path
 
 import trio
 
-import bootdisk
-import guests
-import pulse
-from guests import BUSYBOX, RunningGuest, System
 from nbdstream.errors import LeafInUseError
 from nbdstream.guest.accelerator import qemu_binary
 from nbdstream.guest.console import Console
@@ -30,6 +26,9 @@ from nbdstream.migrate.plan import DiskPlan, MigrationPlan
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import QMPConnectionError
 from nbdstream.tasks import open_background_nursery
+from testbed.guests import bootdisk, systems
+from testbed.guests.systems import BUSYBOX, RunningGuest, System
+from testbed.migrations import pulse
 
 SMALL: System = dataclasses.replace(BUSYBOX, memory=128 * MiB)
 RECORDS = "/records"
@@ -92,7 +91,7 @@ def destination_command(ends: Ends, disks: int) -> list[str]:
 
 def _extra(ends: Ends, end: str) -> tuple[str, ...]:
     """What both QEMUs have besides disks and console."""
-    kernel = guests.direct_boot(ends.image) if (ends.image / "vmlinuz").exists() else ()
+    kernel = systems.direct_boot(ends.image) if (ends.image / "vmlinuz").exists() else ()
     return (*kernel, *pulse.serial_port(ends.path(f"{end}.pulse")))
 
 
@@ -101,7 +100,7 @@ async def source(ends: Ends, *disks: Disk, **more: object) -> AsyncIterator[Runn
     """A guest at its shell, with the writer at work."""
     qmp = ("-qmp", f"unix:{ends.path('source.qmp')},server=on,wait=off")
     extra = (*_extra(ends, "source"), *qmp)
-    async with guests.boot(ends.system, *disks, extra=extra, **more) as guest:  # type: ignore[arg-type]
+    async with systems.boot(ends.system, *disks, extra=extra, **more) as guest:  # type: ignore[arg-type]
         await guest.console.send(WRITER + "\n")
         await guest.console.wait_for("ACK 3\\b", 60)
         yield guest
@@ -130,7 +129,7 @@ async def power_off(ends: Ends) -> None:
             console = Console(stream)
             nursery.start_soon(console.pump)
             await console.send(f"\n{ends.system.power_off}\n")
-            with trio.fail_after(guests.POWER_OFF_TIMEOUT):
+            with trio.fail_after(systems.POWER_OFF_TIMEOUT):
                 await qmp.wait_event("SHUTDOWN")
                 with suppress(QMPConnectionError):
                     while True:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The link emulator as a command: makes a local NBD server look far away.
 
-    python benchmarks/linkemu.py --listen 127.0.0.1:0 --to unix:/run/nbd.sock \\
+    python -m testbed.link --listen 127.0.0.1:0 --to unix:/run/nbd.sock \\
         --rate 100M --delay 10ms --control /run/link.ctl
 
-Prints the address it listens on once it does. Commands (`link_control`) are taken from
-standard input and answered on standard output, and by every client of the unix socket
-`--control`. It ends on `quit`, SIGTERM or SIGINT; the end of standard input ends nothing.
-What it emulates is described in `link_model`, how in `link_proxy`.
+Prints the address it listens on once it does; `--help` describes the options. Commands
+(`control`) are taken from standard input and answered on standard output, and by every
+client of the unix socket `--control`. It ends on `quit`, SIGTERM or SIGINT; the end of
+standard input ends nothing. What it emulates is described in `model`, how in `proxy`.
 """
 
 import argparse
@@ -16,15 +16,11 @@ import signal
 import socket
 import sys
 import threading
-from pathlib import Path
 from typing import TextIO
 
-if not __package__:  # run as a script: the checkout is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.link_control import Address, parse_command
-from benchmarks.link_model import Shape
-from benchmarks.link_proxy import LISTEN_BACKLOG, Link
+from testbed.link.control import Address, parse_command
+from testbed.link.model import Shape
+from testbed.link.proxy import LISTEN_BACKLOG, Link
 
 # Held from a command to its reply, so that the reply to `quit` gets out.
 _answering = threading.Lock()
@@ -59,7 +55,7 @@ def _serve_control(link: Link, listener: socket.socket) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="linkemu",
+        prog="python -m testbed.link",
         description="Proxy connections over an emulated link. Prints the address it listens "
         "on, then takes commands on standard input: set, stall, resume, cut, restore, stats, quit.",
     )
@@ -83,7 +79,7 @@ def main() -> None:
         control = Address(path=arguments.control) if arguments.control else None
         commands = control.listen(LISTEN_BACKLOG, None) if control else None
     except (ValueError, OSError) as error:
-        sys.exit(f"linkemu: error: {error}")
+        sys.exit(f"testbed.link: error: {error}")
     # Stop as `quit` does: the sockets' files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))

@@ -5,14 +5,14 @@ One command a line, answered by one line of JSON: an object, `{"error": TEXT}` o
 
     set [rate=R] [delay=D] [jitter=D] [queue=N]    change these properties
     stall [SECONDS] | resume                       freeze both directions; go on
-    cut reset | cut blackhole | restore            see `link_proxy`
+    cut reset | cut blackhole | restore            see `proxy`
     stats                                          counters (`bytes` per direction, ...)
     quit
 
 R is in bits per second, with `k M G` for powers of 1000, or `unlimited`; N is a size in
 bytes, with powers of 1024, or `default`; D is a duration such as `10ms`.
 
-`Steering` has a method for each; the emulator in a thread (`link_proxy.Link`) and the one in
+`Steering` has a method for each; the emulator in a thread (`proxy.Link`) and the one in
 a process of its own (`LinkProcess`) are steered alike.
 """
 
@@ -28,10 +28,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.link_model import Shape
-from benchmarks.processes import processor_seconds
 from nbdstream.errors import UsageError
 from nbdstream.units import parse_duration, parse_size
+from testbed.link.model import Shape
+from testbed.processes import processor_seconds, python_environment
 
 CutMode = Literal["reset", "blackhole"]
 
@@ -261,10 +261,14 @@ def link_process(
     listen: Address | str, target: Address | str, shape: Shape
 ) -> Iterator[LinkProcess]:
     """Run the emulator in a process of its own while the context lasts."""
-    script = Path(__file__).with_name("linkemu.py")
-    command = [sys.executable, str(script), "--listen", str(listen), "--to", str(target)]
+    command = [sys.executable, "-m", "testbed.link", "--listen", str(listen), "--to", str(target)]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=python_environment(),
     )
     assert process.stdin and process.stdout
     try:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import trio
 
-from guests import System
 from nbdstream.guest.accelerator import qemu_binary
 from nbdstream.guest.qemu import MiB
+from testbed.guests.systems import System
 
 DOMAIN = "vm"
 START_TIMEOUT = 60.0

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import trio
 
-import bootdisk
-import busybox_image
 from nbdstream.guest.console import Console
 from nbdstream.guest.disks import Disk
 from nbdstream.guest.qemu import Guest, Machine, MiB, run_qemu
+from testbed.guests import bootdisk, busybox_image
 
 # Under TCG, on a machine that is busy with other things, with a disk far away.
 BOOT_TIMEOUT = 240.0

@@ -2,7 +2,7 @@
 """A slow wire between two network namespaces, for all that passes between them.
 
 One process copies IP packets between two tun devices, one in each namespace. What a packet
-meets on its way is `benchmarks.link_model`'s: one FIFO queue in each direction, a rate, a
+meets on its way is `testbed.link.model`'s: one FIFO queue in each direction, a rate, a
 delay; a packet that finds the queue full is lost, as in a router, so that the kernels' TCP
 finds out what the wire carries. It needs root; the kernel needs neither netem nor tbf.
 
@@ -26,10 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-if not __package__:  # run as a script: the checkout is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.link_model import Direction, Lane, LinkClock, Shape
+from testbed.link.model import Direction, Lane, LinkClock, Shape
+from testbed.processes import python_environment
 
 MTU = 24000
 # What waits when the queue is full takes so long to be sent.
@@ -159,14 +157,20 @@ def wire(shape: Shape) -> Iterator[Wire]:
     assert shape.rate is not None
     shape = replace(shape, queue=int(shape.rate / 8 * QUEUE_SECONDS))
     names = [f"nbdstream-{os.getpid()}-{end}" for end in ("here", "there")]
-    command = [sys.executable, __file__, "--rate", str(shape.rate), "--delay", str(shape.delay)]
-    command += ["--queue", str(shape.queue)]
+    command = [sys.executable, "-m", "testbed.link.wire", "--rate", str(shape.rate)]
+    command += ["--delay", str(shape.delay), "--queue", str(shape.queue)]
     with contextlib.ExitStack() as stack:
         for name in names:
             _ip("netns", "add", name)
             stack.callback(_ip, "netns", "del", name)
         process = stack.enter_context(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=python_environment(),
+            )
         )
         stack.callback(process.terminate)
         assert process.stdout

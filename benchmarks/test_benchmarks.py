@@ -14,15 +14,14 @@ import pytest
 
 from benchmarks.boot import Reads, count
 from benchmarks.chart import Band, Chart, Panel, Series
-from benchmarks.far import far_backing, qemu_leaf
-from benchmarks.link_model import Shape
 from benchmarks.load import fio, fio_command, run_fio
 from benchmarks.picture import END, Recording, draw
-from benchmarks.processes import processor_seconds, resident_bytes
 from benchmarks.report import Report, judged, median, ratio
 from nbdstream.backing.base import Priority
 from nbdstream.backing.scheduler import Sample
-from tests.peers import (
+from testbed.far import far_backing, qemu_leaf
+from testbed.link.model import Shape
+from testbed.peers import (
     PeerError,
     assert_same,
     make_image,
@@ -30,6 +29,7 @@ from tests.peers import (
     nbdkit,
     temporary_directory,
 )
+from testbed.processes import processor_seconds, resident_bytes
 
 MIB = 1 << 20
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from bootdisk import BootEntry, MiB, make_boot_disk, run, write_payload
+from testbed.guests.bootdisk import BootEntry, MiB, make_boot_disk, run, write_payload
 
 SIZE = 384 * MiB
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1"

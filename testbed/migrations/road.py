@@ -3,7 +3,7 @@
 
 As root the hosts are network namespaces, and one wire carries it all (`wire`): memory and
 disk share its queue, both kernels' TCP is at work. Without root both hosts are this machine,
-and memory and disk have an emulated link (`benchmarks.link_proxy`) each.
+and memory and disk have an emulated link (`testbed.link.proxy`) each.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import wire
-from benchmarks.link_control import LinkProcess, link_process
-from benchmarks.link_model import Shape
+from testbed.link import wire
+from testbed.link.control import LinkProcess, link_process
+from testbed.link.model import Shape
 
 MEMORY_PORT, DISK_PORT = 4444, 10809
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.link_control import LinkProcess, link_process
-from benchmarks.link_model import Shape
-from tests.peers import Peer, Qmp, nbdkit, qemu_storage_daemon, temporary_directory, unix_uri
+from testbed.link.control import LinkProcess, link_process
+from testbed.link.model import Shape
+from testbed.peers import Peer, Qmp, nbdkit, qemu_storage_daemon, temporary_directory, unix_uri
 
 BACKING_THREADS = 16
 # More than a handshake: bulk data has begun to come.

@@ -19,11 +19,6 @@ from pathlib import Path
 
 import trio
 
-import migration
-from benchmarks.link_control import link_process
-from benchmarks.link_model import Shape
-from guests import RunningGuest
-from migration import Ends, last_acknowledged, records
 from nbdstream.guest.disks import Disk
 from nbdstream.handover.seal import read_seal
 from nbdstream.migrate.destination import Spawned, nbdstream_command
@@ -33,7 +28,12 @@ from nbdstream.migrate.run import Migration
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import JSONObject, QMPError
-from tests.peers import Peer, nbdkit, nbdstream_serve, run
+from testbed.guests.systems import RunningGuest
+from testbed.link.control import link_process
+from testbed.link.model import Shape
+from testbed.migrations import arrangement
+from testbed.migrations.arrangement import Ends, last_acknowledged, records
+from testbed.peers import Peer, nbdkit, nbdstream_serve, run
 
 MiB = 1 << 20
 # What a guest gets to write three more records; it may have waited for a reconnect before.
@@ -180,7 +180,7 @@ class Run:
         self._there = dataclasses.replace(there, reach=str(self._link.address))
         self._plan = self._make_plan()
         stack.callback(self._end_destination)
-        guest = await stack.enter_async_context(migration.source(self.ends, disk))
+        guest = await stack.enter_async_context(arrangement.source(self.ends, disk))
         before = await Settings.of(guest.guest.qmp)
         await stack.enter_async_context(self._watching(guest))
         moved = await self._migrate()
@@ -392,15 +392,15 @@ class Run:
             await guest.guest.kill()  # QEMU's own NBD server
         self._repair(stack)
         seen = max(last_acknowledged(here), last_acknowledged(_text(log)))
-        await migration.wait_acknowledged(self.ends, seen + 3, PATIENCE)
+        await arrangement.wait_acknowledged(self.ends, seen + 3, PATIENCE)
         await self._wait_local()
         if self._server is not None and self.trial.fault != "source's server killed":
             assert not (await _stats(str(self._server.control)))["canonical"]
         seen = last_acknowledged(_text(log))
-        await migration.wait_acknowledged(self.ends, seen + 3, PATIENCE)
+        await arrangement.wait_acknowledged(self.ends, seen + 3, PATIENCE)
         assert (await _stats(self._there.control))["canonical"]
         self._end_destination(qemu_only=True)
-        await migration.end_server(self._there.control)
+        await arrangement.end_server(self._there.control)
         self._check_console(here)
         self._check_console(_text(log))
         self.outcome.acknowledged = last_acknowledged(_text(log))

@@ -17,17 +17,16 @@ from pathlib import Path
 
 import trio
 
-import guests
-import images
-import migration
-from benchmarks.link_control import parse_bit_rate, parse_seconds
-from benchmarks.link_model import Shape
-from migration import Ends
 from nbdstream.units import format_size, parse_size
-from road import Road, road
-from ways import WAYS, Outcome, Way, grow, migrate
+from testbed.guests import images, systems
+from testbed.link.control import parse_bit_rate, parse_seconds
+from testbed.link.model import Shape
+from testbed.migrations import arrangement
+from testbed.migrations.arrangement import Ends
+from testbed.migrations.road import Road, road
+from testbed.migrations.ways import WAYS, Outcome, Way, grow, migrate
 
-SYSTEMS = {"debian": guests.DEBIAN, "busybox": migration.SMALL}
+SYSTEMS = {"debian": systems.DEBIAN, "busybox": arrangement.SMALL}
 
 
 async def demo(base: Ends, between: Road, data: int) -> None:

@@ -22,10 +22,6 @@ from pathlib import Path
 
 import trio
 
-import guests
-import migration
-import pulse
-from migration import Ends, last_acknowledged, records, wait_acknowledged
 from nbdstream.guest.disks import Disk
 from nbdstream.guest.qemu import MiB
 from nbdstream.migrate.destination import Spawned
@@ -36,9 +32,12 @@ from nbdstream.migrate.switchover import PHASE_WORDS, Phase
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.tasks import open_background_nursery
-from pulse import Pause, Pulse
-from road import Road
-from tests.peers import run
+from testbed.guests import systems
+from testbed.migrations import arrangement, pulse
+from testbed.migrations.arrangement import Ends, last_acknowledged, records, wait_acknowledged
+from testbed.migrations.pulse import Pause, Pulse
+from testbed.migrations.road import Road
+from testbed.peers import run
 
 NODE = "disk0"
 # A mirror takes as long as its disk is large.
@@ -134,7 +133,7 @@ class Nbdstream(Way):
         return summary.downtime
 
     async def leave(self) -> None:
-        await migration.end_server(self.plan().disks[0].control)
+        await arrangement.end_server(self.plan().disks[0].control)
 
 
 class MemoryOnly(Way):
@@ -236,7 +235,7 @@ async def migrate(way: Way) -> Outcome:
         async with open_background_nursery() as nursery:
             nursery.start_soon(_heed_signal)
             nursery.start_soon(beats.listen, ends.path("source.pulse"), ends.path("there.pulse"))
-            async with migration.source(ends, Disk.file(way.disk), prefix=way.road.here) as guest:
+            async with arrangement.source(ends, Disk.file(way.disk), prefix=way.road.here) as guest:
                 await guest.console.send(f"{pulse.LOOP}\n")
                 await beats.wait_here(BEATS)
                 way.say("the guest is up, and writes")
@@ -286,7 +285,7 @@ async def _heed_signal() -> None:
 async def _end_there(way: Way, seen: int) -> int:
     """See that the guest still writes, and switch it off; the last record it acknowledged."""
     await wait_acknowledged(way.ends, seen + RECORDS_AFTER)
-    await migration.power_off(way.ends)
+    await arrangement.power_off(way.ends)
     await way.leave()
     return last_acknowledged(_console(way))
 
@@ -298,8 +297,8 @@ def _console(way: Way) -> str:
 
 def _check(way: Way, last: int) -> None:
     """See that a disk has all that was acknowledged, in a file system without fault."""
-    if way.ends.system is guests.DEBIAN:  # switched off properly: there is no journal to replay
-        guests.check_filesystem(way.disk_there)
+    if way.ends.system is systems.DEBIAN:  # switched off properly: there is no journal to replay
+        systems.check_filesystem(way.disk_there)
     found = records(way.disk_there)
     if found < last:
         raise WayError(f"of {last} acknowledged records only {found} are on the disk")

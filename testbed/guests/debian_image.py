@@ -10,7 +10,14 @@ while; each has its SHA256SUMS.
 import os
 from pathlib import Path
 
-from bootdisk import FILESYSTEM_UUID, BootEntry, MiB, make_boot_disk, run, write_payload
+from testbed.guests.bootdisk import (
+    FILESYSTEM_UUID,
+    BootEntry,
+    MiB,
+    make_boot_disk,
+    run,
+    write_payload,
+)
 
 SIZE = 1536 * MiB
 SUITE = "bookworm"

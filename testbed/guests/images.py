@@ -15,11 +15,10 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-import bootdisk
-import busybox_image
-import debian_image
+from testbed.guests import bootdisk, busybox_image, debian_image
+from testbed.processes import TOP
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "images"
+CACHE = TOP / ".cache" / "images"
 
 
 def busybox() -> Path:

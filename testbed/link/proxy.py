@@ -2,7 +2,7 @@
 """The emulated link itself: a proxy between sockets, driven by the model.
 
 One thread, one edge-triggered epoll loop. It receives from whoever has something to send,
-passes chunks through the model (`link_model`: FIFO queue, rate, delay, jitter), and sends
+passes chunks through the model (`model`: FIFO queue, rate, delay, jitter), and sends
 those that are due. Setting up a connection takes the three one-way delays of TCP's
 handshake before the target is connected to, whatever kind of socket is used.
 
@@ -37,8 +37,8 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.link_control import Address, Command, Steering, parse_command
-from benchmarks.link_model import KIB, MIB, WINDOW, Direction, Lane, LinkClock, Shape, Slab
+from testbed.link.control import Address, Command, Steering, parse_command
+from testbed.link.model import KIB, MIB, WINDOW, Direction, Lane, LinkClock, Shape, Slab
 
 LISTEN_BACKLOG = 128
 CONNECT_SECONDS = 5.0
@@ -126,7 +126,7 @@ class Link(Steering):
         os.close(self._wake)
 
     def command(self, line: str) -> dict[str, Any]:
-        """Carry out one line of the protocol (`link_control`), from any thread."""
+        """Carry out one line of the protocol (`control`), from any thread."""
         result: Future[dict[str, Any]] = Future()
         self._commands.put((line, result))
         os.eventfd_write(self._wake, 1)

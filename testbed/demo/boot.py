@@ -19,21 +19,21 @@ from pathlib import Path
 
 import trio
 
-import images
-from benchmarks.link_control import parse_bit_rate, parse_seconds
-from benchmarks.link_model import Shape
-from guests import DEBIAN, boot, check_filesystem
 from nbdstream.guest.disks import Disk
 from nbdstream.units import format_size
-from peers import (
+from testbed.demo.show import Result, Show
+from testbed.demo.ways import (
     Task,
     copy_then_boot,
     slow_remote,
     stream_with_nbdstream,
     stream_with_qemu,
 )
-from show import Result, Show
-from tests.peers import nbdstream_serve
+from testbed.guests import images
+from testbed.guests.systems import DEBIAN, boot, check_filesystem
+from testbed.link.control import parse_bit_rate, parse_seconds
+from testbed.link.model import Shape
+from testbed.peers import nbdstream_serve
 
 CHECK = "cd /srv/check && sha256sum --quiet -c SHA256SUMS"
 EVERYTHING = "cd /srv/payload && sha256sum --quiet -c SHA256SUMS"

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the source tree: who may import whom, and how large a module may be.
+
+The rooms of the product stand on floors; a module imports its own room and what is below.
+Three trees of checks (tests, vm-tests, benchmarks) share `testbed`, and nothing else.
+"""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parent.parent
+CHECKS = ("tests", "vm-tests", "benchmarks")
+TREES = ("nbdstream", "testbed", "plugins", *CHECKS)
+LINES_MOST = 400
+
+# The product's floors, lowest first. A room is a folder of nbdstream/ or a module of its
+# top level. Rooms of one floor do not import each other.
+FLOORS = (
+    {"errors", "extents", "tasks"},
+    {"units", "export", "qmp"},
+    {"leaf", "backing", "server", "guest"},
+    {"disk"},
+    {"streamer"},
+    {"control"},
+    {"handover"},
+    {"service"},
+    {"migrate"},
+    {"cli"},
+    {"__main__"},
+)
+
+# Modules over LINES_MOST that have neither been split nor say why they are one thing. The
+# list only gets shorter.
+OVER_LONG = {
+    "nbdstream.backing.window",
+    "nbdstream.disk.disk",
+    "testbed.link.proxy",
+    "testbed.migrations.faults",
+    "tests.leaf_conformance",
+    "tests.leaf_powercut",
+    "tests.test_backing_nbd",
+    "tests.test_control_cli",
+    "tests.test_control_commands",
+    "tests.test_disk_races",
+    "tests.test_leaf_qcow2_qemu",
+    "tests.test_leaf_qed",
+    "tests.test_linkemu",
+    "tests.test_serve",
+    "tests.test_server_robustness",
+    "tests.test_server_transmission",
+    "vm-tests.test_migrate",
+}
+
+
+def name_of(path: Path) -> str:
+    """A module's dotted name, as it is imported from the top of the checkout."""
+    parts = path.relative_to(TOP).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def sources() -> dict[str, ast.Module]:
+    """Every module of the checkout, parsed, by its dotted name."""
+    return {
+        name_of(path): ast.parse(path.read_text(), str(path))
+        for tree in TREES
+        for path in sorted((TOP / tree).rglob("*.py"))
+    }
+
+
+def statements(tree: ast.Module, *, deferred: bool) -> Iterator[ast.stmt]:
+    """Import statements: those that run with the module, or (`deferred`) inside functions too.
+
+    What stands under `if TYPE_CHECKING` never runs, so it makes no circle; it still counts
+    as knowing of the other module.
+    """
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        if not deferred and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if not deferred and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        pending += ast.iter_child_nodes(node)
+
+
+@cache
+def imports(name: str, *, deferred: bool = True) -> frozenset[str]:
+    """The modules of the checkout that a module imports, as far as there is one."""
+    package = name.split(".") if (TOP / name.replace(".", "/")).is_dir() else name.split(".")[:-1]
+    found = set()
+    for node in statements(sources()[name], deferred=deferred):
+        if isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        else:
+            assert isinstance(node, ast.ImportFrom)
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            wanted = [f"{prefix}.{alias.name}" for alias in node.names]
+        for target in wanted:
+            while target and target not in sources():
+                target = target.rpartition(".")[0]
+            if target:
+                found.add(target)
+    return frozenset(found - {name})
+
+
+def in_tree(tree: str) -> list[str]:
+    return [name for name in sources() if name.split(".")[0] == tree]
+
+
+def arrows(tree: str, allowed: set[str]) -> list[str]:
+    """Imports of a tree that lead elsewhere than to itself and the `allowed` trees."""
+    return [
+        f"{name} -> {target}"
+        for name in in_tree(tree)
+        for target in sorted(imports(name))
+        if target.split(".")[0] not in {tree, *allowed}
+    ]
+
+
+def test_the_map_of_imports_is_not_empty() -> None:
+    assert imports("nbdstream.cli.serve") >= {"nbdstream.service"}
+    assert "testbed.peers" in imports("tests.test_serve")
+    assert imports("vm-tests.test_boot") >= {"testbed.guests.systems"}
+
+
+def test_the_product_imports_only_itself() -> None:
+    assert arrows("nbdstream", set()) == []
+    assert arrows("plugins", {"nbdstream"}) == []
+
+
+def test_the_testbed_imports_only_the_product() -> None:
+    assert arrows("testbed", {"nbdstream"}) == []
+
+
+@pytest.mark.parametrize("tree", CHECKS)
+def test_checks_share_only_the_testbed(tree: str) -> None:
+    assert arrows(tree, {"nbdstream", "testbed"}) == []
+
+
+def test_no_module_of_the_guests_is_imported_by_a_bare_name() -> None:
+    """vm-tests/ is no package: whatever its tests share has to be in the testbed."""
+    bare = {path.stem for path in (TOP / "vm-tests").glob("*.py")}
+    found = [
+        f"{name} -> {target}"
+        for name, tree in sources().items()
+        for node in statements(tree, deferred=True)
+        for target in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+        if target.split(".")[0] in bare
+    ]
+    assert found == []
+
+
+def test_nobody_changes_where_modules_are_found() -> None:
+    """The nbdkit plugin may: the interpreter is nbdkit's, and knows nothing of our checkout."""
+    guilty = [
+        name
+        for name, tree in sources().items()
+        if not name.startswith("plugins.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
+    ]
+    assert guilty == []
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {room_of(name) for name in in_tree("nbdstream")} - {""}
+    assert rooms == set().union(*FLOORS)
+
+
+def test_no_import_of_the_product_leads_upwards() -> None:
+    floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+    upwards = [
+        f"{name} -> {target}"
+        for name in in_tree("nbdstream")
+        for target in sorted(imports(name))
+        if (mine := room_of(name)) and (other := room_of(target)) and mine != other
+        if floor[other] >= floor[mine]
+    ]
+    assert upwards == []
+
+
+def circles() -> Iterator[list[str]]:
+    """Modules that import each other in a circle while they are loaded."""
+    state: dict[str, int] = {}
+    path: list[str] = []
+
+    def visit(name: str) -> Iterator[list[str]]:
+        state[name] = 1
+        path.append(name)
+        for target in sorted(imports(name, deferred=False)):
+            if state.get(target) == 1:
+                yield [*path[path.index(target) :], target]
+            elif target not in state:
+                yield from visit(target)
+        path.pop()
+        state[name] = 2
+
+    for name in sources():
+        if name not in state:
+            yield from visit(name)
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    assert list(circles()) == []
+
+
+def test_long_modules_say_why_they_are_one_thing() -> None:
+    """A docstring that says so has the words "one module" in it."""
+    found = set()
+    for name, tree in sources().items():
+        path = TOP / f"{name.replace('.', '/')}.py"
+        if not path.exists():
+            path = TOP / name.replace(".", "/") / "__init__.py"
+        lines = len(path.read_text().splitlines())
+        if lines > LINES_MOST and "one module" not in (ast.get_docstring(tree) or ""):
+            found.add(name)
+    assert found <= OVER_LONG
