@@ -27,7 +27,7 @@ from nbdstream.handover.generation import STANDBY, generation_of
 from nbdstream.handover.seal import Seal, read_seal
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf
-from nbdstream.server.listeners import Listener
+from nbdstream.net.listeners import Listener
 from nbdstream.server.server import Server
 from nbdstream.streamer.job import StreamJob
 from nbdstream.streamer.prefetch import Prefetcher

@@ -30,7 +30,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+
+from nbdstream.net.address import NbdUri, UnixAddress
 
 BINARIES = {
     "NBDKIT": "nbdkit",
@@ -94,7 +95,7 @@ def run(argv: Sequence[str | Path], *, timeout: float = 60, check: bool = True) 
 
 def unix_uri(path: str | Path, export: str = "") -> str:
     """The NBD URI of `export` on the unix socket `path`."""
-    return f"nbd+unix:///{quote(export)}?socket={path}"
+    return str(NbdUri(UnixAddress(str(path)), export))
 
 
 # --- processes --------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TypeVar
 import trio
 
 from nbdstream.export import Export
+from nbdstream.net.listeners import listen_unix
 from nbdstream.server.constants import (
     CHUNK,
     GREETING,
@@ -27,7 +28,6 @@ from nbdstream.server.constants import (
     Option,
     OptionReply,
 )
-from nbdstream.server.listeners import listen_unix
 from nbdstream.server.server import Server
 from testbed.peers import run, temporary_directory
 

@@ -14,6 +14,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
+from nbdstream.net.listeners import Listener, listen_tcp, listen_unix
 from nbdstream.server import connection as connection_module
 from nbdstream.server import server as server_module
 from nbdstream.server.constants import (
@@ -25,7 +26,6 @@ from nbdstream.server.constants import (
     Error,
     Option,
 )
-from nbdstream.server.listeners import Listener, listen_tcp, listen_unix
 from nbdstream.server.server import Server
 from nbdstream.server.transmission import MAX_SLOW_BYTES, MAX_SLOW_REQUESTS
 from testbed.peers import binary, temporary_directory, unix_uri

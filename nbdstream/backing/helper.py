@@ -20,12 +20,12 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from urllib.parse import quote
 
 import trio
 
 from nbdstream.backing.pool import BACKOFF_FIRST, BACKOFF_MOST, GOOD_LIFE, jittered
 from nbdstream.errors import BackingError
+from nbdstream.net.address import NbdUri, UnixAddress
 from nbdstream.tasks import open_background_nursery
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Helper:
     """
 
     def __init__(self, command: Sequence[str], path: str, listener: socket.socket) -> None:
-        self.uri = f"nbd+unix:///?socket={quote(path)}"
+        self.uri = str(NbdUri(UnixAddress(path)))
         self.alive = False
         self.died = trio.Event()
         self.spoke = trio.Event()

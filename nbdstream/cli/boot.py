@@ -20,7 +20,7 @@ from nbdstream.control.report import statistics
 from nbdstream.errors import UsageError
 from nbdstream.guest.disks import Disk
 from nbdstream.guest.qemu import Machine, run_qemu
-from nbdstream.server.listeners import Listener, close_all, listen_unix
+from nbdstream.net.listeners import Listener, close_all, listen_unix
 from nbdstream.service import ServeOptions, Service, open_service
 
 DEFAULT_MEMORY = 1 << 30

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import trio
 
+from nbdstream.net.address import UnixAddress
 from nbdstream.service import Service
 
 # What a shell reports of a process that a signal ended.
@@ -49,12 +50,12 @@ async def run_command(service: Service, command: str) -> int:
     ``unixsocket`` and ``port``, those that apply.
     """
     listener = service.listeners[0]
-    address = listener.socket.getsockname()
+    address = listener.address
     variables = {"uri": listener.uri(service.opened.disk.name)}
-    if isinstance(address, str):
-        variables |= {"unixsocket": address, "nbd": f"nbd:unix:{address}"}
+    if isinstance(address, UnixAddress):
+        variables |= {"unixsocket": address.path, "nbd": f"nbd:unix:{address.path}"}
     else:
-        variables |= {"port": str(address[1]), "nbd": f"nbd:{address[0]}:{address[1]}"}
+        variables |= {"port": str(address.port), "nbd": f"nbd:{address}"}
     # The command may read the terminal; it gets SIGINT from there by itself.
     done: subprocess.CompletedProcess[bytes] = await trio.run_process(
         command, shell=True, check=False, stdin=None, env=os.environ | variables

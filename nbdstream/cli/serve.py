@@ -18,15 +18,9 @@ from nbdstream.control.report import statistics
 from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
 from nbdstream.handover.commands import hand_over_commands
+from nbdstream.net.address import parse_tcp
+from nbdstream.net.listeners import Listener, close_all, from_systemd, listen_tcp, listen_unix
 from nbdstream.qmp.protocol import JSONObject
-from nbdstream.server.listeners import (
-    Listener,
-    close_all,
-    from_systemd,
-    listen_tcp,
-    listen_unix,
-    parse_address,
-)
 from nbdstream.service import ServeOptions, Service, device_name, open_service
 
 # Where an NBD server without further words is expected (IANA); nobody but this host gets in.
@@ -164,7 +158,8 @@ def listening(socket: str | None, listen: str | None, *, private: bool) -> Itera
         elif socket:
             listeners = [listen_unix(Path(socket))]
         else:
-            listeners = listen_tcp(*parse_address(listen or DEFAULT_ADDRESS))
+            where = parse_tcp(listen or DEFAULT_ADDRESS)
+            listeners = listen_tcp(where.host, where.port)
         try:
             yield listeners
         finally:

@@ -8,19 +8,20 @@ nursery.start_soon(control.serve, listener)
 
 from collections.abc import Callable
 
-from nbdstream.control.api import ControlledDisk, ControlledJob
 from nbdstream.control.disks import DiskCommands
 from nbdstream.control.jobs import JobCommands
 from nbdstream.control.process import ProcessCommands
 from nbdstream.control.server import ControlServer, listen_control
 from nbdstream.control.table import CommandTable
+from nbdstream.disk import StreamedDisk
+from nbdstream.streamer.job import StreamJob
 
 __all__ = ["control_server", "listen_control"]
 
 
 def control_server(
-    disk: ControlledDisk,
-    job: ControlledJob | None,
+    disk: StreamedDisk,
+    job: StreamJob | None,
     *,
     device: str,
     stop: Callable[[], None],

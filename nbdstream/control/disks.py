@@ -8,13 +8,14 @@ switch that it wanted to be a runtime option.
 
 import trio
 
-from nbdstream.control.api import ControlledDisk, ControlledJob
 from nbdstream.control.jobs import NOTHING_TO_STREAM, non_negative
 from nbdstream.control.report import statistics
 from nbdstream.control.table import command
+from nbdstream.disk import StreamedDisk
 from nbdstream.leaf.base import State
 from nbdstream.leaf.map import image_info
 from nbdstream.qmp.protocol import DeviceNotFound, GenericError, JSONObject
+from nbdstream.streamer.job import StreamJob
 
 # Extents in one answer to x-nbdstream-map: asked for by default, and at the most.
 MAP_LIMIT = 1024
@@ -27,7 +28,7 @@ _NO_THROTTLING = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "i
 class DiskCommands:
     """Describes the disk ``device`` and changes what can be changed while it is served."""
 
-    def __init__(self, disk: ControlledDisk, job: ControlledJob | None, device: str) -> None:
+    def __init__(self, disk: StreamedDisk, job: StreamJob | None, device: str) -> None:
         self._disk = disk
         self._job = job
         self._device = device
@@ -108,7 +109,7 @@ class DiskCommands:
             )
 
 
-async def _longest(disk: ControlledDisk, offset: int, end: int, limit: int) -> list[JSONObject]:
+async def _longest(disk: StreamedDisk, offset: int, end: int, limit: int) -> list[JSONObject]:
     """The first ``limit`` of the longest extents that tile the range, named as qemu-img map
     names them. Where in the leaf's file they lie is nobody's business here, so that pieces
     which were streamed in any order join again."""

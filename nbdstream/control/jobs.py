@@ -9,7 +9,6 @@ are done, is refused as an unknown or unacceptable argument.
 
 from typing import Literal
 
-from nbdstream.control.api import ControlledJob
 from nbdstream.control.table import command
 from nbdstream.qmp.protocol import (
     CommandError,
@@ -18,7 +17,7 @@ from nbdstream.qmp.protocol import (
     GenericError,
     JSONObject,
 )
-from nbdstream.streamer.job import JobStatus
+from nbdstream.streamer.job import JobStatus, StreamJob
 
 NOTHING_TO_STREAM = "there is nothing to stream: the disk has no backing or is read-only"
 
@@ -33,7 +32,7 @@ def non_negative(name: str, value: int) -> int:
 class JobCommands:
     """Starts, steers and describes the stream job of the disk ``device``, if it has one."""
 
-    def __init__(self, job: ControlledJob | None, device: str) -> None:
+    def __init__(self, job: StreamJob | None, device: str) -> None:
         self._job = job
         self._device = device
 
@@ -156,34 +155,34 @@ class JobCommands:
 
     # -- both ---------------------------------------------------------------------------
 
-    def _block_job(self, device: str) -> ControlledJob:
+    def _block_job(self, device: str) -> StreamJob:
         return self._find(device, DeviceNotActive(f"Block job '{device}' not found"))
 
-    def _any_job(self, job_id: str) -> ControlledJob:
+    def _any_job(self, job_id: str) -> StreamJob:
         return self._find(job_id, GenericError("Job not found"))
 
-    def _find(self, job_id: str, otherwise: CommandError) -> ControlledJob:
+    def _find(self, job_id: str, otherwise: CommandError) -> StreamJob:
         job = self._job
         if job is None or job.status is JobStatus.NULL or job.id != job_id:
             raise otherwise
         return job
 
-    def _pause(self, job: ControlledJob) -> None:
+    def _pause(self, job: StreamJob) -> None:
         if job.status is JobStatus.PAUSED:
             raise GenericError("Job is already paused")
         self._verb(job, "pause", JobStatus.RUNNING)
         job.pause()
 
-    def _resume(self, job: ControlledJob) -> None:
+    def _resume(self, job: StreamJob) -> None:
         if job.status is not JobStatus.PAUSED:
             raise GenericError("Can't resume a job that was not paused")
         job.resume()
 
-    def _cancel(self, job: ControlledJob) -> None:
+    def _cancel(self, job: StreamJob) -> None:
         self._verb(job, "cancel", JobStatus.RUNNING, JobStatus.PAUSED)
         job.cancel()
 
-    def _verb(self, job: ControlledJob, verb: str, *statuses: JobStatus) -> None:
+    def _verb(self, job: StreamJob, verb: str, *statuses: JobStatus) -> None:
         """Refuse a verb in a status where the job has no use for it."""
         if job.status not in statuses:
             raise GenericError(

@@ -14,11 +14,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nbdstream.control.api import ControlledDisk, ControlledJob
 from nbdstream.control.report import statistics
+from nbdstream.disk import StreamedDisk
+from nbdstream.net.address import parse_tcp
+from nbdstream.net.listeners import Listener, close_all, listen_tcp
 from nbdstream.qmp.protocol import JSONObject
-from nbdstream.server.listeners import Listener, close_all, listen_tcp, parse_address
-from nbdstream.streamer.job import JobStatus
+from nbdstream.streamer.job import JobStatus, StreamJob
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ _BACKING_COUNTERS = {
 class DiskCollector(Collector):
     """Describes one disk, labelled with its device name, to a Prometheus registry."""
 
-    def __init__(self, disk: ControlledDisk, job: ControlledJob | None, device: str) -> None:
+    def __init__(self, disk: StreamedDisk, job: StreamJob | None, device: str) -> None:
         self._disk = disk
         self._job = job
         self._device = device
@@ -124,8 +125,8 @@ def listen_metrics(address: str) -> list[Listener]:
 
     Raises UsageError, OSError.
     """
-    host, port = parse_address(address)
-    return listen_tcp(host or "localhost", port)
+    where = parse_tcp(address)
+    return listen_tcp(where.host or "localhost", where.port)
 
 
 async def serve_metrics(listeners: list[Listener], collector: Collector) -> None:

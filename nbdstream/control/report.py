@@ -9,13 +9,13 @@ import math
 from dataclasses import asdict
 
 from nbdstream.backing.base import BackingStatistics
-from nbdstream.control.api import ControlledDisk, ControlledJob
+from nbdstream.disk import StreamedDisk
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.streamer.deadline import Deadline
-from nbdstream.streamer.job import JobStatus
+from nbdstream.streamer.job import JobStatus, StreamJob
 
 
-def statistics(disk: ControlledDisk, job: ControlledJob | None) -> JSONObject:
+def statistics(disk: StreamedDisk, job: StreamJob | None) -> JSONObject:
     """The disk, its job and its backing as they are now.
 
     ``canonical`` is false, and ``frozen`` says why, where another host's copy of the disk is
@@ -38,7 +38,7 @@ def statistics(disk: ControlledDisk, job: ControlledJob | None) -> JSONObject:
     return report
 
 
-def _job(disk: ControlledDisk, job: ControlledJob) -> JSONObject:
+def _job(disk: StreamedDisk, job: StreamJob) -> JSONObject:
     report: JSONObject = {
         "id": job.id,
         "status": job.status.value,

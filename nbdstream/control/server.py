@@ -21,6 +21,7 @@ import trio
 
 import nbdstream
 from nbdstream.control.table import CommandTable
+from nbdstream.net.listeners import Listener, listen_unix
 from nbdstream.qmp.protocol import (
     Command,
     CommandError,
@@ -33,7 +34,6 @@ from nbdstream.qmp.protocol import (
     ServerSession,
     encode,
 )
-from nbdstream.server.listeners import Listener, listen_unix
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class _Client:
         self._table = table
         self._session = ServerSession(version())
         self._backlog = bytearray(self._session.greeting())
-        self._changed = trio.Event()
+        self._changed = trio.lowlevel.ParkingLot()  # the backlog, or whether more will come
         self._ending = False
         self._connection = trio.CancelScope()
         # The writer outlives a cancelled reader for a moment: see GRACE.
@@ -154,14 +154,14 @@ class _Client:
             reply = encode(request)
         self._post(reply)
         while len(self._backlog) >= BACKLOG_LIMIT:
-            await self._changed.wait()
+            await self._changed.park()
 
     async def _write(self) -> None:
         with self._writing:
             try:
                 while self._backlog or not self._ending:
                     if not self._backlog:
-                        await self._changed.wait()
+                        await self._changed.park()
                         continue
                     data, self._backlog = self._backlog, bytearray()
                     self._wake()
@@ -174,8 +174,7 @@ class _Client:
         self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.unpark_all()
 
     def _hang_up(self) -> None:
         self._connection.cancel()

@@ -2,15 +2,12 @@
 """Disks as QEMU names them: block device options for NBD exports and image files."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from nbdstream.errors import UsageError
+from nbdstream.net.address import NbdUri, TcpAddress, UnixAddress
 from nbdstream.qmp.protocol import JSONObject
-
-DEFAULT_NBD_PORT = 10809
 
 
 @dataclass(frozen=True)
@@ -48,23 +45,17 @@ def nbd_options(uri: str) -> JSONObject:
     Raises UsageError for what is not an NBD URI, and for TLS, which QEMU only takes
     together with credentials that a URI does not name.
     """
-    parts = urlsplit(uri)
-    try:
-        port = parts.port or DEFAULT_NBD_PORT
-    except ValueError as error:
-        raise UsageError(f"{uri}: no such port") from error
-    if re.fullmatch(r"nbds(\+unix|\+vsock)?", parts.scheme):
+    parsed = NbdUri.parse(uri)
+    if parsed.tls:
         raise UsageError(f"{uri}: QEMU cannot take TLS from a URI; serve it without, locally")
-    if parts.scheme == "nbd+unix":
-        path = parse_qs(parts.query).get("socket", [""])[0]
-        if not path:
-            raise UsageError(f"{uri}: an nbd+unix URI needs ?socket=PATH")
-        server = {"type": "unix", "path": path}
-    elif parts.scheme == "nbd" and parts.hostname:
-        server = {"type": "inet", "host": parts.hostname, "port": str(port)}
+    address = parsed.address
+    if isinstance(address, UnixAddress):
+        server = {"type": "unix", "path": address.path}
+    elif isinstance(address, TcpAddress) and address.host:
+        server = {"type": "inet", "host": address.host, "port": str(address.port)}
     else:
-        raise UsageError(f"{uri}: not an NBD URI (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=…)")
+        raise UsageError(f"{uri}: QEMU needs nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH")
     options: JSONObject = {"driver": "nbd", "server": server}
-    if export := unquote(parts.path.removeprefix("/")):
-        options["export"] = export
+    if parsed.export:
+        options["export"] = parsed.export
     return options

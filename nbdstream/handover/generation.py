@@ -8,7 +8,9 @@ generation can never connect to another, whatever else the two have in common.
 
 import re
 import secrets
-from urllib.parse import unquote, urlsplit
+
+from nbdstream.errors import UsageError
+from nbdstream.net.address import NbdUri
 
 # What a leaf records in place of its backing's identity while it stands by: it is not a disk
 # yet, because the backing may still be written (`nbdstream.handover.standby`).
@@ -29,6 +31,8 @@ def export_name(device: str, generation: str) -> str:
 
 def generation_of(uri: str) -> str:
     """The generation that an NBD URI names, or "" where it names none."""
-    parts = urlsplit(uri)
-    named = _GENERATION.search(unquote(parts.path)) if parts.scheme.startswith("nbd") else None
+    try:
+        named = _GENERATION.search(NbdUri.parse(uri).export)
+    except UsageError:
+        return ""
     return named[1] if named else ""

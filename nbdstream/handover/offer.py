@@ -20,8 +20,9 @@ from nbdstream.disk.readonly import ReadOnlyExport
 from nbdstream.errors import UsageError
 from nbdstream.handover.generation import export_name, new_generation
 from nbdstream.handover.seal import Seal, remove_seal, write_seal
+from nbdstream.net.address import TcpAddress, UnixAddress, parse_address
+from nbdstream.net.listeners import Listener, listen_tcp, listen_unix
 from nbdstream.qmp.protocol import GenericError, JSONObject
-from nbdstream.server.listeners import Listener, listen_tcp, listen_unix, parse_address
 from nbdstream.server.server import Server
 
 # Seconds for which a sealed disk holds a guest's write back instead of failing it: a QEMU
@@ -54,12 +55,13 @@ class Offering:
         if self._disk.frozen:
             raise GenericError(f"not the disk's canonical copy: {self._disk.frozen}")
         generation = new_generation()
+        address = parse_address(listen_at)
         listeners = listen(listen_at)
-        address = listen_at
-        if not address.startswith("unix:"):  # the system may have chosen the port
-            port = listeners[0].socket.getsockname()[1]
-            address = f"{address.rpartition(':')[0]}:{port}"
-        self._start(Seal(generation, export_name(self._device, generation), address), listeners)
+        bound = listeners[0].address
+        if isinstance(address, TcpAddress) and isinstance(bound, TcpAddress):
+            address = TcpAddress(address.host, bound.port)  # the system may have chosen the port
+        name = export_name(self._device, generation)
+        self._start(Seal(generation, name, str(address)), listeners)
         return {"uri": self._uri, "generation": generation, "size": self._disk.size}
 
     @command("x-nbdstream-export-query")
@@ -128,11 +130,11 @@ class Offering:
         self._ended, self._seal = None, None
 
 
-def listen(address: str) -> list[Listener]:
+def listen(text: str) -> list[Listener]:
     """Listen at ``HOST:PORT`` or ``unix:PATH``. Raises UsageError, OSError."""
-    if address.startswith("unix:"):
-        return [listen_unix(Path(address.removeprefix("unix:")))]
-    host, port = parse_address(address)
-    if not host:
-        raise UsageError(f"{address}: name the address at which the other host finds this one")
-    return listen_tcp(host, port)
+    address = parse_address(text)
+    if isinstance(address, UnixAddress):
+        return [listen_unix(Path(address.path))]
+    if not address.host:
+        raise UsageError(f"{text}: name the address at which the other host finds this one")
+    return listen_tcp(address.host, address.port)

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
-from urllib.parse import unquote, urlsplit
 
 import trio
 
@@ -27,6 +26,7 @@ from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer, QemuServer, make_sources, nbd_uri
 from nbdstream.migrate.switchover import Phase, Undo, canonical, undo
+from nbdstream.net.address import NbdUri
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import JSONObject, QMPError
 from nbdstream.tasks import open_background_nursery
@@ -146,7 +146,7 @@ class Migration:
         for source, disk in zip(self._sources, self.disks, strict=True):
             offer = await source.offer()
             if disk.plan.reach:
-                name = unquote(urlsplit(offer.uri).path.removeprefix("/"))
+                name = NbdUri.parse(offer.uri).export
                 offer = replace(offer, uri=nbd_uri(disk.plan.reach, name))
             self._offers.append(offer)
             await disk.start(offer)

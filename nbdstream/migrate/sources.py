@@ -12,7 +12,6 @@ import os
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
-from urllib.parse import quote
 
 import trio
 
@@ -22,9 +21,9 @@ from nbdstream.handover.seal import SUFFIX, Seal, read_seal, stamp_of, write_sea
 from nbdstream.leaf.locking import open_locked
 from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import DiskPlan, MigrationError
+from nbdstream.net.address import NbdUri, UnixAddress, parse_address
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import CommandError, JSONObject
-from nbdstream.server.listeners import parse_address
 
 # How the ids of our block exports begin.
 _EXPORT_ID = "nbdstream-"
@@ -263,15 +262,13 @@ def make_sources(disks: tuple[DiskPlan, ...], server: QemuServer) -> list[Source
 
 
 def nbd_uri(listen: str, name: str) -> str:
-    """The NBD URI of an export at HOST:PORT or unix:PATH."""
-    if listen.startswith("unix:"):
-        return f"nbd+unix:///{quote(name)}?socket={quote(listen.removeprefix('unix:'))}"
-    return f"nbd://{listen}/{quote(name)}"
+    """The NBD URI of an export at HOST:PORT or unix:PATH. Raises UsageError."""
+    return str(NbdUri(parse_address(listen), name))
 
 
 def _address(listen: str) -> JSONObject:
     """QEMU's SocketAddressLegacy for HOST:PORT or unix:PATH. Raises UsageError."""
-    if listen.startswith("unix:"):
-        return {"type": "unix", "data": {"path": listen.removeprefix("unix:")}}
-    host, port = parse_address(listen)
-    return {"type": "inet", "data": {"host": host, "port": str(port)}}
+    address = parse_address(listen)
+    if isinstance(address, UnixAddress):
+        return {"type": "unix", "data": {"path": address.path}}
+    return {"type": "inet", "data": {"host": address.host, "port": str(address.port)}}

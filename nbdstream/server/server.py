@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 import trio
 
 from nbdstream.export import Export
+from nbdstream.net.listeners import Listener, close_all
 from nbdstream.server.connection import Connection
-from nbdstream.server.listeners import Listener, close_all
 from nbdstream.server.wire import Wire
 
 logger = logging.getLogger(__name__)

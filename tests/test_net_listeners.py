@@ -11,14 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdstream.errors import UsageError
-from nbdstream.server.listeners import (
-    Listener,
-    close_all,
-    from_systemd,
-    listen_tcp,
-    listen_unix,
-    parse_address,
-)
+from nbdstream.net.listeners import Listener, close_all, from_systemd, listen_tcp, listen_unix
 from testbed.peers import run, temporary_directory
 
 
@@ -163,27 +156,6 @@ def test_ipv6_uri() -> None:
     listener.close()
 
 
-@pytest.mark.parametrize(
-    ("text", "address"),
-    [
-        ("localhost:10809", ("localhost", 10809)),
-        (":0", ("", 0)),
-        ("[::1]:10809", ("::1", 10809)),
-        ("192.0.2.1:65535", ("192.0.2.1", 65535)),
-    ],
-)
-def test_addresses(text: str, address: tuple[str, int]) -> None:
-    assert parse_address(text) == address
-
-
-@pytest.mark.parametrize(
-    "text", ["", "localhost", "10809", "localhost:", "localhost:x", "::1:10809", "h:65536", "h:-1"]
-)
-def test_addresses_that_make_no_sense(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_address(text)
-
-
 # --- socket activation ------------------------------------------------------------------
 
 
@@ -204,7 +176,7 @@ def test_activation_with_nonsense() -> None:
 _SERVE = """
 import os, pathlib, signal, sys, trio
 from nbdstream.errors import UsageError
-from nbdstream.server.listeners import from_systemd
+from nbdstream.net.listeners import from_systemd
 from nbdstream.server.server import Server
 from tests.file_export import FileExport
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where clients connect: TCP and Unix sockets, our own or handed over by systemd.
 
-A `Listener` is a listening, non-blocking socket that knows its NBD URI and what to clean
+A `Listener` is a listening, non-blocking socket that knows its address and what to clean
 up. Errors are `UsageError` where the address makes no sense or is taken, else OSError.
 """
 
@@ -10,9 +10,9 @@ import os
 import socket
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
-from urllib.parse import quote
 
 from nbdstream.errors import UsageError
+from nbdstream.net.address import NbdUri, SocketAddress, TcpAddress, UnixAddress
 
 _BACKLOG = socket.SOMAXCONN
 _MAX_PATH = 107  # unix(7): sun_path
@@ -37,15 +37,18 @@ class Listener:
         self._identity = _identity(path) if path else None
 
     def uri(self, export_name: str = "") -> str:
-        """The NBD URI of an export here (doc/uri.md)."""
-        name = quote(export_name, safe="")
+        """The NBD URI of an export here."""
+        return str(NbdUri(self.address, export_name))
+
+    @property
+    def address(self) -> SocketAddress:
+        """Where it listens; the path of a Unix socket is absolute."""
         address = self.socket.getsockname()
         if self.socket.family != socket.AF_UNIX:
-            host, port = address[:2]
-            return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}"
+            return TcpAddress(*address[:2])
         if isinstance(address, bytes):  # in the abstract namespace
-            return f"nbd+unix:///{name}?socket={quote(address)}"
-        return f"nbd+unix:///{name}?socket={quote(str(Path(address).absolute()))}"
+            return UnixAddress(os.fsdecode(address))
+        return UnixAddress(str(Path(address).absolute()))
 
     def accept(self) -> tuple[socket.socket, str]:
         """A client's socket, non-blocking and ready for use, and where it comes from.
@@ -68,21 +71,6 @@ class Listener:
         if self._path and _identity(self._path) == self._identity:
             self._path.unlink()
         self._path = None
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """``HOST:PORT`` or ``[IPv6]:PORT``; an empty host means all addresses.
-
-    Raises UsageError.
-    """
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise UsageError(f"'{text}': put an IPv6 address in brackets, as in [::1]:10809")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise UsageError(f"'{text}' is not HOST:PORT")
-    return host, int(port)
 
 
 def listen_tcp(host: str, port: int) -> list[Listener]:

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sockets that know nothing of what is said over them: addresses, listeners."""
