@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from nbdstream.backing.base import Backing, BackingStatistics, Priority
+from nbdstream.backing.identity import fingerprint
 from nbdstream.disk import buffers, fetch
 from nbdstream.disk.buffers import Buffers
 from nbdstream.errors import BackingReadError
@@ -236,6 +237,9 @@ class GatedBacking(Backing):
 
     def forget(self) -> None:
         self.known = False
+
+    async def pin(self) -> str:
+        return await fingerprint(self)
 
     async def extents(self, offset: int, length: int) -> list[BackingExtent]:
         await trio.lowlevel.checkpoint()

@@ -429,6 +429,14 @@ def test_a_hostile_image_is_not_taken_at_its_word(tmp_path: Path) -> None:
     leaf.close()
 
 
+def test_a_size_is_rounded_up_to_whole_sectors(tmp_path: Path) -> None:
+    path = str(tmp_path / "x")
+    create_leaf(path, format="qed", size=1000, cluster_size=None, backing=None)
+    leaf = open_leaf(path)
+    assert leaf.size == 1024
+    leaf.close()
+
+
 def test_sizes_that_qed_cannot_have(tmp_path: Path) -> None:
     def create(size: int, cluster_size: int | None) -> None:
         create_leaf(
@@ -439,7 +447,7 @@ def test_sizes_that_qed_cannot_have(tmp_path: Path) -> None:
             backing=BACKING,
         )
 
-    for size, cluster_size in ((1000, None), (1 << 62, 4096), (1 << 20, 5000), (1 << 20, 2048)):
+    for size, cluster_size in ((1 << 62, 4096), (1 << 20, 5000), (1 << 20, 2048)):
         with pytest.raises(UsageError):
             create(size, cluster_size)
     with pytest.raises(LeafError, match="1023 bytes"):

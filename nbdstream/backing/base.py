@@ -83,6 +83,11 @@ class Backing(abc.ABC):
         """Drop what is known of the extents: the image may have been written meanwhile."""
 
     @abc.abstractmethod
+    async def pin(self) -> str:
+        """From now on the image does not change: return its fingerprint, and refuse any other
+        image after a reconnect. Raises as `read` does."""
+
+    @abc.abstractmethod
     async def extents(self, offset: int, length: int) -> list[BackingExtent]:
         """What the backing reports of a range: at least one extent, starting at ``offset``.
 

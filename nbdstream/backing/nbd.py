@@ -19,7 +19,7 @@ from nbdstream.backing.base import Backing, BackingStatistics, Priority
 from nbdstream.backing.connect import Endpoint
 from nbdstream.backing.connection import Connection, ConnectionLostError, Timing
 from nbdstream.backing.extentmap import ExtentMap
-from nbdstream.backing.identity import fingerprint_of
+from nbdstream.backing.identity import fingerprint, fingerprint_of
 from nbdstream.backing.pool import Pool, jittered
 from nbdstream.backing.scheduler import Scheduler
 from nbdstream.errors import (
@@ -122,6 +122,12 @@ class NbdBacking(Backing):
     def forget(self) -> None:
         """See `Backing.forget`."""
         self._extents = ExtentMap()
+
+    async def pin(self) -> str:
+        """See `Backing.pin`."""
+        identity = await fingerprint(self)
+        self.expect(identity)
+        return identity
 
     async def extents(self, offset: int, length: int) -> list[BackingExtent]:
         """See `Backing.extents`."""

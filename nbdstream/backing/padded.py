@@ -34,6 +34,10 @@ class PaddedBacking(Backing):
         """See `Backing.forget`."""
         self._backing.forget()
 
+    async def pin(self) -> str:
+        """See `Backing.pin`."""
+        return await self._backing.pin()
+
     async def extents(self, offset: int, length: int) -> list[BackingExtent]:
         """See `Backing.extents`."""
         if inside := self._inside(offset, length):

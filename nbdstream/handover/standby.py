@@ -9,9 +9,6 @@ sealed source is, records that durably, and only then lets copy on read and stre
 
 from dataclasses import replace
 
-from nbdstream.backing.base import Backing
-from nbdstream.backing.identity import fingerprint
-from nbdstream.backing.nbd import NbdBacking
 from nbdstream.control.table import command
 from nbdstream.disk import StreamedDisk
 from nbdstream.handover.generation import STANDBY, generation_of
@@ -29,32 +26,36 @@ class Standby:
         self._stream = stream
 
     @command("x-nbdstream-activate")
-    async def activate(self, generation: str, size: int) -> JSONObject:
+    async def activate(self, generation: str, size: int, check: bool = False) -> JSONObject:
         """The source is sealed as this generation: from now on this is the disk.
 
-        Raises BackingError if the source does not answer, OSError if the leaf's record
-        cannot be written; the disk goes on standing by then.
+        Args:
+            generation, size: what the source sealed; the leaf must have been made for it.
+            check: change nothing, only find out whether the arguments fit.
+
+        Raises:
+            GenericError: they do not fit.
+            BackingError: the source does not answer; the disk goes on standing by.
+            OSError: the leaf's record cannot be written; likewise.
         """
         backing, leaf = self._disk.backing, self._disk.leaf
         if backing is None or leaf.backing is None or leaf.backing.identity != STANDBY:
             raise GenericError("this disk does not stand by")
         offered = generation_of(leaf.backing.uri)
-        if offered != generation or backing.size != size:
+        # Not the size of `backing`: below a leaf of whole sectors that may be padded.
+        expected = leaf.backing.size
+        if offered != generation or expected != size:
             raise GenericError(
-                f"this disk stands by for generation {offered or 'unknown'}, {backing.size} bytes; "
-                f"the source sealed {generation}, {size} bytes"
+                f"this disk stands by for generation {offered or 'unknown'}, {expected} bytes; "
+                f"the source has {generation}, {size} bytes"
             )
+        if check:
+            return {"generation": generation}
         backing.forget()
-        identity = await fingerprint(backing)
+        identity = await backing.pin()
         record = replace(leaf.backing, size=size, identity=identity)
         await self._disk.record_backing(record)
-        _expect(backing, identity)
         self._disk.activate()
         if self._job is not None and self._stream != "off":
             self._job.start(paused=self._stream == "paused")
         return {"generation": generation, "identity": identity}
-
-
-def _expect(backing: Backing, identity: str) -> None:
-    if isinstance(backing, NbdBacking):
-        backing.expect(identity)

@@ -106,6 +106,12 @@ class DestinationDisk:
         self.process = Spawned(command, Path(plan.leaf + ".log"))
         await self.process.wait_socket(plan.control)
 
+    async def check(self, offer: Offer) -> None:
+        """Find out, while the guest still runs, whether `activate` would accept this. Raises
+        QMPError."""
+        arguments = {"generation": offer.generation, "size": offer.size, "check": True}
+        await self._ask("x-nbdstream-activate", arguments)
+
     async def activate(self, offer: Offer) -> None:
         """The source is sealed: from now on this is the disk. Raises QMPError."""
         arguments = {"generation": offer.generation, "size": offer.size}

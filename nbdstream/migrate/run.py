@@ -150,6 +150,7 @@ class Migration:
                 offer = replace(offer, uri=nbd_uri(disk.plan.reach, name))
             self._offers.append(offer)
             await disk.start(offer)
+            await disk.check(offer)
         self.qemu = await start_qemu(self.plan)
         destination = await connections.enter_async_context(
             QMPClient.connect(self.plan.destination_qmp)

@@ -25,6 +25,7 @@ def create(
         raise UsageError(
             f"cluster size {cluster_size}: a QED image needs a power of two from 4k to 64M"
         )
+    size = align_up(size, 512)
     header = Header(
         cluster_size=cluster_size,
         table_size=DEFAULT_TABLE_SIZE,
@@ -37,10 +38,10 @@ def create(
     )
     while size > header.max_image_size and header.table_size < MAX_TABLE_SIZE:
         header = replace(header, table_size=header.table_size * 2)
-    if size % 512 or size > header.max_image_size:
+    if size > header.max_image_size:
         raise UsageError(
-            f"a QED disk of {size} bytes: needs a multiple of 512, with clusters of"
-            f" {cluster_size} at most {align_down(header.max_image_size, 512)}"
+            f"a QED disk of {size} bytes: with clusters of {cluster_size} at most"
+            f" {align_down(header.max_image_size, 512)}"
         )
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
