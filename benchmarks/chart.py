@@ -129,7 +129,7 @@ class Chart:
 
 def _step(most: float) -> float:
     """A round number that divides the range from 0 to ``most`` into about five."""
-    power = 10 ** math.floor(math.log10(most / 4))
+    power: float = 10.0 ** math.floor(math.log10(most / 4))
     return power * next(factor for factor in (1, 2, 5, 10) if factor * power >= most / 5)
 
 
@@ -143,7 +143,7 @@ def _drawn(places: Points, style: str) -> str:
 
 def _legend(panel: Panel, y: int) -> list[str]:
     parts = [f'<text x="{_LEFT}" y="{y}" font-weight="bold">{escape(panel.unit)}</text>']
-    x = _LEFT + 180
+    x = _LEFT + 180.0
     for series in panel.series:
         ends = [(x, y - 4.0), (x + 22, y - 4.0)]
         middle = [(x + 11, y - 4.0)]

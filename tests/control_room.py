@@ -12,7 +12,7 @@ from nbdstream.control import control_server, listen_control
 from nbdstream.control.server import ControlServer
 from nbdstream.disk import StreamedDisk, open_disk
 from nbdstream.qmp.client import QMPClient
-from nbdstream.streamer.job import StreamJob
+from nbdstream.streamer.job import JobStatus, StreamJob
 from tests.doubles import GatedBacking, MemoryLeaf
 
 SIZE = 64 * 1024 + 300  # the last block is a short one
@@ -41,6 +41,10 @@ class Room:
     def stream(self) -> StreamJob:
         assert self.job is not None
         return self.job
+
+    def status(self) -> JobStatus:
+        """The job's status now, for checks one after the other (an attribute's type narrows)."""
+        return self.stream.status
 
 
 @asynccontextmanager

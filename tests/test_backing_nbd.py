@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from nbdstream.backing import Backing, Priority, fingerprint, open_backing
+from nbdstream.backing import connect as connect_module
 from nbdstream.backing import connection as connection_module
 from nbdstream.backing import pool as pool_module
 from nbdstream.backing.identity import sample_ranges
@@ -49,7 +50,9 @@ async def until(condition: Callable[[], object]) -> None:
             await trio.sleep(0.01)
 
 
-async def read(backing: Backing, offset: int, length: int, priority=Priority.DEMAND) -> bytes:
+async def read(
+    backing: Backing, offset: int, length: int, priority: Priority = Priority.DEMAND
+) -> bytes:
     data = bytearray(length)
     await backing.read(memoryview(data), offset, priority)
     return bytes(data)
@@ -398,7 +401,7 @@ async def test_nothing_waits_for_connections_in_the_making() -> None:
         async with open_backing(uri) as backing:
             identity = await fingerprint(backing)
         async with open_backing(uri, identity=identity) as backing:
-            with trio.fail_after(pool_module.CONNECT_TIMEOUT / 2):
+            with trio.fail_after(connect_module.CONNECT_TIMEOUT / 2):
                 await read(backing, 8192, 4096, Priority.STREAM)
                 await read(backing, 8192, 4096, Priority.DEMAND)
             assert backing.statistics().connections == 1

@@ -16,7 +16,7 @@ from nbdstream.backing.connection import Timing
 from nbdstream.backing.extentmap import ExtentMap
 from nbdstream.backing.identity import sample_ranges
 from nbdstream.backing.pacer import Pacer
-from nbdstream.backing.scheduler import GRANT_LIFE, Flight, Scheduler
+from nbdstream.backing.scheduler import GRANT_LIFE, Flight, Sample, Scheduler
 from nbdstream.backing.window import UNIT_LEAST, WINDOW_FIRST
 from nbdstream.extents import BackingExtent
 
@@ -142,7 +142,7 @@ async def test_promotion_counts_as_demand() -> None:
 
 async def test_a_trace_has_every_answered_read() -> None:
     scheduler = Scheduler(UNIT_LEAST)
-    samples = []
+    samples: list[Sample] = []
     scheduler.trace = samples.append
     land(scheduler, begin(scheduler, 5000, Priority.DEMAND))
     scheduler.end(begin(scheduler, 5000, Priority.STREAM), None)

@@ -223,17 +223,17 @@ async def test_the_job_does_as_it_is_told(tmp_path: Path) -> None:
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
         await tell("resume")  # there is none: starts one
-        assert job.status is JobStatus.RUNNING and job.id == DEVICE
+        assert room.status() is JobStatus.RUNNING and job.id == DEVICE
         await tell("pause")
-        assert job.status is JobStatus.PAUSED
+        assert room.status() is JobStatus.PAUSED
         await tell("resume")
-        assert job.status is JobStatus.RUNNING
+        assert room.status() is JobStatus.RUNNING
         await tell("speed", "1.5M")
         assert job.speed == 3 << 19
         await tell("pause")
         await tell("cancel")
         await trio.testing.wait_all_tasks_blocked()
-        assert job.status is JobStatus.NULL
+        assert room.status() is JobStatus.NULL
 
 
 async def test_stream_takes_one_step(tmp_path: Path) -> None:

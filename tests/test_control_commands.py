@@ -75,7 +75,7 @@ async def test_pause_resume_and_cancel(tmp_path: Path) -> None:
     async with control_room(tmp_path, gated=True) as room, QMPClient.connect(room.path) as qmp:
         await qmp.execute("block-stream", {"device": DEVICE})
         await qmp.execute("block-job-pause", {"device": DEVICE})
-        assert room.stream.status is JobStatus.PAUSED
+        assert room.status() is JobStatus.PAUSED
         (info,) = await qmp.execute("query-block-jobs")
         assert info["paused"] is True and info["busy"] is False and info["status"] == "paused"
         with pytest.raises(GenericError, match="already paused"):
@@ -83,7 +83,7 @@ async def test_pause_resume_and_cancel(tmp_path: Path) -> None:
         with pytest.raises(GenericError, match="currently paused"):
             await qmp.execute("block-job-cancel", {"device": DEVICE})
         await qmp.execute("job-resume", {"id": DEVICE})
-        assert room.stream.status is JobStatus.RUNNING
+        assert room.status() is JobStatus.RUNNING
         with pytest.raises(GenericError, match="not paused"):
             await qmp.execute("block-job-resume", {"device": DEVICE})
         await qmp.execute("block-job-pause", {"device": DEVICE})
@@ -128,7 +128,7 @@ async def test_a_job_that_cannot_be_is_refused(
     async with control_room(tmp_path) as room, QMPClient.connect(room.path) as qmp:
         with pytest.raises(kind, match=complaint):
             await qmp.execute("block-stream", arguments)
-        assert room.stream.status is JobStatus.NULL
+        assert room.status() is JobStatus.NULL
 
 
 async def test_an_error_that_stops_the_job_is_told(tmp_path: Path) -> None:

@@ -41,12 +41,11 @@ class TestQcow2(LeafConformance):
         assert isinstance(request.param, ImageKind)
         return request.param
 
-    def test_dirty_metadata_is_bounded(
-        self, kind: ImageKind, path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_dirty_metadata_is_bounded(self, kind: ImageKind, path: Path) -> None:
         # Tables of large clusters are few, of small ones small: none would reach the bound.
-        monkeypatch.setattr(tables, "DIRTY_BYTES", 512 << 10)
-        super().test_dirty_metadata_is_bounded(kind, path)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(tables, "DIRTY_BYTES", 512 << 10)
+            super().test_dirty_metadata_is_bounded(kind, path)
 
 
 TestExtendedModel = model_test(ours("qcow2"), examples=30)

@@ -62,7 +62,7 @@ def local(tmp_path: Path) -> BackingReference:
     return BackingReference(str(tmp_path / "base.raw"), "raw", SIZE, "sha256:00")
 
 
-def assert_same(path: Path, expected: bytes) -> None:
+def assert_same(path: Path, expected: bytes | bytearray) -> None:
     """``qemu-img compare``: the image, over its backing, against plain bytes."""
     (path.parent / "expected.raw").write_bytes(expected)
     command = ["qemu-img", "compare", "-f", "qcow2", "-F", "raw"]

@@ -201,7 +201,7 @@ trio.run(main, listeners)
 def test_nbdinfo_and_nbdcopy_start_the_server_by_activation(directory: Path) -> None:
     image = directory / "disk.raw"
     image.write_bytes(os.urandom(1 << 20))
-    server = [sys.executable, "-c", _SERVE, image]
+    server = [sys.executable, "-c", _SERVE, str(image)]
     assert run(["nbdinfo", "--size", "--", "[", *server, "]"]) == f"{1 << 20}\n"
     run(["nbdcopy", "--", "[", *server, "]", directory / "copy"])
     assert (directory / "copy").read_bytes() == image.read_bytes()

@@ -39,7 +39,7 @@ async def booting(path: Path, *, backing: bool = True) -> AsyncIterator[Streamed
     """A disk whose boot is recorded beside ``path``."""
     leaf = MemoryLeaf(SIZE, block_size=4 * KIB, cluster_size=CLUSTER)
     leaf.path = str(path)
-    leaf.backing = REFERENCE if backing else None  # type: ignore[assignment]
+    leaf.backing = REFERENCE if backing else None
     far = FarBacking(CONTENT, rate=100e6, rtt=0.001) if backing else None
     async with open_disk(leaf, far) as disk, trio.open_nursery() as nursery:
         nursery.start_soon(record_boot, disk)

@@ -115,7 +115,8 @@ JSON_OBJECTS = st.dictionaries(
 def test_commands_need_no_line_end(objects: list[object], end: str, data: st.DataObject) -> None:
     """qemu.qmp, and with it qmp-shell, sends none."""
     stream = "".join(json.dumps(each) + end for each in objects).encode()
-    reader, got = CommandReader(1000), []
+    reader = CommandReader(1000)
+    got: list[object] = []
     while stream:
         cut = data.draw(st.integers(1, len(stream)))
         reader.feed(stream[:cut])

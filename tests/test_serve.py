@@ -127,7 +127,7 @@ def test_a_backing_of_unknown_format_is_asked_for(image: Path, tmp_path: Path) -
 
 
 def test_a_backing_file_is_found_from_any_directory(image: Path, leaf: Path) -> None:
-    made = [binary("NBDSTREAM"), "create", leaf, "-b", image.name]
+    made = [binary("NBDSTREAM"), "create", str(leaf), "-b", image.name]
     subprocess.run(made, cwd=image.parent, check=True)
     with nbdstream_serve(leaf, None, "--stream", "off") as server:
         assert_same(server.uri, image)
@@ -246,7 +246,7 @@ def test_socket_activation_serves_the_tools_that_use_it(tmp_path: Path, image: P
     leaf, copy = tmp_path / "leaf.qcow2", tmp_path / "copy"
     with nbdkit("file", image, readonly=True) as backing:
         assert nbdstream("create", leaf, "-b", backing.uri).returncode == 0
-        command = ["[", binary("NBDSTREAM"), "serve", leaf, "]"]
+        command = ["[", binary("NBDSTREAM"), "serve", str(leaf), "]"]
         assert f"export-size: {SIZE}" in run([binary("NBDINFO"), *command])
         run([binary("NBDCOPY"), *command, copy])
     assert_same(copy, image)

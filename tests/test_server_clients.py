@@ -4,8 +4,9 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -207,7 +208,7 @@ async def test_fio_verifies_what_it_wrote(disk: FileExport, connections: int) ->
 # --- libnbd -----------------------------------------------------------------------------
 
 
-def connected(path: Path, *, structured: bool = True, contexts: tuple[str, ...] = ()) -> "nbd.NBD":
+def connected(path: Path, *, structured: bool = True, contexts: tuple[str, ...] = ()) -> Any:
     """A libnbd handle that sends even what it knows to be wrong."""
     handle = nbd.NBD()
     handle.set_strict_mode(0)
@@ -263,7 +264,7 @@ async def test_errors_of_the_disk_reach_the_client(structured: bool) -> None:
 
     def run() -> None:
         handle = connected(path, structured=structured)
-        calls = [
+        calls: list[Callable[[], object]] = [
             lambda: handle.pread(4096, 0),
             lambda: handle.pwrite(b"data", 0),
             lambda: handle.trim(4096, 0),
@@ -290,7 +291,7 @@ async def test_requests_beyond_the_end_fail_and_the_connection_goes_on(structure
     def run() -> None:
         handle = connected(path, structured=structured)
         end = disk.size
-        calls = [
+        calls: list[tuple[Callable[[], object], int]] = [
             (lambda: handle.pread(2, end - 1), errno.EINVAL),
             (lambda: handle.pread(1, 1 << 62), errno.EINVAL),
             (lambda: handle.pwrite(b"xx", end - 1), errno.ENOSPC),
@@ -316,11 +317,12 @@ async def test_a_read_only_export_refuses_changes() -> None:
     def run() -> None:
         handle = connected(path)
         assert handle.is_read_only()
-        for call in (
+        calls: list[Callable[[], object]] = [
             lambda: handle.pwrite(b"data", 0),
             lambda: handle.zero(4096, 0),
             lambda: handle.trim(4096, 0),
-        ):
+        ]
+        for call in calls:
             with pytest.raises(nbd.Error) as failed:
                 call()
             assert failed.value.errnum == errno.EPERM

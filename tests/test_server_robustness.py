@@ -57,7 +57,7 @@ async def attended(disk: MemoryExport) -> AsyncIterator[tuple[Server, Path, RawC
 
 async def check_service(bystander: RawClient, disk: MemoryExport) -> None:
     await bystander.send(request(READ, 1000, 100, cookie=77))
-    assert await bystander.reply(100) == (77, 0, disk.data[1000:1100])
+    assert await bystander.reply(100) == (77, 0, bytes(disk.data[1000:1100]))
 
 
 async def answered(rude: RawClient) -> bytes:
@@ -198,7 +198,7 @@ async def test_a_miss_never_holds_up_a_hit() -> None:
         )
         await slow.send(misses + request(READ, 0, 512, cookie=1000))
         # The hit overtakes all of them, on its own connection and on others ...
-        assert await slow.reply(512) == (1000, 0, disk.data[:512])
+        assert await slow.reply(512) == (1000, 0, bytes(disk.data[:512]))
         await slow.send(request(WRITE, 0, 4, cookie=1001) + b"data")
         assert await slow.reply() == (1001, 0, b"")
         await check_service(bystander, disk)
@@ -207,7 +207,7 @@ async def test_a_miss_never_holds_up_a_hit() -> None:
         for _ in range(100):
             cookie, error, data = await slow.reply(512)
             start = (1 << 20) + 512 * cookie
-            assert (error, data) == (0, disk.data[start : start + 512])
+            assert (error, data) == (0, bytes(disk.data[start : start + 512]))
         await slow.aclose()
 
 
@@ -230,7 +230,7 @@ async def test_a_flood_of_misses_is_bounded_and_served(length: int) -> None:
             assert len(disk.calls) == limit
             disk.gate.set()
             for _ in range(total):
-                assert await flood.reply(length) == (1, 0, disk.data[:length])
+                assert await flood.reply(length) == (1, 0, bytes(disk.data[:length]))
         assert len(disk.calls) == total
         await flood.aclose()
         await clients_gone(server)
@@ -312,7 +312,7 @@ async def test_disconnect_waits_for_everything_in_flight() -> None:
         while not disk.calls:
             await trio.lowlevel.checkpoint()
         disk.gate.set()
-        assert await polite.reply(512) == (1, 0, disk.data[:512])
+        assert await polite.reply(512) == (1, 0, bytes(disk.data[:512]))
         assert await polite.hung_up()
         await clients_gone(server)
         await polite.aclose()
@@ -523,7 +523,7 @@ async def test_stop_under_load_loses_no_reply() -> None:
             nursery.start_soon(flood)
             try:
                 while True:
-                    assert await busy.reply(4096) == (1, 0, disk.data[:4096])
+                    assert await busy.reply(4096) == (1, 0, bytes(disk.data[:4096]))
                     answered_reads += 1
                     if answered_reads == 1000:
                         server.stop()

@@ -59,15 +59,15 @@ async def heard(directory: Path, here: bytes, there: bytes) -> Pulse:
     """A pulse to which two sockets have said this, one after the other."""
     pulse = Pulse()
     async with trio.open_nursery() as nursery:
-        paths = [str(directory / name) for name in ("here", "there")]
-        nursery.start_soon(pulse.listen, *paths)
-        for path, beats in zip(paths, (here, there), strict=True):
+        one, other = (str(directory / name) for name in ("here", "there"))
+        nursery.start_soon(pulse.listen, one, other)
+        for path, beats in zip((one, other), (here, there), strict=True):
             with trio.socket.socket(trio.socket.AF_UNIX) as sock:
                 await sock.bind(path)
                 sock.listen()
                 stream, _ = await sock.accept()
                 with stream:
                     await stream.send(beats)
-                    await (pulse.wait_there() if path == paths[1] else pulse.wait_here(2))
+                    await (pulse.wait_there() if path == other else pulse.wait_here(2))
         nursery.cancel_scope.cancel()
     return pulse
