@@ -42,7 +42,7 @@ class ServeOptions:
     """What `open_service` is asked for; ``nbdstream serve --help`` explains each.
 
     ``stream`` is "on", "off" or "paused"; ``speed`` in bytes per second, 0 for no cap;
-    ``finish_by`` in seconds from now, None for whenever; ``prefetch`` the file of a boot
+    ``finish_in`` is in seconds from now, None for no deadline; ``prefetch`` the file of a boot
     profile; ``backing_timeout`` in seconds, None to wait for a lost backing for ever;
     ``standby``: the backing may still be written, so keep nothing of it until told.
     """
@@ -54,7 +54,7 @@ class ServeOptions:
     copy_on_read: bool = True
     stream: str = "on"
     speed: int = 0
-    finish_by: float | None = None
+    finish_in: float | None = None
     prefetch: str | None = None
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     backing_timeout: float | None = None
@@ -121,8 +121,8 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
     """
     if options.prefetch is not None and options.read_only:
         raise UsageError("--prefetch keeps what it fetches: it does not go with --read-only")
-    if options.finish_by is not None and options.stream == "off":
-        raise UsageError("--finish-by is about streaming: it does not go with --stream off")
+    if options.finish_in is not None and options.stream == "off":
+        raise UsageError("--finish-in needs a stream job: it cannot be used with --stream off")
     profile = read_profile(options.prefetch) if options.prefetch is not None else None
     seal = read_seal(options.leaf)
     if seal is not None and seal.stamp:
@@ -193,7 +193,7 @@ def _job(options: ServeOptions, disk: StreamedDisk) -> StreamJob | None:
         return None
     job = StreamJob(disk, job_id=device_name(disk), keep_backing=options.keep_backing)
     job.set_speed(options.speed)
-    job.deadline.set(options.finish_by)
+    job.deadline.set(options.finish_in)
     if options.stream != "off" and not options.standby:
         job.start(paused=options.stream == "paused")
     return job

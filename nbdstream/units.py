@@ -105,3 +105,8 @@ def format_duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+
+
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """A number of things: ``1 leak``, ``2 leaks``. ``plural`` is ``noun`` + "s" by default."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"

@@ -62,7 +62,9 @@ async def test_status_is_for_people_and_for_programs(tmp_path: Path) -> None:
         assert "64.3 KiB, writable" in facts["leaf"]
         assert "memory:, connected for" in facts["backing"]
         assert "0.0 % local, 0 B of 64.3 KiB" in facts["stream"]
-        assert facts["cap"].strip() == "10.0 MiB/s"
+        assert facts["limit"].strip() == "10.0 MiB/s"
+        assert facts["owner"].strip() == "this server"
+        assert facts["copy-on-read"].strip() == "on"
         program = json.loads((await nbdstream("status", "--json", room.path)).stdout)
         assert program["block"]["device"] == DEVICE
         assert program["stats"]["job"]["status"] == "running"
@@ -72,7 +74,7 @@ async def test_status_of_a_plain_local_disk(tmp_path: Path) -> None:
     async with control_room(tmp_path, backing=False) as room:
         done = await nbdstream("status", room.path)
         assert done.returncode == 0
-        assert "none: the disk is wholly local" in done.stdout
+        assert "none: the whole disk is local" in done.stdout
         assert "100.0 % local" in done.stdout
 
 
@@ -179,7 +181,7 @@ async def test_watch_of_what_is_over_or_never_began(tmp_path: Path) -> None:
         room.stream.start()
         await room.stream.completed.wait()
         over = await nbdstream("watch", room.path)
-        assert over.returncode == 0 and "everything is local" in over.stdout
+        assert over.returncode == 0 and "the whole disk is local" in over.stdout
 
 
 async def test_watch_of_a_job_that_ends_at_the_first_look(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ async def test_stream_takes_one_step(tmp_path: Path) -> None:
         done = await nbdstream("stream", "--json", "--length", "1M", room.path, "0")
         assert json.loads(done.stdout) == {"streamed": SIZE - 2048}
         done = await nbdstream("stream", room.path, "0")
-        assert done.stdout == "streamed 0 bytes; nothing follows\n"
+        assert done.stdout == "streamed 0 bytes; nothing after it is remote\n"
 
 
 # -- errors ----------------------------------------------------------------------------------

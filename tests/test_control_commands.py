@@ -158,7 +158,7 @@ async def test_a_plain_local_disk_has_no_job(tmp_path: Path) -> None:
                 await qmp.execute(name, arguments)
         with pytest.raises(DeviceNotActive):
             await qmp.execute("block-job-pause", {"device": DEVICE})
-        facts = {"size", "copy-on-read", "canonical", "disk"}
+        facts = {"size", "copy-on-read", "owner", "disk"}
         assert (await qmp.execute("x-nbdstream-stats")).keys() == facts
         (block,) = await qmp.execute("query-block")
         assert block["inserted"]["backing_file_depth"] == 0
@@ -295,7 +295,7 @@ COMMANDS = [
     "block-job-resume", "block-job-cancel", "block-job-complete", "job-pause", "job-resume",
     "job-cancel", "job-complete", "query-block", "query-version", "query-commands", "quit",
     "x-nbdstream-stats", "x-nbdstream-map", "x-nbdstream-stream", "x-nbdstream-copy-on-read",
-    "x-nbdstream-finish-by",
+    "x-nbdstream-finish-by", "x-nbdstream-finish-in",
 ]  # fmt: skip
 REQUESTS = st.lists(
     st.builds(

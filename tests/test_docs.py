@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from nbdstream.cli import cli
 from testbed.peers import READY_SECONDS, binary, nbdkit, temporary_directory
@@ -60,7 +61,7 @@ def options(command: click.Command) -> set[str]:
     return {
         ", ".join([*parameter.opts, *parameter.secondary_opts])
         for parameter in command.params
-        if isinstance(parameter, click.Option)
+        if isinstance(parameter, click.Option) and not parameter.hidden
     }
 
 
@@ -76,6 +77,13 @@ def test_the_manual_has_a_section_for_each_command_and_no_other() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_manual_describes_each_option_and_no_other(name: str) -> None:
     assert described_options(described_commands()[name]) == options(COMMANDS[name])
+
+
+def test_summaries_are_shown_whole_and_every_command_once() -> None:
+    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
+    assert "..." not in shown.split("Options:")[1]
+    listed = re.findall(r"^  ([a-z]+)  +[A-Z]", shown, re.M)
+    assert sorted(listed) == sorted(cli.list_commands(click.Context(cli)))
 
 
 @each_page

@@ -241,7 +241,7 @@ async def test_a_disk_is_handed_over(tmp_path: Path, image: Path, suffix: str) -
                 with pytest.raises(GenericError, match="stands by for generation"):
                     wrong = new_generation()
                     await ask(destination, "x-nbdstream-activate", generation=wrong, size=SIZE)
-                assert not (await ask(destination, "x-nbdstream-stats"))["canonical"]
+                assert not (await ask(destination, "x-nbdstream-stats"))["owner"]
                 sealed = await ask(source, "x-nbdstream-seal", generation=generation)
                 assert read_seal(str(here)) is not None
                 await ask(
@@ -250,13 +250,13 @@ async def test_a_disk_is_handed_over(tmp_path: Path, image: Path, suffix: str) -
                     generation=generation,
                     size=sealed["size"],
                 )
-                assert (await ask(destination, "x-nbdstream-stats"))["canonical"]
+                assert (await ask(destination, "x-nbdstream-stats"))["owner"]
                 run(["qemu-io", "-f", "raw", "-c", "read -P 0x5a 0 64k", destination.uri])
                 write(destination.uri, "write -P 0x33 64k 4k")
                 await wait_local(destination)
                 await ask(source, "x-nbdstream-export-remove", generation=generation)
                 run(["qemu-io", "-f", "raw", "-c", "read -P 0x33 64k 4k", destination.uri])
-                assert not (await ask(source, "x-nbdstream-stats"))["canonical"]
+                assert not (await ask(source, "x-nbdstream-stats"))["owner"]
 
 
 async def test_a_disk_that_comes_back_takes_its_content_from_the_destination(

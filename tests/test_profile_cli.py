@@ -146,23 +146,23 @@ def test_a_deadline_that_the_link_cannot_meet_is_told_within_seconds(
     image: Path, tmp_path: Path
 ) -> None:
     with nbdkit("file", image, "rate=8M", filters=["rate"]) as far:  # 1 MB/s: 48 seconds
-        arguments = ("--finish-by", "15s")
+        arguments = ("--finish-in", "15s")
         with nbdstream_serve(tmp_path / "leaf.raw", far.uri, *arguments) as peer:
             peer.wait_until(lambda: "cannot finish" in peer.stderr(), "warning", 30)
-            told = statistics(peer)["job"]["finish-by"]
+            told = statistics(peer)["job"]["finish-in"]
             assert isinstance(told, dict) and told["on-time"] is False
 
             def lateness_is_right() -> bool:  # the rate filter gives bursts at first
-                return 20 < statistics(peer)["job"]["finish-by"].get("late", 0) < 50
+                return 20 < statistics(peer)["job"]["finish-in"].get("late", 0) < 50
 
             peer.wait_until(lateness_is_right, "an honest estimate", 20)
             shown = nbdstream("status", str(peer.control)).stdout
-            assert "too late for its deadline" in shown and "finish:" in shown
+            assert "will miss its deadline" in shown and "finish:" in shown
 
 
 def test_a_deadline_makes_the_job_slow_but_not_too_slow(image: Path, tmp_path: Path) -> None:
     with nbdkit("file", image, "rdelay=5ms", "rate=64M", filters=["delay", "rate"]) as far:
-        arguments = ("--finish-by", "10s", "--exit-when-complete")
+        arguments = ("--finish-in", "10s", "--exit-when-complete")
         with nbdstream_serve(tmp_path / "leaf.raw", far.uri, *arguments) as peer:
             start = time.monotonic()
             assert peer.wait(50) == 0
@@ -228,5 +228,15 @@ def test_what_makes_no_sense_is_refused_in_one_line(profile: Path, tmp_path: Pat
     serve = ("serve", leaf, "-b", "nbd+unix:///?socket=/nowhere", "-U", tmp_path / "s")
     assert "cut short" in refused(*serve, "--prefetch", damaged)
     assert "--read-only" in refused(*serve, "--prefetch", profile, "--read-only")
-    assert "--stream off" in refused(*serve, "--finish-by", "1h", "--stream", "off")
+    assert "--stream off" in refused(*serve, "--finish-in", "1h", "--stream", "off")
     assert not leaf.exists()
+
+
+def test_the_old_name_of_finish_in_still_works_and_says_so(tmp_path: Path) -> None:
+    leaf = tmp_path / "leaf.raw"
+    arguments = ("-b", "nbd+unix:///?socket=/nowhere", "-U", tmp_path / "s", "--stream", "off")
+    done = nbdstream("serve", leaf, *arguments, "--finish-by", "1h")
+    warning, error = done.stderr.splitlines()
+    assert warning == "nbdstream: warning: --finish-by is deprecated: use --finish-in"
+    assert error.startswith("nbdstream: error: --finish-in needs a stream job")
+    assert done.returncode == 2

@@ -99,7 +99,7 @@ def test_a_leaf_becomes_local_and_lets_go_of_its_backing(leaf: Path, image: Path
         backing.kill()
     assert_same(leaf, image, format_of(leaf))
     check_clean(leaf)
-    assert "wholly local" in nbdstream("info", leaf).stdout
+    assert "the whole image is local" in nbdstream("info", leaf).stdout
     with nbdstream_serve(leaf) as server:
         assert_same(server.uri, image)
 

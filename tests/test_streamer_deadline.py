@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--finish-by: the pace that it takes, and the truth when the link cannot do it."""
+"""--finish-in: the pace that it takes, and the truth when the link cannot do it."""
 
 import logging
 import math
@@ -260,21 +260,24 @@ async def test_a_backing_that_is_lost_and_comes_back(
 async def test_a_deadline_is_set_by_command_and_told_in_the_statistics(tmp_path: Path) -> None:
     async with control_room(tmp_path, gated=True) as room:
         with pytest.raises(DeviceNotActive):
-            await ask(room, "x-nbdstream-finish-by", device=DEVICE, seconds=60)
+            await ask(room, "x-nbdstream-finish-in", device=DEVICE, seconds=60)
         await ask(room, "block-stream", device=DEVICE)
-        assert "finish-by" not in (await ask(room, "x-nbdstream-stats"))["job"]
+        assert "finish-in" not in (await ask(room, "x-nbdstream-stats"))["job"]
         with pytest.raises(GenericError, match="non-negative"):
-            await ask(room, "x-nbdstream-finish-by", device=DEVICE, seconds=-1)
-        await ask(room, "x-nbdstream-finish-by", device=DEVICE, seconds=60)
-        told = (await ask(room, "x-nbdstream-stats"))["job"]["finish-by"]
+            await ask(room, "x-nbdstream-finish-in", device=DEVICE, seconds=-1)
+        await ask(room, "x-nbdstream-finish-in", device=DEVICE, seconds=60)
+        told = (await ask(room, "x-nbdstream-stats"))["job"]["finish-in"]
         assert 50 < told["left"] <= 60
         assert told["speed"] == pytest.approx(room.stream.remaining / told["left"], rel=0.05)
         assert told["on-time"] is True and "late" not in told
         room.stream.deadline.late = 12.5
-        told = (await ask(room, "x-nbdstream-stats"))["job"]["finish-by"]
+        told = (await ask(room, "x-nbdstream-stats"))["job"]["finish-in"]
         assert told["on-time"] is False and told["late"] == 12.5
         room.stream.deadline.late = math.inf  # JSON has no word for it
-        told = (await ask(room, "x-nbdstream-stats"))["job"]["finish-by"]
+        told = (await ask(room, "x-nbdstream-stats"))["job"]["finish-in"]
         assert told["on-time"] is False and "late" not in told
-        await ask(room, "x-nbdstream-finish-by", device=DEVICE)
-        assert "finish-by" not in (await ask(room, "x-nbdstream-stats"))["job"]
+        await ask(room, "x-nbdstream-finish-by", device=DEVICE, seconds=30)  # the old name
+        told = (await ask(room, "x-nbdstream-stats"))["job"]
+        assert 20 < told["finish-by"]["left"] <= 30 and told["finish-by"] == told["finish-in"]
+        await ask(room, "x-nbdstream-finish-in", device=DEVICE)
+        assert "finish-in" not in (await ask(room, "x-nbdstream-stats"))["job"]

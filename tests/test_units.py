@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nbdstream.errors import UsageError
 from nbdstream.units import (
     MAX_SIZE,
+    format_count,
     format_duration,
     format_rate,
     format_size,
@@ -139,6 +140,15 @@ def test_rates_for_people() -> None:
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_counts_for_people() -> None:
+    assert [format_count(number, "leak") for number in (0, 1, 2)] == [
+        "0 leaks",
+        "1 leak",
+        "2 leaks",
+    ]
+    assert format_count(3, "miss", "misses") == "3 misses"
 
 
 @given(st.integers(min_value=0, max_value=MAX_SIZE))

@@ -217,7 +217,7 @@ async def test_a_domain_moves(site: Site, way: tuple[str, ...]) -> None:
         else:
             assert await site.here.state() == "shut off"
         source = await site.ask_source("x-nbdstream-stats")
-        assert not source["canonical"] and "sealed" in source["frozen"]
+        assert not source["owner"] and "sealed" in source["frozen"]
         await finish(site, seen)
 
 
@@ -234,7 +234,7 @@ async def test_a_destination_that_dies_leaves_the_domain_where_it_is(site: Site)
         seen = last_acknowledged(console.transcript)
         await console.wait_for(f"ACK {seen + 3}\\b", 60)
         assert await site.ask_source("x-nbdstream-export-query") == {}
-        assert (await site.ask_source("x-nbdstream-stats"))["canonical"]
+        assert (await site.ask_source("x-nbdstream-stats"))["owner"]
         assert not exists(ends.path("there.qcow2"))
 
         with host("there", ends.directory / "t2") as there:

@@ -136,7 +136,7 @@ async def test_a_guest_on_nbdstream_that_still_streams(
             await Migration(plan).run()
             seen = last_acknowledged(guest.console.transcript)
             report = await ask(server.control, "x-nbdstream-stats")
-            assert not report["canonical"] and "sealed" in report["frozen"]
+            assert not report["owner"] and "sealed" in report["frozen"]
     with nbdstream_serve(leaf, None, "--stream", "off") as again:
         with pytest.raises(PeerError, match=r"ead-only|ermission"):
             run(["qemu-io", "-f", "raw", "-c", "write 0 4k", again.uri])
@@ -232,7 +232,7 @@ async def test_the_destination_dies_before_it_runs(
             await guest.console.wait_for(rf"ACK {seen + 3}\b", 60)
             assert "I/O error" not in guest.console.transcript
             assert read_seal(str(leaf)) is None
-            assert (await ask(server.control, "x-nbdstream-stats"))["canonical"]
+            assert (await ask(server.control, "x-nbdstream-stats"))["owner"]
 
 
 @pytest.mark.parametrize("link", ["memory", "disk"])

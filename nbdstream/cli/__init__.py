@@ -17,29 +17,39 @@ import click
 import nbdstream
 from nbdstream.errors import NbdstreamError, UsageError
 
-# Imported only when asked for: `nbdstream info` should not wait for QEMU's or
+# The commands, in the sections of `nbdstream --help`, each with its module. A module is
+# imported only when its command is used: `nbdstream info` should not wait for QEMU's or
 # Prometheus' modules to load.
-_COMMANDS = {
-    "create": "nbdstream.cli.images",
-    "info": "nbdstream.cli.images",
-    "map": "nbdstream.cli.images",
-    "check": "nbdstream.cli.images",
-    "serve": "nbdstream.cli.serve",
-    "boot": "nbdstream.cli.boot",
-    "profile": "nbdstream.cli.profile",
-    "status": "nbdstream.cli.steer",
-    "watch": "nbdstream.cli.steer",
-    "pause": "nbdstream.cli.steer",
-    "resume": "nbdstream.cli.steer",
-    "speed": "nbdstream.cli.steer",
-    "cancel": "nbdstream.cli.steer",
-    "stream": "nbdstream.cli.steer",
-    "migrate": "nbdstream.cli.migrate",
+_SECTIONS = {
+    "Serve a disk": {
+        "serve": "nbdstream.cli.serve",
+        "boot": "nbdstream.cli.boot",
+        "migrate": "nbdstream.cli.migrate",
+    },
+    "Control a running server": {
+        "status": "nbdstream.cli.steer",
+        "watch": "nbdstream.cli.steer",
+        "pause": "nbdstream.cli.steer",
+        "resume": "nbdstream.cli.steer",
+        "speed": "nbdstream.cli.steer",
+        "cancel": "nbdstream.cli.steer",
+        "stream": "nbdstream.cli.steer",
+    },
+    "Work with image files": {
+        "create": "nbdstream.cli.images",
+        "info": "nbdstream.cli.images",
+        "map": "nbdstream.cli.images",
+        "check": "nbdstream.cli.images",
+        "profile": "nbdstream.cli.profile",
+    },
 }
+_COMMANDS = {name: module for section in _SECTIONS.values() for name, module in section.items()}
+# Summaries are wrapped at the terminal's width and never cut.
+_WHOLE_SUMMARY = 1000
 
 
 class _LazyGroup(click.Group):
-    """A group whose commands are imported when they are used."""
+    """A group whose commands are imported when they are used, and listed by section."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -51,16 +61,34 @@ class _LazyGroup(click.Group):
         command: click.Command = getattr(module, cmd_name.replace("map", "map_"))
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, section in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(name, self._summary(ctx, name)) for name in section],
+                    col_max=max(map(len, _COMMANDS)),
+                )
+
+    def _summary(self, ctx: click.Context, name: str) -> str:
+        command = self.get_command(ctx, name)
+        assert command is not None
+        return command.get_short_help_str(limit=_WHOLE_SUMMARY)
+
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(nbdstream.__version__, prog_name="nbdstream")
-@click.option("-v", "--verbose", count=True, help="Say more on stderr; twice: debugging.")
+@click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    help="Print more messages on stderr; give it twice for debugging.",
+)
 def cli(verbose: int) -> None:
-    """Boot virtual machines at once from disk images that live far away.
+    """Boot virtual machines at once from remote disk images.
 
-    An NBD server that presents a local leaf image (qcow2, QED or raw), pulls what it
-    lacks on demand from a slow remote backing export, and streams the rest in the
-    background, until the disk is wholly local.
+    nbdstream is an NBD server. It serves a local leaf image (qcow2, QED or raw). Data
+    that the leaf does not have yet is fetched on demand from a slow remote backing
+    export. A background job streams the rest until the whole disk is local.
     """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(format="nbdstream: %(levelname)s: %(message)s", level=level)

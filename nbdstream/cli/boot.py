@@ -29,13 +29,28 @@ TEMPORARY_LEAF = "leaf.qcow2"
 
 @click.command()
 @click.argument("image", metavar="URI|LEAF")
-@click.option("--leaf", type=LEAF, help="Keep the guest's disk in this leaf (made if missing).")
 @click.option(
-    "-m", "--memory", type=SIZE, default=DEFAULT_MEMORY, help="The guest's memory.  [default: 1G]"
+    "--leaf", type=LEAF, help="Keep the guest's disk in this leaf; create it if it does not exist."
 )
-@click.option("--stream", type=ON_OFF, default="on", help="Fetch the rest in the background.")
-@click.option("--speed", type=RATE, default=0, help="Cap the streaming, bytes per second.")
-@click.option("--prefetch", type=LEAF, metavar="PROFILE", help="First fetch what this names.")
+@click.option(
+    "-m", "--memory", type=SIZE, default=DEFAULT_MEMORY, help="Guest memory.  [default: 1G]"
+)
+@click.option(
+    "--stream",
+    type=ON_OFF,
+    default="on",
+    show_default=True,
+    help="Fetch the rest of the disk in the background.",
+)
+@click.option(
+    "--speed", type=RATE, default=0, help="Limit of the stream job, bytes per second; 0: none."
+)
+@click.option(
+    "--prefetch",
+    type=LEAF,
+    metavar="PROFILE",
+    help="Fetch the ranges of this boot profile first.",
+)
 @click.argument("qemu_arguments", nargs=-1, metavar="[-- QEMU ARGUMENTS]")
 def boot(
     image: str,
@@ -48,10 +63,10 @@ def boot(
 ) -> None:
     """Boot a guest from a remote image, or from a leaf, on this terminal.
 
-    The guest's serial console is this terminal (Ctrl-A X ends QEMU, Ctrl-A C is its
-    monitor); how much of its disk is local shows in the terminal's title. Without --leaf,
-    a URI's leaf is temporary, and what the guest writes is gone when it ends. KVM is used
-    where it really runs guests. The exit status is QEMU's.
+    The guest's serial console is this terminal: Ctrl-A X ends QEMU, Ctrl-A C opens its
+    monitor. The terminal's title shows how much of the disk is local. Without --leaf, the
+    leaf of a URI is temporary, and everything the guest writes is lost when it ends. KVM is
+    used if a test shows that it runs guests. The exit status is QEMU's.
     """
     with _images(image, leaf) as (leaf_path, backing, socket), _terminal_restored():
         options = ServeOptions(
@@ -79,10 +94,10 @@ def _images(image: str, leaf: str | None) -> Iterator[tuple[str, str | None, Pat
         socket = Path(directory) / "nbd.sock"
         if os.path.lexists(image):
             if leaf is not None:
-                raise UsageError(f"{image} is a leaf already: leave --leaf away")
+                raise UsageError(f"{image} is already a leaf: remove --leaf")
             yield image, None, socket
         elif ":" not in image:
-            raise UsageError(f"{image} does not exist, and is no URI either")
+            raise UsageError(f"{image} is neither an existing file nor a URI")
         else:
             yield leaf or str(Path(directory) / TEMPORARY_LEAF), image, socket
 

@@ -19,7 +19,7 @@ from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import Leaf, LeafExtent, State
 from nbdstream.leaf.map import image_info, map_entry, shares, walk
 from nbdstream.service import describe_backing
-from nbdstream.units import format_size
+from nbdstream.units import format_count, format_size
 
 _NAMES = {
     State.DATA: "local",
@@ -40,11 +40,17 @@ def _opened(path: str, *, read_only: bool = True) -> Iterator[Leaf]:
 
 @click.command()
 @click.argument("leaf", type=LEAF)
-@click.option("-b", "--backing", metavar="URI", help="The remote image below the leaf.")
-@click.option("-f", "--format", "image_format", type=FORMAT, help="Default: by LEAF's suffix.")
-@click.option("--size", type=SIZE, help="Virtual size. Default: the backing's.")
-@click.option("--cluster-size", type=SIZE, help="Unit of allocation (raw: of fetching).")
-@click.option("--no-extended-l2", is_flag=True, help="qcow2: no subclusters (see the manual).")
+@click.option("-b", "--backing", metavar="URI", help="The remote image that the leaf is based on.")
+@click.option(
+    "-f",
+    "--format",
+    "image_format",
+    type=FORMAT,
+    help="Image format.  [default: from LEAF's suffix]",
+)
+@click.option("--size", type=SIZE, help="Virtual size.  [default: the backing's]")
+@click.option("--cluster-size", type=SIZE, help="Unit of allocation; for raw leaves, of fetching.")
+@click.option("--no-extended-l2", is_flag=True, help="qcow2: create an image without subclusters.")
 def create(
     leaf: str,
     backing: str | None,
@@ -55,9 +61,9 @@ def create(
 ) -> None:
     """Create a leaf image.
 
-    With -b, the backing is contacted: its size and its identity are recorded in the
-    leaf, which from then on belongs to it. Without, the leaf is a plain local disk of
-    --size bytes. An existing file is never overwritten.
+    With -b, the backing is contacted, and its size and identity are recorded in the
+    leaf. From then on the leaf accepts no other backing. Without -b, the leaf is a plain
+    local disk of --size bytes. An existing file is never overwritten.
     """
     if backing is None and size is None:
         raise UsageError("give --size, or the backing to take it from (-b URI)")
@@ -80,9 +86,9 @@ def create(
 
 @click.command()
 @click.argument("leaf", type=LEAF)
-@click.option("--json", "as_json", is_flag=True, help="For programs; names as qemu-img's.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with qemu-img's names.")
 def info(leaf: str, as_json: bool) -> None:
-    """Show what an image is, and how much of it is local."""
+    """Show an image's properties and how much of it is local."""
     with _opened(leaf) as image:
         facts = _facts(image)
     if as_json:
@@ -104,7 +110,7 @@ def info(leaf: str, as_json: bool) -> None:
         lines.append(("backing size", _both(local["backing-size"])))
         lines.append(("backing identity", local["backing-identity"] or "not recorded yet"))
     else:
-        lines.append(("backing file", "none: wholly local"))
+        lines.append(("backing file", "none: the whole image is local"))
     for name in ("local", "zero", "remote"):
         share = 100 * _integer(local[name]) / (image.size or 1)
         lines.append((name, f"{format_size(_integer(local[name]))} ({share:.1f} %)"))
@@ -143,12 +149,14 @@ def _integer(value: object) -> int:
 
 @click.command(name="map")
 @click.argument("leaf", type=LEAF)
-@click.option("--json", "as_json", is_flag=True, help="For programs; names as qemu-img's.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with qemu-img's names.")
 @click.option(
-    "--svg", type=click.Path(dir_okay=False), help="Draw it into this file ('-': stdout)."
+    "--svg",
+    type=click.Path(dir_okay=False),
+    help="Write an SVG picture to this file ('-': stdout).",
 )
 def map_(leaf: str, as_json: bool, svg: str | None) -> None:
-    """Show which parts of an image are local, zero, or still remote."""
+    """List the ranges of an image that are local, zero, or still remote."""
     with _opened(leaf) as image:
         if svg is not None:
             picture = svg_map(walk(image), image.size, os.path.basename(leaf))
@@ -181,13 +189,13 @@ def _print_json(extents: Iterator[LeafExtent]) -> None:
 
 @click.command()
 @click.argument("leaf", type=LEAF)
-@click.option("--repair", is_flag=True, help="Repair what can be repaired.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--repair", is_flag=True, help="Repair what can be repaired safely.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(leaf: str, repair: bool, as_json: bool) -> None:
     """Check an image's metadata.
 
-    Exit status, as qemu-img's: 0 clean (or repaired), 1 the check could not be made,
-    2 errors, 3 leaks only (space that nothing refers to; harmless).
+    The exit status is qemu-img's: 0 clean or repaired, 1 the check itself failed, 2 errors
+    remain, 3 only leaks remain (unused space; harmless).
     """
     with _opened(leaf, read_only=not repair) as image:
         result = image.check(repair=repair)
@@ -209,7 +217,9 @@ def check(leaf: str, repair: bool, as_json: bool) -> None:
         if not (result.errors or result.leaks):
             click.echo("No errors were found on the image.")
         else:
-            click.echo(f"{result.errors} errors, {result.leaks} leaks.")
+            click.echo(
+                f"{format_count(result.errors, 'error')}, {format_count(result.leaks, 'leak')}."
+            )
         if result.repaired:
             click.echo(f"{result.repaired} repaired.")
     if left.errors:

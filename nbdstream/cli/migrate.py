@@ -26,37 +26,55 @@ CANCELLED = 130
 
 
 @click.command()
-@click.option("--source-qmp", required=True, metavar="SOCKET", help="QMP of the guest's QEMU.")
+@click.option(
+    "--source-qmp", required=True, metavar="SOCKET", help="QMP socket of the guest's QEMU."
+)
 @click.option(
     "--destination-qmp",
     required=True,
     metavar="SOCKET",
-    help="QMP of the QEMU at the destination, once it has been started.",
+    help="QMP socket of the destination's QEMU.",
 )
-@click.option("--memory", required=True, metavar="URI", help="How memory goes: tcp:HOST:PORT …")
 @click.option(
-    "--memory-listen", default="", metavar="URI", help="Where it is awaited, if elsewhere."
+    "--memory",
+    required=True,
+    metavar="URI",
+    help="Migration URI for guest RAM, e.g. tcp:HOST:PORT.",
+)
+@click.option(
+    "--memory-listen",
+    default="",
+    metavar="URI",
+    help="URI the destination QEMU listens on, if different.",
 )
 @click.option(
     "--disk",
     "disks",
     required=True,
     multiple=True,
-    metavar="KEY=VALUE,…",
+    metavar="KEY=VALUE,...",
     help="A disk: source-control=SOCKET or source-node=NAME, listen=HOST:PORT|unix:PATH, "
-    "leaf=FILE, socket=SOCKET, control=SOCKET. Once per disk.",
+    "[reach=HOST:PORT|unix:PATH,] leaf=FILE, socket=SOCKET, control=SOCKET. Repeat for each disk.",
 )
-@click.option("--at", "prefix", default="", metavar="PREFIX", help="Runs commands over there.")
-@click.option("--postcopy-ram", is_flag=True, help="Let the guest go before its memory has.")
-@click.option("--max-bandwidth", type=RATE, default=0, help="For memory, bytes per second.")
-@click.option("--downtime-limit", type=DURATION, default=0.0, help="QEMU's goal for the pause.")
-@click.option("--no-follow", is_flag=True, help="End as soon as the guest runs over there.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done.")
 @click.option(
-    "--cancel", is_flag=True, help="Take back what an interrupted 'migrate' has left behind."
+    "--at",
+    "prefix",
+    default="",
+    metavar="PREFIX",
+    help="Command prefix for the destination, e.g. 'ip netns exec far'.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.argument("command", nargs=-1, metavar="[-- QEMU ARGS…]")
+@click.option("--postcopy-ram", is_flag=True, help="Switch to post-copy after the first RAM pass.")
+@click.option(
+    "--max-bandwidth", type=RATE, default=0, help="Limit for guest RAM, bytes per second."
+)
+@click.option("--downtime-limit", type=DURATION, default=0.0, help="Downtime that QEMU aims at.")
+@click.option(
+    "--no-follow", is_flag=True, help="Exit as soon as the guest runs at the destination."
+)
+@click.option("--dry-run", is_flag=True, help="Print the steps and do nothing.")
+@click.option("--cancel", is_flag=True, help="Undo what a killed 'migrate' left behind.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("command", nargs=-1, metavar="[-- QEMU ARGS...]")
 def migrate(
     source_qmp: str,
     destination_qmp: str,
@@ -75,9 +93,9 @@ def migrate(
 ) -> None:
     """Move a running guest to another host; its disks follow while it runs there.
 
-    QEMU ARGS is the destination's QEMU without its disks, which it finds as the nodes disk0,
-    disk1, …; -incoming, -S and -qmp are added. Until the guest is told to run at the
-    destination, an error or Ctrl-C takes everything back.
+    QEMU ARGS is the command line of the destination's QEMU without its disks. The disks are
+    added as the nodes disk0, disk1 and so on, together with -incoming, -S and -qmp. Until the
+    guest is told to run at the destination, an error or Ctrl-C undoes everything.
     """
     plan = MigrationPlan(
         source_qmp=source_qmp,
@@ -167,15 +185,15 @@ def _facts(facts: JSONObject) -> str:
 
 def _words(summary: Summary, *, follow: bool) -> list[str]:
     lines = [
-        f"guest-visible pause:  {summary.downtime:.3f} s",
-        f"time until running:   {format_duration(summary.until_running)}",
-        f"memory moved:         {format_size(summary.memory_bytes)}",
+        f"downtime:             {summary.downtime:.3f} s",
+        f"time to switch over:  {format_duration(summary.until_running)}",
+        f"RAM transferred:      {format_size(summary.memory_bytes)}",
     ]
     if follow:
         lines += [
             f"time until local:     {format_duration(summary.until_local)}",
-            f"disk moved:           {format_size(summary.disk_bytes)}",
-            f"disk moved twice:     {format_size(summary.disk_twice)}",
-            "the source's images are not needed any more: they may be deleted",
+            f"disk transferred:     {format_size(summary.disk_bytes)}",
+            f"transferred twice:    {format_size(summary.disk_twice)}",
+            "the source's images are no longer needed and may be deleted",
         ]
     return lines

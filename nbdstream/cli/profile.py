@@ -19,7 +19,7 @@ from nbdstream.streamer.profile import (
     read_profile,
     write_profile,
 )
-from nbdstream.units import format_duration, format_size
+from nbdstream.units import format_count, format_duration, format_size
 
 _PROFILE = click.Path(dir_okay=False)
 _output = click.option(
@@ -31,21 +31,22 @@ HEAD = 10
 
 @click.group()
 def profile() -> None:
-    """Boot profiles: what a guest reads while it boots, in its order.
+    """Show, combine and export boot profiles.
 
-    `nbdstream serve LEAF` records one by itself, as LEAF.profile, while a guest boots;
-    `nbdstream serve --prefetch PROFILE` fetches first what it names, for this or any other
-    leaf of the same backing.
+    A boot profile lists the ranges that a guest reads while it boots, in order.
+    `nbdstream serve LEAF` records it as LEAF.profile during the first boot.
+    `nbdstream serve --prefetch PROFILE` fetches these ranges first, for this leaf or any
+    other leaf of the same backing.
     """
 
 
 @profile.command()
 @click.argument("path", metavar="PROFILE", type=_PROFILE)
 @click.option("--all", "show_all", is_flag=True, help="List every range.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--svg", type=_PROFILE, help="Draw it into this file ('-': stdout).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--svg", type=_PROFILE, help="Write an SVG picture to this file ('-': stdout).")
 def show(path: str, show_all: bool, as_json: bool, svg: str | None) -> None:
-    """Show what a profile names."""
+    """Show the ranges of a profile."""
     found = read_profile(path)
     if svg is not None:
         _write(svg, svg_profile(found, os.path.basename(path)))
@@ -74,7 +75,8 @@ def _print(found: Profile, limit: int | None) -> None:
     click.echo(f"backing identity: {found.backing_identity or 'unknown'}")
     click.echo(f"unit: {format_size(found.unit)}")
     click.echo(f"recorded over: {format_duration(found.seconds)}{cut}")
-    click.echo(f"names: {format_size(found.bytes)} ({share:.1f} %) in {len(found.ranges)} ranges")
+    ranges = format_count(len(found.ranges), "range")
+    click.echo(f"contains: {format_size(found.bytes)} ({share:.1f} %) in {ranges}")
     click.echo("")
     click.echo(f"{'after':>12} {'offset':>16} {'length':>12}")
     before = 0
@@ -89,10 +91,10 @@ def _print(found: Profile, limit: int | None) -> None:
 @click.argument("paths", metavar="PROFILE...", nargs=-1, required=True, type=_PROFILE)
 @_output
 def combine(paths: tuple[str, ...], output: str | None) -> None:
-    """Make one profile of several boots of the same backing.
+    """Merge the profiles of several boots of the same backing.
 
-    What was touched early on average comes first; what only some of them touched counts
-    as touched last by the others.
+    The ranges are ordered by when they were read on average. A range that a profile does
+    not have counts as read last there.
     """
     _put(profiles.combine([read_profile(path) for path in paths]), output)
 
@@ -101,7 +103,7 @@ def combine(paths: tuple[str, ...], output: str | None) -> None:
 @click.argument("leaf", type=LEAF)
 @_output
 def export(leaf: str, output: str | None) -> None:
-    """Copy a leaf's profile out, for leaves elsewhere of the same backing."""
+    """Copy the profile of a leaf, for other leaves of the same backing."""
     beside = path_beside(leaf)
     try:
         found = read_profile(beside)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The progress line: how much is local, how fast the rest comes, what guests had to wait for.
 
-On a terminal one line that is drawn anew, below whatever else is said there; anywhere else
-a line of text every few seconds. Made from reports as `x-nbdstream-stats` returns them, so
-that ``serve`` shows the same of itself as ``watch`` does from another process.
+On a terminal this is one line that is redrawn, below all other output. Elsewhere it is a line
+of text every few seconds. It is made from reports as `x-nbdstream-stats` returns them, so that
+``serve`` shows the same of itself as ``watch`` does from another process.
 """
 
 import logging
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nbdstream.qmp.protocol import JSONObject
-from nbdstream.units import format_duration, format_rate, format_size
+from nbdstream.units import format_count, format_duration, format_rate, format_size
 
 # Seconds between two looks, and between two lines where there is no terminal.
 REDRAW_INTERVAL = 0.25
@@ -76,7 +76,7 @@ class Snapshot:
             parts.append("ETA " + ("unknown" if self.eta is None else format_duration(self.eta)))
         else:
             parts.append(self.state)
-        parts.append(f"{self.demand_misses} demand misses")
+        parts.append(format_count(self.demand_misses, "demand miss", "demand misses"))
         return ", ".join(parts + ([self.trouble] if self.trouble else []))
 
 
@@ -84,15 +84,15 @@ def _lateness(deadline: JSONObject | None) -> str:
     if deadline is None or deadline["on-time"]:
         return ""
     if "late" not in deadline:
-        return "too late for its deadline"
-    return f"{format_duration(deadline['late'])} too late for its deadline"
+        return "will miss its deadline"
+    return f"will miss its deadline by {format_duration(deadline['late'])}"
 
 
 def _trouble(job: JSONObject, backing: JSONObject | None) -> str:
     if error := job.get("error"):
         return str(error)
     if backing is None or backing["connected"]:
-        return _lateness(job.get("finish-by"))
+        return _lateness(job.get("finish-in"))
     lost = f"backing lost for {format_duration(max(time.time() - backing['since'], 0))}"
     return lost + (f": {backing['last-error']}" if backing["last-error"] else "")
 
@@ -128,7 +128,7 @@ class ProgressLine:
         return REDRAW_INTERVAL if self._progress is not None else LINE_INTERVAL
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw the line anew, or print another."""
+        """Redraw the line, or print another."""
         if self._progress is None:
             print(snapshot, file=self._console.file, flush=True)
             return

@@ -23,69 +23,92 @@ from nbdstream.net.listeners import Listener, close_all, from_systemd, listen_tc
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.service import ServeOptions, Service, device_name, open_service
 
-# Where an NBD server without further words is expected (IANA); nobody but this host gets in.
+# NBD's port as IANA assigned it, reachable from this host only.
 DEFAULT_ADDRESS = "localhost:10809"
 
 
 @click.command()
 @click.argument("leaf", type=LEAF)
-@click.option("-b", "--backing", metavar="URI", help="The remote image. Default: the leaf's own.")
 @click.option(
-    "-U", "--unix", "socket", metavar="SOCKET", help="Listen on a Unix socket ('-': a new one)."
+    "-b",
+    "--backing",
+    metavar="URI",
+    help="The remote image.  [default: the one recorded in the leaf]",
+)
+@click.option(
+    "-U",
+    "--unix",
+    "socket",
+    metavar="SOCKET",
+    help="Listen on a Unix socket ('-': a new private one).",
 )
 @click.option("--listen", metavar="HOST:PORT", help=f"Listen on TCP.  [default: {DEFAULT_ADDRESS}]")
 @click.option("-e", "--export", default="", metavar="NAME", help="The export's name.")
-@click.option("--read-only", is_flag=True, help="Change nothing: neither by guests nor by us.")
+@click.option("--read-only", is_flag=True, help="Refuse writes and do not change the leaf.")
 @click.option(
-    "--copy-on-read", type=ON_OFF, default="on", show_default=True, help="Keep what guests read."
+    "--copy-on-read",
+    type=ON_OFF,
+    default="on",
+    show_default=True,
+    help="Store the remote data that guests read.",
 )
 @click.option(
     "--stream",
     type=click.Choice(["on", "off", "paused"]),
     default="on",
     show_default=True,
-    help="Fetch the rest in the background.",
+    help="Fetch the rest of the disk in the background.",
 )
 @click.option(
-    "--speed", type=RATE, default=0, help="Cap the streaming, bytes per second; 0 is none."
+    "--speed", type=RATE, default=0, help="Limit of the stream job, bytes per second; 0: none."
 )
 @click.option(
-    "--finish-by",
+    "--finish-in",
     type=DURATION,
-    help="Stream just fast enough to be done after this time, such as 2h; warn if it is too short.",
+    help="Stream just fast enough to finish in this time, e.g. 2h; warn if it is too short.",
 )
+@click.option("--finish-by", type=DURATION, hidden=True)  # the old name, until version 0.2
 @click.option(
     "--prefetch",
     metavar="PROFILE",
     type=click.Path(dir_okay=False),
-    help="Fetch first what this boot profile names (see 'nbdstream profile').",
+    help="Fetch the ranges of this boot profile first.",
 )
 @click.option(
     "--detect-zeroes",
     type=click.Choice([mode.value for mode in DetectZeroes]),
     default="off",
     show_default=True,
-    help="Turn guest writes of zeroes into zeroes that take no space.",
+    help="Store guest writes of zeroes as zero blocks (on), and free their space too (unmap).",
 )
 @click.option(
     "--backing-timeout",
     type=DURATION,
-    help="Fail reads when the backing is gone for so long.  [default: wait for ever]",
+    help="Fail reads if the backing is unreachable for this long.  [default: wait without limit]",
 )
-@click.option("--control", metavar="SOCKET", help="Speak QMP on this Unix socket.")
+@click.option(
+    "--control", metavar="SOCKET", help="Control socket: accept QMP commands on this Unix socket."
+)
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics over HTTP.")
 @click.option(
     "--exit-when-complete",
     is_flag=True,
-    help="End once everything is local and no client is connected.",
+    help="Exit once the whole disk is local and no client is connected.",
 )
-@click.option("--keep-backing", is_flag=True, help="Name the backing even when complete.")
+@click.option(
+    "--keep-backing", is_flag=True, help="Keep the backing's name in the leaf after completion."
+)
 @click.option(
     "--standby",
     is_flag=True,
-    help="Keep nothing and let nobody write until activated (see 'nbdstream migrate').",
+    help="Store nothing and refuse writes until activated (used by 'nbdstream migrate').",
 )
-@click.option("--run", "command", metavar="COMMAND", help="Run COMMAND, end when it ends.")
+@click.option(
+    "--run",
+    "command",
+    metavar="COMMAND",
+    help="Run a shell command against the export, and exit when it ends.",
+)
 def serve(
     leaf: str,
     backing: str | None,
@@ -96,6 +119,7 @@ def serve(
     copy_on_read: str,
     stream: str,
     speed: int,
+    finish_in: float | None,
     finish_by: float | None,
     prefetch: str | None,
     detect_zeroes: str,
@@ -109,10 +133,13 @@ def serve(
 ) -> None:
     """Serve a leaf image over NBD.
 
-    What the leaf does not have comes on demand from its backing, while the rest is
-    streamed. A LEAF that does not exist is created (with -b), in the format that its
-    suffix says. Prints the export's NBD URI once it accepts connections.
+    Data that the leaf does not have is fetched on demand from its backing. A background job
+    streams the rest. With -b, a LEAF that does not exist is created, in the format of its
+    suffix. The export's NBD URI is printed once the server accepts connections.
     """
+    if finish_by is not None:
+        click.echo("nbdstream: warning: --finish-by is deprecated: use --finish-in", err=True)
+        finish_in = finish_by if finish_in is None else finish_in
     options = ServeOptions(
         leaf=leaf,
         backing=backing,
@@ -121,7 +148,7 @@ def serve(
         copy_on_read=copy_on_read == "on",
         stream=stream,
         speed=speed,
-        finish_by=finish_by,
+        finish_in=finish_in,
         prefetch=prefetch,
         detect_zeroes=DetectZeroes(detect_zeroes),
         backing_timeout=backing_timeout,

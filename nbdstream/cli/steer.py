@@ -22,15 +22,15 @@ from nbdstream.cli.progress import ProgressLine, Snapshot
 from nbdstream.errors import NbdstreamError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import Event, JSONObject, QMPConnectionError
-from nbdstream.units import format_duration, format_rate, format_size
+from nbdstream.units import format_count, format_duration, format_rate, format_size
 
 T = TypeVar("T")
 
-# Whoever accepts connections but says nothing for so many seconds is no QMP server.
+# A program that sends no greeting for so many seconds is no QMP server.
 CONNECT_SECONDS = 10.0
 
 _control = click.argument("control", type=click.Path(), metavar="CONTROL")
-_as_json = click.option("--json", "as_json", is_flag=True, help="For programs.")
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _run(control: str, work: Callable[[QMPClient], Awaitable[T]]) -> T:
@@ -41,7 +41,7 @@ def _run(control: str, work: Callable[[QMPClient], Awaitable[T]]) -> T:
             async with QMPClient.connect(control) as qmp:
                 scope.deadline = math.inf
                 return await work(qmp)
-        raise NbdstreamError(f"{control}: whoever listens there does not speak QMP")
+        raise NbdstreamError(f"{control}: the program that listens there does not speak QMP")
 
     return trio.run(main)
 
@@ -73,9 +73,9 @@ async def _report(qmp: QMPClient) -> JSONObject:
 @_control
 @_as_json
 def status(control: str, as_json: bool) -> None:
-    """Show what a running server's disk, stream job and backing are doing.
+    """Show the state of a server's disk, stream job and backing.
 
-    CONTROL is the socket that was given to `nbdstream serve --control`.
+    CONTROL is the socket given to `nbdstream serve --control`.
     """
 
     async def look(qmp: QMPClient) -> tuple[JSONObject, JSONObject]:
@@ -86,7 +86,7 @@ def status(control: str, as_json: bool) -> None:
         click.echo(json.dumps({"block": block, "stats": report}, indent=4))
         return
     for name, value in _facts(block["inserted"], report):
-        click.echo(f"{name + ':':<9} {value}")
+        click.echo(f"{name + ':':<13} {value}")
 
 
 def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
@@ -99,22 +99,23 @@ def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
             "leaf",
             f"{inserted['file']} ({inserted['drv']}, {format_size(report['size'])}, {access})",
         ),
-        ("copy", "canonical" if report["canonical"] else f"not canonical: {report['frozen']}"),
+        ("owner", "this server" if report["owner"] else f"not this server: {report['frozen']}"),
         ("backing", _backing_fact(backing)),
         ("stream", str(Snapshot.of(report))),
     ]
     if backing is not None and job.get("speed"):
-        facts.append(("cap", format_rate(job["speed"])))
-    if deadline := job.get("finish-by"):
-        pace = f"takes {format_rate(deadline['speed'])}"
+        facts.append(("limit", format_rate(job["speed"])))
+    if deadline := job.get("finish-in"):
+        pace = f"needs {format_rate(deadline['speed'])}"
         facts.append(("finish", f"in {format_duration(deadline['left'])}: {pace}"))
     if backing is not None:
-        facts.append(("COR", f"copy on read is {keeps}"))
+        facts.append(("copy-on-read", keeps))
     facts.append(
         (
             "demand",
-            f"{disk['demand-misses']} misses, {format_size(disk['demand-bytes'])};"
-            f" {format_size(disk['fetched-bytes'])} fetched in all",
+            f"{format_count(disk['demand-misses'], 'miss', 'misses')},"
+            f" {format_size(disk['demand-bytes'])};"
+            f" {format_size(disk['fetched-bytes'])} fetched in total",
         )
     )
     return facts
@@ -122,11 +123,12 @@ def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
 
 def _backing_fact(backing: JSONObject | None) -> str:
     if backing is None:
-        return "none: the disk is wholly local"
+        return "none: the whole disk is local"
     since = format_duration(max(time.time() - backing["since"], 0))
     if not backing["connected"]:
         return f"{backing['uri']}, lost {since} ago: {backing['last-error']}"
-    return f"{backing['uri']}, connected for {since} ({backing['connections']} connections)"
+    connections = format_count(backing["connections"], "connection")
+    return f"{backing['uri']}, connected for {since} ({connections})"
 
 
 @click.command()
@@ -134,8 +136,8 @@ def _backing_fact(backing: JSONObject | None) -> str:
 def watch(control: str) -> None:
     """Show progress until the stream job ends.
 
-    Exit status 0 if everything became local, 1 if the job was cancelled or failed, or if
-    the server went away before.
+    The exit status is 0 if the whole disk is local, and 1 if the job was cancelled or
+    failed, or if the server ended before the job did.
     """
     interrupted = False
     try:
@@ -152,7 +154,7 @@ async def _watch(qmp: QMPClient) -> None:
     jobs = await qmp.execute("query-jobs")
     snapshot = Snapshot.of(await _report(qmp))
     if snapshot.state == "complete":
-        click.echo("complete: everything is local")
+        click.echo("complete: the whole disk is local")
         return
     job_id = _name_of(jobs)
     with ProgressLine() as line:
@@ -173,7 +175,7 @@ async def _follow(qmp: QMPClient, job_id: str, line: ProgressLine) -> Event:
                 line.show(Snapshot.of(await _report(qmp)))
                 await trio.sleep(line.interval)
         except QMPConnectionError:
-            pass  # whoever waits for the event learns of it, after the event if there is one
+            pass  # `wait_event` raises the same, after the event if there is one
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(refresh)
@@ -190,7 +192,7 @@ async def _follow(qmp: QMPClient, job_id: str, line: ProgressLine) -> Event:
 @click.command()
 @_control
 def pause(control: str) -> None:
-    """Pause the stream job: nothing is fetched any more but what guests ask for."""
+    """Pause the stream job; guest reads still fetch data."""
 
     async def work(qmp: QMPClient) -> None:
         await qmp.execute("job-pause", {"id": await _job_id(qmp)})
@@ -201,7 +203,7 @@ def pause(control: str) -> None:
 @click.command()
 @_control
 def resume(control: str) -> None:
-    """Let a paused stream job go on, or start one where there is none."""
+    """Resume a paused stream job, or start one."""
 
     async def work(qmp: QMPClient) -> None:
         if jobs := await qmp.execute("query-jobs"):
@@ -216,7 +218,7 @@ def resume(control: str) -> None:
 @_control
 @click.argument("rate", type=RATE)
 def speed(control: str, rate: int) -> None:
-    """Cap the stream job at RATE bytes per second (such as 10M); 0 lifts the cap."""
+    """Limit the stream job to RATE bytes per second; 0 removes the limit."""
 
     async def work(qmp: QMPClient) -> None:
         arguments = {"device": await _job_id(qmp), "speed": rate}
@@ -228,7 +230,7 @@ def speed(control: str, rate: int) -> None:
 @click.command()
 @_control
 def cancel(control: str) -> None:
-    """End the stream job, paused or not. What is local stays local."""
+    """End the stream job; local data stays local."""
 
     async def work(qmp: QMPClient) -> None:
         await qmp.execute("job-cancel", {"id": await _job_id(qmp)})
@@ -239,13 +241,13 @@ def cancel(control: str) -> None:
 @click.command()
 @_control
 @click.argument("offset", type=SIZE)
-@click.option("--length", type=SIZE, default=0, help="Reach so far.  [default: one cluster]")
+@click.option("--length", type=SIZE, default=0, help="Bytes to stream.  [default: one cluster]")
 @_as_json
 def stream(control: str, offset: int, length: int, as_json: bool) -> None:
-    """Make one piece local: the cluster at OFFSET, and those that --length reaches.
+    """Fetch the cluster at OFFSET, or the --length bytes from there.
 
-    Says how much was not local before, and where the next remote byte is, so that calls
-    in a loop stream the disk. Works whether or not a stream job is active.
+    Prints how many bytes were fetched and where the next remote byte is. Calls in a loop
+    stream the whole disk. This works with and without an active stream job.
     """
 
     async def work(qmp: QMPClient) -> Any:
@@ -256,5 +258,7 @@ def stream(control: str, offset: int, length: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(step))
         return
-    rest = f"the next remote byte is at {step['next']}" if "next" in step else "nothing follows"
+    rest = "nothing after it is remote"
+    if "next" in step:
+        rest = f"the next remote byte is at {step['next']}"
     click.echo(f"streamed {step['streamed']} bytes; {rest}")

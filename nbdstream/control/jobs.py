@@ -7,6 +7,7 @@ longer chain of images (``base`` and its like), or with jobs that stay when they
 are done, is refused as an unknown or unacceptable argument.
 """
 
+import logging
 from typing import Literal
 
 from nbdstream.control.table import command
@@ -18,6 +19,8 @@ from nbdstream.qmp.protocol import (
     JSONObject,
 )
 from nbdstream.streamer.job import JobStatus, StreamJob
+
+log = logging.getLogger(__name__)
 
 NOTHING_TO_STREAM = "there is nothing to stream: the disk has no backing or is read-only"
 
@@ -114,12 +117,18 @@ class JobCommands:
     async def block_job_complete(self, device: str) -> None:
         self._verb(self._block_job(device), "complete")
 
-    @command("x-nbdstream-finish-by")
-    async def finish_by(self, device: str, seconds: int | None = None) -> None:
-        """Have the job done in so many seconds from now; without ``seconds``, whenever."""
+    @command("x-nbdstream-finish-in")
+    async def finish_in(self, device: str, seconds: int | None = None) -> None:
+        """Set the job's deadline, in seconds from now; without ``seconds``, remove it."""
         if seconds is not None:
             non_negative("seconds", seconds)
         self._block_job(device).deadline.set(seconds)
+
+    @command("x-nbdstream-finish-by")
+    async def finish_by(self, device: str, seconds: int | None = None) -> None:
+        """The old name of `finish_in`, until version 0.2."""
+        log.warning("x-nbdstream-finish-by is deprecated: use x-nbdstream-finish-in")
+        await self.finish_in(device, seconds)
 
     # -- qapi/job.json: by job id ------------------------------------------------------
 

@@ -18,15 +18,15 @@ from nbdstream.streamer.job import JobStatus, StreamJob
 def statistics(disk: StreamedDisk, job: StreamJob | None) -> JSONObject:
     """The disk, its job and its backing as they are now.
 
-    ``canonical`` is false, and ``frozen`` says why, where another host's copy of the disk is
-    the one that counts (docs/migration.md). ``backing`` is missing once there is none
+    ``owner`` is false, and ``frozen`` says why, where another server owns the disk
+    (docs/migration.md). ``backing`` is missing once there is none
     (everything is local), ``job`` where there never was anything to stream; it describes the
     last run where its status is "null".
     """
     report: JSONObject = {
         "size": disk.size,
         "copy-on-read": disk.copy_on_read,
-        "canonical": not disk.frozen,
+        "owner": not disk.frozen,
         "disk": {_spell(name): value for name, value in disk.statistics().items()},
     }
     if disk.frozen:
@@ -53,7 +53,8 @@ def _job(disk: StreamedDisk, job: StreamJob) -> JSONObject:
     if job.status is JobStatus.RUNNING and job.eta is not None:
         report["eta"] = job.eta
     if job.deadline.left is not None and disk.backing is not None:
-        report["finish-by"] = _deadline(job.deadline)
+        report["finish-in"] = _deadline(job.deadline)
+        report["finish-by"] = report["finish-in"]  # the old name, until version 0.2
     if job.error:
         report["error"] = job.error
     return report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--finish-by``: a stream job that takes the time it may, and says when that is too little.
+"""``--finish-in``: a stream job that takes the time it may, and says when that is too little.
 
 Once a second, what remains and the time left give the speed that is needed; the job is
 held to a little more than that, so that it neither disturbs more than it must nor

@@ -365,7 +365,7 @@ class Run:
             assert not await _listens(path), path
         assert await guest.guest.qmp.execute("query-block-exports") == []
         if self._server is not None:
-            assert (await _stats(str(self._server.control)))["canonical"]
+            assert (await _stats(str(self._server.control)))["owner"]
             assert read_seal(str(self._leaf)) is None
         await guest.guest.kill()
         text = guest.console.transcript
@@ -395,10 +395,10 @@ class Run:
         await arrangement.wait_acknowledged(self.ends, seen + 3, PATIENCE)
         await self._wait_local()
         if self._server is not None and self.trial.fault != "source's server killed":
-            assert not (await _stats(str(self._server.control)))["canonical"]
+            assert not (await _stats(str(self._server.control)))["owner"]
         seen = last_acknowledged(_text(log))
         await arrangement.wait_acknowledged(self.ends, seen + 3, PATIENCE)
-        assert (await _stats(self._there.control))["canonical"]
+        assert (await _stats(self._there.control))["owner"]
         self._end_destination(qemu_only=True)
         await arrangement.end_server(self._there.control)
         self._check_console(here)

@@ -45,6 +45,7 @@ from nbdstream.leaf.raw.map import (
     create_map,
     is_cluster_size,
 )
+from nbdstream.units import format_count
 
 DEFAULT_CLUSTER_SIZE = 65536
 
@@ -197,7 +198,7 @@ class RawLeaf(Leaf):
                     leaks += -(-stored.length // BLOCK_SIZE)
                     if repair:
                         files.zero_range(self.fd, stored.offset, stored.length, unmap=True)
-        messages = (f"{leaks} blocks are stored but not allocated",) if leaks else ()
+        messages = (f"{format_count(leaks, 'block')} stored but not allocated",) if leaks else ()
         return CheckResult(leaks=leaks, repaired=leaks if repair else 0, messages=messages)
 
     def describe(self) -> dict[str, object]:
