@@ -27,6 +27,7 @@ from nbdstream.handover.generation import STANDBY, generation_of
 from nbdstream.handover.seal import Seal, read_seal
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf
+from nbdstream.leaf.marks import is_vouched_for, vouch
 from nbdstream.net.listeners import Listener
 from nbdstream.server.server import Server
 from nbdstream.streamer.job import StreamJob
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 class ServeOptions:
     """What `open_service` is asked for; ``nbdstream serve --help`` explains each.
 
+    ``format`` of the leaf, None to tell it by `nbdstream.leaf.probe`'s rules;
     ``stream`` is "on", "off" or "paused"; ``speed`` in bytes per second, 0 for no cap;
     ``finish_in`` is in seconds from now, None for no deadline; ``prefetch`` the file of a boot
     profile; ``backing_timeout`` in seconds, None to wait for a lost backing for ever;
@@ -49,6 +51,7 @@ class ServeOptions:
 
     leaf: str
     backing: str | None = None
+    format: str | None = None
     export: str = ""
     read_only: bool = False
     copy_on_read: bool = True
@@ -216,7 +219,7 @@ async def _open_images(
                 yield leaf, None
                 return
             known = leaf.backing
-            uri = options.backing or named_by_image(leaf.path, known.uri, known.format)
+            uri = options.backing or _trusted(leaf, known)
             _check_hand_over(options, known, uri)
             async with open_backing(
                 uri,
@@ -226,24 +229,49 @@ async def _open_images(
             ) as backing:
                 if not options.standby:
                     await _record(leaf, backing)
+                    _remember(options, leaf, backing)
                 yield leaf, _fitted(backing, leaf)
         return
     assert options.backing is not None
+    leaf_format = options.format or format_from_suffix(options.leaf)
     async with open_backing(options.backing, timeout=options.backing_timeout) as backing:
         if options.standby:
             reference = BackingReference(backing.uri, "raw", backing.size, STANDBY)
         else:
-            reference = await _reference(backing, format_from_suffix(options.leaf))
+            reference = await _reference(backing, leaf_format)
             backing.expect(reference.identity)
         create_leaf(
             options.leaf,
-            format=format_from_suffix(options.leaf),
+            format=leaf_format,
             size=backing.size,
             cluster_size=None,
             backing=reference,
         )
-        async with _open_leaf(options, "") as leaf:
+        async with _open_leaf(options, leaf_format) as leaf:
             yield leaf, _fitted(backing, leaf)
+
+
+def _trusted(leaf: Leaf, known: BackingReference) -> str:
+    """The URI of the backing that a leaf names, if its owner has named that before.
+
+    Whoever made the image could name any file or address (invariant 13). Raises UsageError.
+    """
+    uri = named_by_image(leaf.path, known.uri, known.format)
+    if not is_vouched_for(leaf.fd, known):
+        raise UsageError(
+            f"{leaf.path} names the backing {known.uri}, and nobody here has confirmed that: "
+            f"if it is the right one, name it with -b {uri}"
+        )
+    return uri
+
+
+def _remember(options: ServeOptions, leaf: Leaf, backing: Backing) -> None:
+    """Remember that the leaf's owner has named its backing, if the leaf records just that."""
+    known = leaf.backing
+    if options.backing is None or leaf.read_only or known is None or not known.format:
+        return
+    if named_by_image(leaf.path, known.uri, known.format) == backing.uri:
+        vouch(leaf.fd, known)
 
 
 def _check_hand_over(options: ServeOptions, known: BackingReference, uri: str) -> None:
@@ -267,7 +295,11 @@ def _check_hand_over(options: ServeOptions, known: BackingReference, uri: str) -
 async def _open_leaf(options: ServeOptions, image_format: str) -> AsyncIterator[Leaf]:
     """Open and lock the leaf; close it clean at the end, whatever happens."""
     leaf = await trio.to_thread.run_sync(
-        lambda: open_leaf(options.leaf, read_only=options.read_only, format=image_format or None)
+        lambda: open_leaf(
+            options.leaf,
+            read_only=options.read_only,
+            format=options.format or image_format or None,
+        )
     )
     try:
         yield leaf

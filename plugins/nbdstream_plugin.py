@@ -42,6 +42,7 @@ import trio
 from nbdstream.disk import DetectZeroes, StreamedDisk
 from nbdstream.errors import NbdstreamError
 from nbdstream.export import Hit
+from nbdstream.leaf import FORMATS
 from nbdstream.service import ServeOptions
 from nbdstream.units import parse_duration, parse_rate
 
@@ -53,6 +54,7 @@ T = TypeVar("T")
 _PARAMETERS: dict[str, Callable[[str], object]] = {
     "leaf": str,
     "backing": str,
+    "format": lambda text: _choice(text, *FORMATS),
     "copy_on_read": lambda text: _choice(text, "on", "off") == "on",
     "stream": lambda text: _choice(text, "on", "off", "paused"),
     "speed": parse_rate,

@@ -4,6 +4,7 @@
 import os
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -12,7 +13,8 @@ import pytest
 from nbdstream.errors import LeafError, LeafFormatError, UsageError
 from nbdstream.leaf import FORMATS, create_leaf, format_from_suffix, open_leaf, probe_format
 from nbdstream.leaf.base import BackingReference
-from tests.leaf_support import BACKING, ImageKind, ours, read
+from nbdstream.leaf.marks import is_vouched_for
+from tests.leaf_support import BACKING, ImageKind, ours, read, write
 from tests.powercut import Disk, recording
 
 SIZE = 1 << 20
@@ -27,25 +29,111 @@ def test_formats_by_suffix() -> None:
             format_from_suffix(name)
 
 
+@pytest.fixture(params=[True, False], ids=["marks", "no marks"])
+def lasting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system has extended attributes."""
+    if not request.param:
+        refused = mock.Mock(side_effect=OSError(95, "Operation not supported"))
+        monkeypatch.setattr(os, "getxattr", refused)
+        monkeypatch.setattr(os, "setxattr", refused)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_formats_by_content(tmp_path: Path, format_name: str) -> None:
+def test_an_image_is_opened_as_it_was_made(tmp_path: Path, format_name: str) -> None:
     path = tmp_path / "disk"
     ours(format_name).make(path, SIZE, None)
     assert probe_format(str(path)) == format_name
+    path.rename(tmp_path / "disk.bin")
+    assert probe_format(str(tmp_path / "disk.bin")) == format_name
 
 
-def test_a_guest_does_not_choose_the_format(tmp_path: Path) -> None:
-    """The magic of another format at the start of a raw disk means nothing."""
-    for name, backing in (("disk.raw", None), ("disk", BACKING)):
-        path = tmp_path / name
-        ours("raw").make(path, SIZE, backing)
-        for magic in (b"QFI\xfb", b"QED\0"):
-            with path.open("r+b") as image:
-                image.write(magic)
-            assert probe_format(str(path)) == "raw"
-            leaf = open_leaf(str(path))
-            assert leaf.format == "raw"
-            leaf.close()
+# What a guest can write to the start, or to the end, of its disk.
+MAGICS = {
+    "qcow2": (0, b"QFI\xfb\0\0\0\3"),
+    "qcow": (0, b"QFI\xfb\0\0\0\1"),
+    "QED": (0, b"QED\0"),
+    "VMDK": (0, b"KDMV"),
+    "VMDK descriptor": (0, b"# Disk DescriptorFile\n"),
+    "VHDX": (0, b"vhdxfile"),
+    "VHD": (0, b"conectix"),
+    "VHD footer": (SIZE - 512, b"conectix"),
+    "VDI": (64, b"\x7f\x10\xda\xbe"),
+    "LUKS": (0, b"LUKS\xba\xbe\0\2"),
+    "Parallels": (0, b"WithoutFreeSpace"),
+}
+NAMES = ("disk", "disk.img", "disk.raw", "disk.bin", "disk.vmdk")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("magic", MAGICS.values(), ids=MAGICS)
+def test_a_guest_does_not_choose_the_format(
+    tmp_path: Path, name: str, magic: tuple[int, bytes], lasting: bool
+) -> None:
+    """A raw disk stays raw where that can be remembered; elsewhere it is refused, and never
+    read as anything else."""
+    path = tmp_path / name
+    ours("raw").make(path, SIZE, None)
+    leaf = open_leaf(str(path))
+    assert leaf.format == "raw"
+    write(leaf, magic[0], magic[1])
+    leaf.close()
+    if lasting:
+        assert probe_format(str(path)) == "raw"
+    else:
+        with pytest.raises(LeafFormatError, match="-f raw"):
+            open_leaf(str(path))
+    leaf = open_leaf(str(path), format="raw")
+    assert read(leaf, magic[0], len(magic[1]), b"") == magic[1]
+    leaf.close()
+
+
+def test_a_map_beside_it_makes_an_image_raw(tmp_path: Path, lasting: bool) -> None:
+    del lasting
+    path = tmp_path / "disk"
+    ours("raw").make(path, SIZE, BACKING)
+    leaf = open_leaf(str(path))
+    write(leaf, 0, MAGICS["qcow2"][1].ljust(4096, b"\0"))
+    leaf.close()
+    assert probe_format(str(path)) == "raw"
+
+
+def test_an_image_from_elsewhere_is_marked_when_it_is_first_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    open_leaf(str(path), read_only=True).close()
+    path.write_bytes(MAGICS["qcow2"][1].ljust(SIZE, b"\0"))
+    with pytest.raises(LeafFormatError, match=r"-f raw .* -f qcow2"):
+        open_leaf(str(path))
+    open_leaf(str(path), format="raw").close()
+    open_leaf(str(path)).close()
+    with pytest.raises(LeafFormatError):
+        open_leaf(str(path), format="qcow2")  # the user's word overrules the mark
+
+
+def test_a_raw_image_is_not_made_under_a_name_that_says_otherwise(
+    tmp_path: Path, lasting: bool
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    if lasting:
+        ours("raw").make(path, SIZE, None)
+        assert probe_format(str(path)) == "raw"
+    else:
+        with pytest.raises(UsageError, match=r"call it .raw or .img"):
+            ours("raw").make(path, SIZE, None)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_backing_counts_that_the_owner_named(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    ours("qcow2").make(path, SIZE, BACKING)
+    assert is_vouched_for(str(path), BACKING)
+    for changed in (replace(BACKING, uri="nbd://other"), replace(BACKING, format="qcow2")):
+        assert not is_vouched_for(str(path), changed)
+    assert is_vouched_for(str(path), replace(BACKING, identity="", size=5))
+    copy = tmp_path / "copy"
+    copy.write_bytes(path.read_bytes())
+    assert not is_vouched_for(str(copy), BACKING)
 
 
 def test_the_wrong_format_is_refused(tmp_path: Path) -> None:

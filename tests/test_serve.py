@@ -104,13 +104,25 @@ def test_a_leaf_becomes_local_and_lets_go_of_its_backing(leaf: Path, image: Path
         assert_same(server.uri, image)
 
 
-def test_a_backing_is_read_as_the_leaf_says(image: Path, tmp_path: Path) -> None:
-    """QEMU's leaves name their backing's format, and its path from where they are."""
+def test_a_backing_that_another_tool_recorded_is_used_once_the_user_has_named_it(
+    image: Path, tmp_path: Path
+) -> None:
+    """QEMU's leaves name their backing's format, and its path from where they are. But who
+    made the image may be a stranger, and could name any file."""
     run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", image, tmp_path / "base.qcow2"])
     leaf = tmp_path / "leaf.qcow2"
     run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", leaf])
+    refused = nbdstream("serve", leaf, "--run", "true")
+    assert refused.returncode == 2
+    named = f"qcow2+{tmp_path}/base.qcow2"
+    assert f"name it with -b {named}\n" in refused.stderr
+    with nbdstream_serve(leaf, named, "--stream", "off") as server:
+        assert_same(server.uri, image)
     with nbdstream_serve(leaf, None, "--stream", "off") as server:
         assert_same(server.uri, image)
+    run(["qemu-img", "rebase", "-u", "-b", image, "-F", "raw", leaf])
+    assert nbdstream("serve", leaf, "--run", "true").returncode == 2
+    run(["qemu-img", "rebase", "-u", "-b", "base.qcow2", "-F", "qcow2", leaf])
     assert "backing file: base.qcow2\n" in nbdstream("info", leaf).stdout
     with nbdstream_serve(leaf, None, "--exit-when-complete") as server:
         assert server.wait(60) == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import trio
 
-from nbdstream.cli.params import LEAF, ON_OFF, RATE, SIZE
+from nbdstream.cli.params import FORMAT, FORMAT_HELP, LEAF, ON_OFF, RATE, SIZE
 from nbdstream.cli.progress import REDRAW_INTERVAL, Snapshot
 from nbdstream.cli.run import SIGNALLED, end_on_signals
 from nbdstream.control.report import statistics
@@ -32,6 +32,7 @@ TEMPORARY_LEAF = "leaf.qcow2"
 @click.option(
     "--leaf", type=LEAF, help="Keep the guest's disk in this leaf; create it if it does not exist."
 )
+@click.option("-f", "--format", "image_format", type=FORMAT, help=FORMAT_HELP)
 @click.option(
     "-m", "--memory", type=SIZE, default=DEFAULT_MEMORY, help="Guest memory.  [default: 1G]"
 )
@@ -55,6 +56,7 @@ TEMPORARY_LEAF = "leaf.qcow2"
 def boot(
     image: str,
     leaf: str | None,
+    image_format: str | None,
     memory: int,
     stream: str,
     speed: int,
@@ -70,7 +72,12 @@ def boot(
     """
     with _images(image, leaf) as (leaf_path, backing, socket), _terminal_restored():
         options = ServeOptions(
-            leaf=leaf_path, backing=backing, stream=stream, speed=speed, prefetch=prefetch
+            leaf=leaf_path,
+            backing=backing,
+            format=image_format,
+            stream=stream,
+            speed=speed,
+            prefetch=prefetch,
         )
         listener = listen_unix(socket)
         machine = Machine(

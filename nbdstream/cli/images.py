@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import trio
 
-from nbdstream.cli.params import FORMAT, LEAF, SIZE
+from nbdstream.cli.params import FORMAT, FORMAT_HELP, LEAF, SIZE
 from nbdstream.cli.picture import svg_map
 from nbdstream.errors import LeafError, UsageError
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
@@ -30,8 +30,8 @@ _NAMES = {
 
 
 @contextmanager
-def _opened(path: str, *, read_only: bool = True) -> Iterator[Leaf]:
-    leaf = open_leaf(path, read_only=read_only)
+def _opened(path: str, image_format: str | None, *, read_only: bool = True) -> Iterator[Leaf]:
+    leaf = open_leaf(path, read_only=read_only, format=image_format)
     try:
         yield leaf
     finally:
@@ -86,10 +86,11 @@ def create(
 
 @click.command()
 @click.argument("leaf", type=LEAF)
+@click.option("-f", "--format", "image_format", type=FORMAT, help=FORMAT_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with qemu-img's names.")
-def info(leaf: str, as_json: bool) -> None:
+def info(leaf: str, image_format: str | None, as_json: bool) -> None:
     """Show an image's properties and how much of it is local."""
-    with _opened(leaf) as image:
+    with _opened(leaf, image_format) as image:
         facts = _facts(image)
     if as_json:
         click.echo(json.dumps(facts, indent=4))
@@ -149,15 +150,16 @@ def _integer(value: object) -> int:
 
 @click.command(name="map")
 @click.argument("leaf", type=LEAF)
+@click.option("-f", "--format", "image_format", type=FORMAT, help=FORMAT_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with qemu-img's names.")
 @click.option(
     "--svg",
     type=click.Path(dir_okay=False),
     help="Write an SVG picture to this file ('-': stdout).",
 )
-def map_(leaf: str, as_json: bool, svg: str | None) -> None:
+def map_(leaf: str, image_format: str | None, as_json: bool, svg: str | None) -> None:
     """List the ranges of an image that are local, zero, or still remote."""
-    with _opened(leaf) as image:
+    with _opened(leaf, image_format) as image:
         if svg is not None:
             picture = svg_map(walk(image), image.size, os.path.basename(leaf))
             if svg == "-":
@@ -189,15 +191,16 @@ def _print_json(extents: Iterator[LeafExtent]) -> None:
 
 @click.command()
 @click.argument("leaf", type=LEAF)
+@click.option("-f", "--format", "image_format", type=FORMAT, help=FORMAT_HELP)
 @click.option("--repair", is_flag=True, help="Repair what can be repaired safely.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def check(leaf: str, repair: bool, as_json: bool) -> None:
+def check(leaf: str, image_format: str | None, repair: bool, as_json: bool) -> None:
     """Check an image's metadata.
 
     The exit status is qemu-img's: 0 clean or repaired, 1 the check itself failed, 2 errors
     remain, 3 only leaks remain (unused space; harmless).
     """
-    with _opened(leaf, read_only=not repair) as image:
+    with _opened(leaf, image_format, read_only=not repair) as image:
         result = image.check(repair=repair)
         left = image.check(repair=False) if result.repaired else result
     if as_json:

@@ -32,4 +32,6 @@ RATE = _Parsed("rate", parse_rate)
 DURATION = _Parsed("duration", parse_duration)
 ON_OFF = click.Choice(["on", "off"])
 FORMAT = click.Choice(["qcow2", "qed", "raw"])
+# What decides where it is not given: nbdstream/leaf/probe.py, docs/security.md.
+FORMAT_HELP = "LEAF's format. Default: as it was made here, else by its suffix; never its content."
 LEAF = click.Path(dir_okay=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import trio
 
-from nbdstream.cli.params import DURATION, LEAF, ON_OFF, RATE
+from nbdstream.cli.params import DURATION, FORMAT, FORMAT_HELP, LEAF, ON_OFF, RATE
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
 from nbdstream.control import control_server, listen_control
 from nbdstream.control.report import statistics
@@ -33,8 +33,9 @@ DEFAULT_ADDRESS = "localhost:10809"
     "-b",
     "--backing",
     metavar="URI",
-    help="The remote image.  [default: the one recorded in the leaf]",
+    help="The remote image.  [default: the leaf's own, if it was named here before]",
 )
+@click.option("-f", "--format", "image_format", type=FORMAT, help=FORMAT_HELP)
 @click.option(
     "-U",
     "--unix",
@@ -112,6 +113,7 @@ DEFAULT_ADDRESS = "localhost:10809"
 def serve(
     leaf: str,
     backing: str | None,
+    image_format: str | None,
     socket: str | None,
     listen: str | None,
     export: str,
@@ -143,6 +145,7 @@ def serve(
     options = ServeOptions(
         leaf=leaf,
         backing=backing,
+        format=image_format,
         export=export,
         read_only=read_only,
         copy_on_read=copy_on_read == "on",

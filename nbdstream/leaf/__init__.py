@@ -16,14 +16,25 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from nbdstream.errors import LeafError, LeafFormatError, UsageError
-from nbdstream.leaf import files
+from nbdstream.leaf import files, marks
 from nbdstream.leaf.base import BackingReference, Leaf
+from nbdstream.leaf.probe import (
+    FORMATS,
+    MAP_SUFFIX,
+    format_from_suffix,
+    has_map,
+    named_otherwise,
+    probe_format,
+)
 
-FORMATS = ("raw", "qcow2", "qed")
-MAP_SUFFIX = ".map"  # a raw image with a backing has its allocation map beside it
-
-_MAGICS = {b"QFI\xfb": "qcow2", b"QED\0": "qed"}
-_SUFFIXES = {".qcow2": "qcow2", ".qed": "qed", ".raw": "raw", ".img": "raw"}
+__all__ = [
+    "FORMATS",
+    "MAP_SUFFIX",
+    "create_leaf",
+    "format_from_suffix",
+    "open_leaf",
+    "probe_format",
+]
 
 
 class Format(Protocol):
@@ -46,38 +57,11 @@ class Format(Protocol):
         ...
 
 
-def format_from_suffix(path: str) -> str:
-    """The format that a new leaf of this name should have. Raises UsageError."""
-    try:
-        return _SUFFIXES[Path(path).suffix.lower()]
-    except KeyError:
-        known = ", ".join(_SUFFIXES)
-        raise UsageError(
-            f"cannot tell the format of {path} by its name ({known}): name one with --format"
-        ) from None
-
-
-def probe_format(path: str) -> str:
-    """The format of an existing image.
-
-    A map beside it, or the suffix ``.raw``, make it raw whatever it contains: a guest can
-    write any magic number to the start of its raw disk, and must not thereby get to
-    choose how we read it, or which backing we open. Raises OSError.
-    """
-    if _has_map(path) or Path(path).suffix.lower() == ".raw":
-        return "raw"
-    # O_NONBLOCK: what is not even a file is refused later, not waited for.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        return _MAGICS.get(os.read(fd, 4), "raw")
-    finally:
-        os.close(fd)
-
-
 def open_leaf(path: str, *, read_only: bool = False, format: str | None = None) -> Leaf:  # noqa: A002 - the option's name
     """Open and lock an image (may block: it repairs what a crash left behind).
 
-    ``format`` overrules what `probe_format` says.
+    ``format`` overrules what `probe_format` says. An image that is opened for writing is
+    marked with its format, so that what a guest writes cannot change it later.
 
     Raises:
         LeafInUseError: another process has it open.
@@ -87,9 +71,12 @@ def open_leaf(path: str, *, read_only: bool = False, format: str | None = None) 
     """
     name = format or probe_format(path)
     module = _module(name)
-    if name != "raw" and _has_map(path):
+    if name != "raw" and has_map(path):
         raise LeafFormatError(f"{path} has an allocation map beside it: it is raw, not {name}")
-    return module.open_image(path, read_only=read_only)
+    leaf = module.open_image(path, read_only=read_only)
+    if not read_only:
+        marks.mark_format(leaf.fd, name)
+    return leaf
 
 
 def create_leaf(
@@ -127,17 +114,39 @@ def create_leaf(
             module.create(
                 str(new), size=size, cluster_size=cluster_size, backing=backing, **settings
             )
+            _mark(str(new), format, backing)
+            _require_lasting(path, str(new), format)
             # A raw image without its map would be taken for a complete one, so the map
             # comes first. One that a crash left behind here has no image: replace it.
-            if _has_map(str(new)):
+            if has_map(str(new)):
                 Path(f"{new}{MAP_SUFFIX}").replace(f"{path}{MAP_SUFFIX}")
                 files.sync_directory(path)
             os.link(new, path)
             files.sync_directory(path)
 
 
-def _has_map(path: str) -> bool:
-    return os.path.lexists(path + MAP_SUFFIX)
+def _mark(path: str, image_format: str, backing: BackingReference | None) -> None:
+    """Mark a new image, before it has its name, durably."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        marks.mark_format(fd, image_format)
+        if backing is not None:
+            marks.vouch(fd, backing)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _require_lasting(path: str, new: str, image_format: str) -> None:
+    """Without marks only the name tells that an image is raw, once a guest has written to it.
+
+    Raises UsageError if it would tell something else.
+    """
+    if image_format == "raw" and marks.format_of(new) != "raw" and named_otherwise(path):
+        raise UsageError(
+            f"{path}: this file system has no extended attributes to mark a raw image with: "
+            "call it .raw or .img"
+        )
 
 
 def _module(name: str) -> Format:
