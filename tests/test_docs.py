@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,15 +19,16 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import nbdstream
 from nbdstream.cli import cli
 from testbed.peers import READY_SECONDS, binary, nbdkit, temporary_directory
 
 TOP = Path(__file__).parent.parent
-PAGES = sorted([TOP / "README.md", *(TOP / "docs").glob("*.md")])
+PAGES = sorted([*TOP.glob("*.md"), *(TOP / "docs").glob("*.md")])
 MANUAL = (TOP / "docs" / "nbdstream.md").read_text()
 MIB = 1 << 20
-# Pages that the README announces and nobody has written yet: take each out when it is there.
-TO_COME = {"docs/benchmarks.md"}
+# Pages that are linked to and not written yet: remove each when it is there.
+TO_COME = {"SECURITY.md"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -263,3 +265,25 @@ def test_the_examples_of_the_manual() -> None:
         session = Session(directory, exits)
         for command, expected in found:
             session.run(command, expected)
+
+
+# -- what belongs to a repository -----------------------------------------------------------
+
+
+def test_the_licence_is_the_one_that_the_package_names() -> None:
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
+    heading = [line.strip() for line in (TOP / "LICENSE").read_text().split("\n")[:4]]
+    assert heading[1:3] == ["Apache License", "Version 2.0, January 2004"]
+
+
+def test_the_package_tells_type_checkers_that_it_has_types() -> None:
+    tools = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]
+    for name in tools["setuptools"]["package-data"]["nbdstream"]:
+        assert (TOP / "nbdstream" / name).exists()
+
+
+def test_the_changelog_has_the_version_and_says_what_is_about_security() -> None:
+    latest = re.split(r"^## ", (TOP / "CHANGELOG.md").read_text(), flags=re.M)[1]
+    assert nbdstream.__version__ in latest.splitlines()[0]
+    assert "\n### Security\n" in latest
