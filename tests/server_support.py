@@ -35,11 +35,13 @@ T = TypeVar("T")
 
 
 @contextlib.asynccontextmanager
-async def serving(exports: Sequence[Export]) -> AsyncIterator[tuple[Server, Path]]:
+async def serving(
+    exports: Sequence[Export], *, clients_changed: Callable[[int], None] | None = None
+) -> AsyncIterator[tuple[Server, Path]]:
     """A server on a Unix socket; it has stopped cleanly when the block ends."""
     with temporary_directory() as directory:
         path = directory / "nbd"
-        server = Server(exports)
+        server = Server(exports, clients_changed=clients_changed)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.run, [listen_unix(path)])
             try:

@@ -2,7 +2,7 @@
 """Metrics: what they say of a disk, and what the small HTTP server does with its clients."""
 
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from nbdstream.control import metrics
 from nbdstream.control.metrics import DiskCollector, listen_metrics, serve_metrics
@@ -209,3 +211,45 @@ async def test_figures_that_this_does_not_know_are_counters(tmp_path: Path) -> N
 
         room.disk.statistics = more  # type: ignore[method-assign]
         assert (await scrape(port)).value("nbdstream_disk_new_things_total") == 11
+
+
+# --- trouble ------------------------------------------------------------------------------
+
+
+async def test_a_scrape_that_fails_is_answered_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(Collector):
+        fails = True
+
+        def collect(self) -> Iterator[Metric]:
+            if self.fails:
+                raise ZeroDivisionError("oops")
+            yield GaugeMetricFamily("fine", "As it should be.", 1)
+
+    collector = Broken()
+    listeners = listen_metrics(":0")
+    port = listeners[0].socket.getsockname()[1]
+    async with trio.open_nursery() as nursery:
+        collector.fails = False  # a registry asks once by itself
+        nursery.start_soon(serve_metrics, listeners, collector)
+        await trio.testing.wait_all_tasks_blocked()
+        collector.fails = True
+        for _ in range(3):
+            assert b" 500 " in await talk(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+        collector.fails = False
+        assert b"fine 1.0" in await talk(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+        nursery.cancel_scope.cancel()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+async def test_silent_clients_do_not_keep_scrapes_out(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with scraped_room(tmp_path) as (_, port):
+        silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(40)]
+        began = trio.current_time()
+        assert b" 200 " in await talk(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert trio.current_time() - began < metrics.REQUEST_SECONDS
+        for each in silent:
+            await each.aclose()

@@ -13,10 +13,11 @@ import trio
 import trio.testing
 
 from nbdstream.control import listen_control
-from nbdstream.control.server import BACKLOG_LIMIT
+from nbdstream.control.encoding import encode_in_turns
+from nbdstream.control.server import BACKLOG_LIMIT, MAX_CLIENTS, SILENCE
 from nbdstream.errors import UsageError
 from nbdstream.qmp.client import QMPClient
-from nbdstream.qmp.protocol import COMMAND_LIMIT
+from nbdstream.qmp.protocol import COMMAND_LIMIT, Return, encode
 from tests.control_room import DEVICE, Room, control_room
 
 NEGOTIATE = b'{"execute":"qmp_capabilities"}\n'
@@ -317,3 +318,89 @@ async def test_a_client_that_reads_no_replies_stalls_itself_alone(
         assert await other.message() == {"return": []}
         for number in range(count):
             assert (await greedy.message())["id"] == number
+
+
+# --- too many clients, and long replies -----------------------------------------------------
+
+
+async def test_a_client_too_many_takes_the_place_of_a_silent_one(
+    tmp_path: Path, connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with control_room(tmp_path) as room:
+        silent = [await connect(room) for _ in range(MAX_CLIENTS)]
+        await trio.sleep(SILENCE)
+        for each in silent[1:]:
+            await each.send(b'{"execute":"query-jobs"}\n')
+            assert await each.message() == {"return": []}
+        newcomer = await connect(room)
+        await newcomer.send(b'{"execute":"query-jobs"}\n')
+        assert await newcomer.message() == {"return": []}
+        assert await silent[0].rest() == b""
+
+
+async def test_a_client_too_many_is_told_if_the_others_are_busy(
+    tmp_path: Path, connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with control_room(tmp_path) as room, trio.open_nursery() as nursery:
+
+        async def poll(client: RawClient) -> None:
+            while True:
+                await client.send(b'{"execute":"query-jobs"}\n')
+                await client.message()
+                await trio.sleep(1)
+
+        for _ in range(MAX_CLIENTS):
+            nursery.start_soon(poll, await connect(room))
+        stream = await trio.open_unix_socket(str(room.path))
+        async with stream:
+            told = await RawClient(stream).message()
+        assert told["error"]["desc"] == f"{MAX_CLIENTS} clients are connected; try again later"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_bug_in_one_clients_session_leaves_the_others_alone(
+    tmp_path: Path,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with control_room(tmp_path) as room:
+        good, unlucky = await connect(room), await connect(room)
+
+        async def broken(_message: object) -> bytes:
+            raise ZeroDivisionError("oops")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("nbdstream.control.server.encode_in_turns", broken)
+            await unlucky.send(b'{"execute":"query-jobs"}\n')
+            assert await unlucky.rest() == b""
+        await good.send(b'{"execute":"query-jobs"}\n')
+        assert await good.message() == {"return": []}
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+@pytest.mark.parametrize("value", [{}, None, [1], {"extents": [], "next": 1}])
+@pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 512, 5000])
+async def test_a_reply_that_is_encoded_in_turns_is_the_same(value: Any, length: int) -> None:
+    if isinstance(value, dict):
+        value = value | {"long": [{"null": None, "n": i} for i in range(length)], "é\n": "null"}
+    for identity in (7, None, {"null": "null"}):
+        message = Return(value, identity)
+        assert json.loads(await encode_in_turns(message)) == json.loads(encode(message))
+
+
+async def test_a_long_reply_lets_others_have_their_turn() -> None:
+    message = Return({"extents": [{"start": i} for i in range(65536)]}, None)
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        await encode_in_turns(message)
+        nursery.cancel_scope.cancel()
+    assert turns >= 250

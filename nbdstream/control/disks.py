@@ -20,6 +20,8 @@ from nbdstream.streamer.job import StreamJob
 # Extents in one answer to x-nbdstream-map: asked for by default, and at the most.
 MAP_LIMIT = 1024
 MAP_MAXIMUM = 65536
+# Extents that are looked at before other tasks get their turn.
+EXTENTS_AT_ONCE = 256
 
 # QEMU's BlockDeviceInfo has these whether or not they are in use.
 _NO_THROTTLING = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
@@ -116,7 +118,7 @@ async def _longest(disk: StreamedDisk, offset: int, end: int, limit: int) -> lis
     found: list[JSONObject] = []
     # One more than asked for shows that the last one is as long as it can be.
     while offset < end and len(found) <= limit:
-        for extent in await disk.leaf_extents(offset, end - offset, limit + 1):
+        for extent in await disk.leaf_extents(offset, end - offset, EXTENTS_AT_ONCE):
             present, zero = extent.state is not State.UNALLOCATED, extent.state is State.ZERO
             if found and (found[-1]["present"], found[-1]["zero"]) == (present, zero):
                 found[-1]["length"] += extent.length

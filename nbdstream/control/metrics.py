@@ -4,9 +4,11 @@
 Nothing is counted here: each scrape takes one `nbdstream.control.report` and puts Prometheus'
 names on it. The server answers GET and HEAD of ``/metrics``, one request a connection, and
 holds clients to a size and a time; whatever else comes in gets the HTTP status for it.
+A scrape that fails answers 500 and is logged; it disturbs nothing else.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 
 import trio
@@ -16,8 +18,9 @@ from prometheus_client.registry import Collector
 
 from nbdstream.control.report import statistics
 from nbdstream.disk import StreamedDisk
+from nbdstream.net.accept import Acceptor, Client, Episode
 from nbdstream.net.address import parse_tcp
-from nbdstream.net.listeners import Listener, close_all, listen_tcp
+from nbdstream.net.listeners import Listener, listen_tcp
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.streamer.job import JobStatus, StreamJob
 
@@ -27,6 +30,12 @@ REQUEST_LIMIT = 8192
 """Bytes that a request may have, headers included."""
 REQUEST_SECONDS = 10.0
 """Time for a whole request and its answer."""
+MAX_CLIENTS = 16
+"""Connections at any time. One more waits for up to GRACE seconds, then takes the place of
+the oldest."""
+GRACE = 1.0
+PAUSE = 0.05
+"""Seconds between two scrapes, however many clients ask."""
 
 # Of the disk's and the backing's statistics, those that go up and down.
 _DISK_GAUGES = {"fetches-in-flight"}
@@ -134,23 +143,44 @@ async def serve_metrics(listeners: list[Listener], collector: Collector) -> None
     registry = CollectorRegistry()
     registry.register(collector)
 
-    async def serve(stream: trio.SocketStream) -> None:
+    scrapes = _Scrapes(registry)
+
+    async def serve(client: Client) -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(client.socket))
         try:
             with trio.move_on_after(REQUEST_SECONDS):
                 async with stream:
                     head = await _read_head(stream)
-                    await stream.send_all(_answer(head, registry))
+                    await stream.send_all(await _answer(head, scrapes))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("a client of the metrics is gone")
 
-    try:
-        sockets = [
-            trio.SocketListener(trio.socket.from_stdlib_socket(listener.socket))
-            for listener in listeners
-        ]
-        await trio.serve_listeners(serve, sockets)
-    finally:
-        close_all(listeners)
+    acceptor = Acceptor("metrics client", serve, limit=MAX_CLIENTS, grace=GRACE)
+    async with trio.open_nursery() as clients:
+        await acceptor.run(listeners, clients)
+
+
+class _Scrapes:
+    """Makes what a scrape returns. One takes about a millisecond, in which no guest is
+    served, so there is a pause of `PAUSE` seconds between any two."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._turn = trio.Lock()
+        self._next = -math.inf
+        self._failures = Episode()
+
+    async def take(self) -> bytes | None:
+        """The metrics as text, or None if they cannot be had now; the log says why."""
+        async with self._turn:
+            await trio.sleep_until(self._next)
+            self._next = trio.current_time() + PAUSE
+            try:
+                return generate_latest(self._registry)
+            except Exception:
+                if self._failures.begins():
+                    log.exception("the metrics cannot be collected")
+                return None
 
 
 async def _read_head(stream: trio.SocketStream) -> bytes:
@@ -164,7 +194,7 @@ async def _read_head(stream: trio.SocketStream) -> bytes:
     return head
 
 
-def _answer(head: bytes, registry: CollectorRegistry) -> bytes:
+async def _answer(head: bytes, scrapes: _Scrapes) -> bytes:
     """The response to a request (RFC 9112), which ends the connection."""
     words = head.partition(b"\r\n")[0].split(b" ")
     if b"\r\n\r\n" not in head or len(words) != 3 or not words[2].startswith(b"HTTP/1."):
@@ -174,7 +204,9 @@ def _answer(head: bytes, registry: CollectorRegistry) -> bytes:
         return _response("404 Not Found", b"see /metrics\n")
     if method not in (b"GET", b"HEAD"):
         return _response("405 Method Not Allowed", b"GET or HEAD\n")
-    body = generate_latest(registry)
+    body = await scrapes.take()
+    if body is None:
+        return _response("500 Internal Server Error", b"the server's log says why\n")
     return _response("200 OK", body, CONTENT_TYPE_LATEST, only_head=method == b"HEAD")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket: a QMP server on a Unix socket, for any number of clients.
+"""The control socket: a QMP server on a Unix socket, for a few clients at once.
 
 Each client has a task that reads and one that writes. Commands of one client are carried
 out one after the other, as QEMU's monitor does; clients do not wait for each other. What
@@ -20,7 +20,9 @@ from pathlib import Path
 import trio
 
 import nbdstream
+from nbdstream.control.encoding import encode_in_turns
 from nbdstream.control.table import CommandTable
+from nbdstream.net.accept import Acceptor, Client
 from nbdstream.net.listeners import Listener, listen_unix
 from nbdstream.qmp.protocol import (
     Command,
@@ -43,6 +45,12 @@ BACKLOG_LIMIT = 1 << 20
 # ends, or the client has sent its last command.
 GRACE = 2.0
 
+# Clients at any time. One more takes the place of the client that has been silent the
+# longest, if that is this many seconds; if all are busy, it is refused after that time.
+MAX_CLIENTS = 16
+SILENCE = 10.0
+
+_REFUSAL = encode(Failure(GenericError(f"{MAX_CLIENTS} clients are connected; try again later")))
 _BROKEN = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
@@ -82,14 +90,14 @@ class ControlServer:
 
         When cancelled, replies that are ready still reach clients that read them.
         """
-        try:
-            sockets = trio.SocketListener(trio.socket.from_stdlib_socket(listener.socket))
-            await trio.serve_listeners(self._serve, [sockets])
-        finally:
-            listener.close()
+        acceptor = Acceptor(
+            "control client", self._serve, limit=MAX_CLIENTS, grace=SILENCE, refusal=_REFUSAL
+        )
+        async with trio.open_nursery() as clients:
+            await acceptor.run([listener], clients)
 
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        client = _Client(stream, self._table)
+    async def _serve(self, accepted: Client) -> None:
+        client = _Client(accepted, self._table)
         self._clients.add(client)
         try:
             await client.run()
@@ -100,8 +108,9 @@ class ControlServer:
 class _Client:
     """One connection."""
 
-    def __init__(self, stream: trio.SocketStream, table: CommandTable) -> None:
-        self._stream = stream
+    def __init__(self, accepted: Client, table: CommandTable) -> None:
+        self._accepted = accepted
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(accepted.socket))
         self._table = table
         self._session = ServerSession(version())
         self._backlog = bytearray(self._session.greeting())
@@ -139,7 +148,11 @@ class _Client:
         while data := await self._stream.receive_some():
             try:
                 for request in self._session.receive(data):
+                    self._accepted.active()
                     await self._answer(request)
+                    # Not every command waits for something, and one client's heap of them
+                    # is not to keep the guests waiting.
+                    await trio.lowlevel.checkpoint()
             except QMPProtocolError as error:
                 self._post(encode(Failure(GenericError(str(error)))))
                 return
@@ -147,7 +160,8 @@ class _Client:
     async def _answer(self, request: Command | Return | Failure) -> None:
         if isinstance(request, Command):
             try:
-                reply = encode(Return(await self._table.execute(request), request.id))
+                result = await self._table.execute(request)
+                reply = await encode_in_turns(Return(result, request.id))
             except CommandError as error:
                 reply = encode(Failure(error, request.id))
         else:

@@ -14,7 +14,14 @@ from pathlib import Path
 from nbdstream.errors import UsageError
 from nbdstream.net.address import NbdUri, SocketAddress, TcpAddress, UnixAddress
 
-_BACKLOG = socket.SOMAXCONN
+# Clients that wait to be accepted; the system's net.core.somaxconn may make it less.
+BACKLOG = 4096
+# An idle TCP client whose host is gone without a word is given up after this many seconds,
+# plus so many probes at this interval: five minutes in all.
+KEEPALIVE_IDLE = 60
+KEEPALIVE_INTERVAL = 30
+KEEPALIVE_PROBES = 8
+
 _MAX_PATH = 107  # unix(7): sun_path
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _FIRST_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
@@ -53,16 +60,16 @@ class Listener:
     def accept(self) -> tuple[socket.socket, str]:
         """A client's socket, non-blocking and ready for use, and where it comes from.
 
-        Raises BlockingIOError if there is none.
+        Raises BlockingIOError if there is none, OSError.
         """
         client, address = self.socket.accept()
-        client.setblocking(False)
+        try:
+            _prepare(client)
+        except OSError:
+            client.close()
+            raise
         if client.family == socket.AF_UNIX:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
             return client, "unix"
-        # Replies are whole when they are sent: never wait for more to send along.
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         return client, f"{address[0]}:{address[1]}"
 
     def close(self) -> None:
@@ -109,7 +116,7 @@ def _bind_tcp(family: int, address: tuple[object, ...]) -> socket.socket:
             # The IPv4 addresses of the host get sockets of their own.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise
@@ -134,7 +141,7 @@ def listen_unix(path: Path, *, mode: int | None = None) -> Listener:
                 raise
             _remove_stale(path)
             sock.bind(os.fspath(path))
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
         return Listener(sock, path)
     except BaseException:
         sock.close()
@@ -183,6 +190,20 @@ def _inherited(fd: int) -> Listener:
         raise UsageError(f"file descriptor {fd} from LISTEN_FDS is no listening stream socket")
     sock.set_inheritable(False)
     return Listener(sock, inherited=True)
+
+
+def _prepare(client: socket.socket) -> None:
+    """Set the options of a client's socket. Raises OSError."""
+    client.setblocking(False)
+    if client.family == socket.AF_UNIX:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
+        return
+    # Replies are whole when they are sent: never wait for more to send along.
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
 def close_all(listeners: Iterable[Listener]) -> None:

@@ -6,7 +6,11 @@ has to wait for something gets a task of its own, so that replies leave in the o
 which they become ready. What happens at the end depends on how it comes:
 
 - NBD_CMD_DISC, or the server stops: every request in flight is finished and answered.
-- The client is gone: reads in flight are cancelled, changes are finished.
+- The client is gone, which is noticed whatever its requests wait for: reads in flight are
+  cancelled. Changes get `CHANGE_GRACE` to finish, then they are cancelled too: what waits
+  for a backing that is out of reach could wait for ever. The client never got an answer to
+  such a change, so all, a part or nothing of it may be on the disk; a block always holds
+  either its old or its new content, because the disk stores a block in one step.
 - The client breaks the protocol: the same, and one line in the log.
 """
 
@@ -29,22 +33,46 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT = 10.0
 # Seconds after which a busy connection lets other tasks run.
 TURN = 0.001
+# Seconds for changes in flight of a client that is gone.
+CHANGE_GRACE = 10.0
+# Seconds between looks whether the client is still there, while nothing is read from it.
+HANG_UP_CHECK = 0.5
+
+# What is received at a time in the handshake: a few dozen options at the most.
+_HANDSHAKE_ROOM = 1024
 
 
 class Connection:
-    """Serves one client; ``peer`` names it in the log."""
+    """Serves one client.
 
-    def __init__(self, wire: Wire, peer: str, exports: Sequence[Export]) -> None:
+    ``peer`` names it in the log. ``admit`` is called when the client has chosen an export;
+    it returns why the client is not served, or "" if it is.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        peer: str,
+        exports: Sequence[Export],
+        admit: Callable[[], str] = lambda: "",
+    ) -> None:
         self._wire = wire
         self._peer = peer
         self._exports = exports
+        self._admit = admit
         self._stopping = False
         self._finished = trio.lowlevel.ParkingLot()  # unparked by every slow request's end
+        self._changes = trio.CancelScope()
+        self.lingering = False  # the client is gone, and changes of it are not finished
 
     def stop(self) -> None:
         """Take no further requests, finish those in flight, and end."""
         self._stopping = True
         self._wire.stop_receiving()
+
+    def drop(self) -> None:
+        """Give up the changes of a client that is gone."""
+        self._changes.cancel()
 
     async def run(self) -> None:
         """Serve the client until the connection ends. The caller closes the socket.
@@ -61,8 +89,8 @@ class Connection:
             await self._serve(handshake.outcome, handshake.unconsumed)
 
     async def _shake_hands(self) -> Handshake:
-        handshake = Handshake(self._exports)
-        room = memoryview(bytearray(4096))
+        handshake = Handshake(self._exports, self._admit)
+        room = memoryview(bytearray(_HANDSHAKE_ROOM))
         await self._wire.send(handshake.greeting())
         while not handshake.outcome:
             length = self._wire.receive_nowait(room)
@@ -70,27 +98,38 @@ class Connection:
                 await self._wire.readable()
             elif length:
                 await self._wire.send(handshake.receive(bytes(room[:length])))
+                await trio.lowlevel.checkpoint()  # however fast the options come
             else:
                 break
         return handshake
 
     async def _serve(self, agreement: Agreement, unconsumed: bytes) -> None:
         transmission = Transmission(agreement, unconsumed)
-        async with trio.open_nursery() as changes, trio.open_nursery() as queries:
+        with self._changes:
+            async with trio.open_nursery() as changes, trio.open_nursery() as queries:
 
-            def start(slow: SlowRequest) -> None:
-                nursery = changes if is_change(slow.request) else queries
-                nursery.start_soon(self._execute, slow, transmission, agreement)
+                def start(slow: SlowRequest) -> None:
+                    nursery = changes if is_change(slow.request) else queries
+                    nursery.start_soon(self._execute, slow, transmission, agreement)
 
-            try:
-                finish_all = await self._transmit(transmission, start)
-            except (ProtocolError, OSError) as error:
-                self._log_end(error)
-                finish_all = False
-            if not finish_all:
-                # A cancelled task may leave half a reply behind: nothing may follow it.
-                self._wire.hang_up()
-                queries.cancel_scope.cancel()
+                try:
+                    finish_all = await self._transmit(transmission, start)
+                    while finish_all and (changes.child_tasks or queries.child_tasks):
+                        finish_all = await self._wait_finished()
+                except (ProtocolError, OSError) as error:
+                    self._log_end(error)
+                    finish_all = False
+                if not finish_all:
+                    # A cancelled task may leave half a reply behind: nothing may follow it.
+                    self._wire.hang_up()
+                    queries.cancel_scope.cancel()
+                    self._changes.deadline = trio.current_time() + CHANGE_GRACE
+                    self.lingering = True
+        if self._changes.cancelled_caught:
+            logger.warning(
+                "client %s: it is gone, and changes that it got no answer to are dropped",
+                self._peer,
+            )
 
     async def _transmit(
         self, transmission: Transmission, start: Callable[[SlowRequest], None]
@@ -110,7 +149,9 @@ class Connection:
             if transmission.disconnected:
                 return True
             if transmission.saturated:
-                await self._finished.park()
+                if not await self._wait_finished():
+                    return False
+                turn_end = time.perf_counter() + TURN
             elif hungry:
                 length = self._wire.receive_nowait(transmission.room())
                 if length is None:
@@ -124,6 +165,16 @@ class Connection:
                 await trio.lowlevel.checkpoint()
                 turn_end = time.perf_counter() + TURN
         return True
+
+    async def _wait_finished(self) -> bool:
+        """Wait for the end of a slow request; False if the client is gone."""
+        while True:
+            with trio.move_on_after(HANG_UP_CHECK):
+                await self._finished.park()
+                return True
+            # A connection that was shut down to stop looks the same from here.
+            if not self._stopping and self._wire.peer_gone():
+                return False
 
     async def _execute(
         self, slow: SlowRequest, transmission: Transmission, agreement: Agreement

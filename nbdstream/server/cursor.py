@@ -12,6 +12,10 @@ class MalformedError(ValueError):
     """The bytes do not have the layout that they must have; the message says where."""
 
 
+class TooMuchError(MalformedError):
+    """The layout is right, but there is more than makes sense to look at."""
+
+
 class Cursor:
     """Reads ``data`` from front to back."""
 
@@ -38,6 +42,19 @@ class Cursor:
 
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "big")
+
+    def room_for(self, number: int, size: int, limit: int, what: str) -> int:
+        """``number``, of items that have at least ``size`` bytes each and are yet to come.
+
+        Raises:
+            MalformedError: they do not fit into the data.
+            TooMuchError: they are more than ``limit``.
+        """
+        if number * size > self.remaining:
+            raise MalformedError(f"{number} {what} in {self.remaining} bytes")
+        if number > limit:
+            raise TooMuchError(f"{number} {what}; at most {limit} are accepted")
+        return number
 
     def string(self, length: int) -> str:
         """The next ``length`` bytes as a string ("Conventions": UTF-8, without NUL)."""

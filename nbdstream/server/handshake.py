@@ -30,8 +30,10 @@ from nbdstream.server.constants import (
     TransmissionFlag,
 )
 from nbdstream.server.contexts import MetaContext, list_matches, set_matches
-from nbdstream.server.cursor import MalformedError
+from nbdstream.server.cursor import MalformedError, TooMuchError
 
+# Options in one handshake; a client needs about five.
+MAX_OPTIONS = 1024
 # Data of an option that is kept in memory: names and queries of any sensible length.
 MAX_OPTION_DATA = 64 << 10
 # Data of an option that is read and thrown away to answer it properly.
@@ -95,11 +97,16 @@ def transmission_flags(export: Export, *, structured: bool) -> TransmissionFlag:
 
 
 class Handshake:
-    """One client's handshake."""
+    """One client's handshake.
 
-    def __init__(self, exports: Sequence[Export]) -> None:
+    ``admit`` is called when the client has chosen an export; it returns why it is not
+    served now, or "" if it is.
+    """
+
+    def __init__(self, exports: Sequence[Export], admit: Callable[[], str] = lambda: "") -> None:
         self.outcome: Outcome | None = None
         self._exports = exports
+        self._admit = admit
         self._structured = False
         self._contexts: tuple[MetaContext, ...] = ()
         self._contexts_export: Export | None = None
@@ -139,7 +146,7 @@ class Handshake:
         if client_flags & ~_SERVER_FLAGS:
             raise ProtocolError(f"unknown client flags {client_flags:#x} in the handshake")
         no_zeroes = bool(client_flags & HandshakeFlag.NO_ZEROES)
-        while True:
+        for _ in range(MAX_OPTIONS):
             magic, option, length = OPTION.unpack((yield OPTION.size))
             if magic != IHAVEOPT:
                 raise ProtocolError(f"bad magic {magic:#x} instead of an option")
@@ -154,6 +161,7 @@ class Handshake:
                 outcome = self._answer(option, (yield length) if length else b"")
             if outcome:
                 return outcome
+        raise ProtocolError(f"more than {MAX_OPTIONS} options")
 
     def _answer(self, option: int, data: bytes) -> Outcome | None:
         """Answer an option other than NBD_OPT_EXPORT_NAME; the outcome if it ends here."""
@@ -167,6 +175,9 @@ class Handshake:
             return None
         try:
             return answer(self, option, data)
+        except TooMuchError as error:
+            self._reply(option, OptionReply.ERR_TOO_BIG, str(error))
+            return None
         except MalformedError as error:
             self._reply(option, OptionReply.ERR_INVALID, f"malformed option: {error}")
             return None
@@ -180,6 +191,8 @@ class Handshake:
         # This option has no reply for errors: the session must end.
         if export is None:
             raise ProtocolError(f"no export is named {name!r}")
+        if refusal := self._admit():
+            raise ProtocolError(refusal)
         flags = transmission_flags(export, structured=self._structured)
         self._output += EXPORT_NAME_REPLY.pack(export.size, flags)
         if not no_zeroes:
@@ -202,6 +215,9 @@ class Handshake:
         request = options.parse_info(data)
         export = self._known_export(option, request.name)
         if export is None:
+            return None
+        if option == Option.GO and (refusal := self._admit()):
+            self._reply(option, OptionReply.ERR_POLICY, refusal)
             return None
         flags = transmission_flags(export, structured=self._structured)
         self._output += options.info_replies(option, export, flags, request.infos)

@@ -21,6 +21,11 @@ from nbdstream.server.constants import (
 from nbdstream.server.contexts import MetaContext
 from nbdstream.server.cursor import Cursor
 
+# There are four kinds of information, and three metadata contexts; clients may ask for what
+# we do not know, but more than this would keep the event loop busy for nothing.
+MAX_INFOS = 256
+MAX_QUERIES = 256
+
 
 class InfoRequest(NamedTuple):
     """NBD_OPT_INFO and NBD_OPT_GO. Unknown kinds of information are left in the list."""
@@ -45,7 +50,8 @@ def parse_info(data: bytes) -> InfoRequest:
     """32 bits length of the name, the name, 16 bits count, so many 16-bit kinds."""
     cursor = Cursor(data)
     name = cursor.string(cursor.u32())
-    infos = frozenset(cursor.u16() for _ in range(cursor.u16()))
+    count = cursor.room_for(cursor.u16(), 2, MAX_INFOS, "kinds of information")
+    infos = frozenset(cursor.u16() for _ in range(count))
     cursor.finish()
     return InfoRequest(name, infos)
 
@@ -55,8 +61,8 @@ def parse_contexts(data: bytes) -> ContextRequest:
     length and a string."""
     cursor = Cursor(data)
     name = cursor.string(cursor.u32())
-    # The count may be a lie; the cursor runs out of data long before memory does.
-    queries = [cursor.string(cursor.u32()) for _ in range(cursor.u32())]
+    count = cursor.room_for(cursor.u32(), 4, MAX_QUERIES, "queries")
+    queries = [cursor.string(cursor.u32()) for _ in range(count)]
     cursor.finish()
     return ContextRequest(name, queries)
 

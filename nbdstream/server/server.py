@@ -9,30 +9,35 @@
 
 `Server.run` returns when `Server.stop` was called, every request in flight was answered
 and every connection is closed.
+
+Two limits hold clients apart that want different things. `MAX_HANDSHAKES` is for those
+that have not chosen an export yet: who is slow there cannot crowd out others, because the
+oldest of them makes room (`nbdstream.net.accept`). `MAX_CLIENTS` is for those that have.
+One more is told so in the handshake, unless a client that has hung up is still there
+because of a change that cannot be finished: that one makes room.
 """
 
-import errno
-import itertools
 import logging
-import socket
 from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
 from nbdstream.export import Export
-from nbdstream.net.listeners import Listener, close_all
+from nbdstream.net.accept import Acceptor, Client, Episode
+from nbdstream.net.listeners import Listener
 from nbdstream.server.connection import Connection
 from nbdstream.server.wire import Wire
 
 logger = logging.getLogger(__name__)
 
-# Connections at any time; more have to wait in the listening sockets' queues.
+# Clients in the transmission phase at any time.
 MAX_CLIENTS = 128
+# Clients that have not finished their handshake, and seconds that the oldest of them is
+# given if another client waits.
+MAX_HANDSHAKES = 64
+HANDSHAKE_GRACE = 1.0
 # Seconds that requests in flight get when the server stops.
 STOP_TIMEOUT = 30.0
-# Seconds to wait when the system has no file descriptor or memory for one more client.
-_OVERLOAD_PAUSE = 0.1
-_OVERLOAD = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Server:
@@ -52,8 +57,11 @@ class Server:
         assert len(set(names)) == len(names), names
         self._clients_changed = clients_changed
         self._connections: set[Connection] = set()
-        self._numbers = itertools.count(1)  # to tell clients apart in the log
-        self._vacancies = trio.Semaphore(MAX_CLIENTS)
+        self._admitted: dict[Connection, None] = {}  # those that count, in order of admission
+        self._full = Episode()
+        self._acceptor = Acceptor(
+            "client", self._serve, limit=MAX_HANDSHAKES, grace=HANDSHAKE_GRACE
+        )
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
 
@@ -69,13 +77,8 @@ class Server:
         """
         with self._serving:
             async with trio.open_nursery() as clients:
-                try:
-                    with self._accepting:
-                        async with trio.open_nursery() as acceptors:
-                            for listener in listeners:
-                                acceptors.start_soon(self._accept, listener, clients)
-                finally:
-                    close_all(listeners)
+                with self._accepting:
+                    await self._acceptor.run(listeners, clients)
         if self._serving.cancelled_caught:
             logger.warning("requests in flight were dropped after %g s", STOP_TIMEOUT)
 
@@ -85,48 +88,48 @@ class Server:
         Requests that take longer than `STOP_TIMEOUT` are dropped.
         """
         self._accepting.cancel()
-        self._serving.deadline = trio.current_time() + STOP_TIMEOUT
+        self._serving.deadline = min(self._serving.deadline, trio.current_time() + STOP_TIMEOUT)
         for connection in self._connections:
             connection.stop()
 
-    async def _accept(self, listener: Listener, clients: trio.Nursery) -> None:
-        """Accept clients for ever."""
-        while True:
-            await self._vacancies.acquire()
-            sock, address = await _next_client(listener)
-            # There is no checkpoint before the task has started, so nothing can get lost.
-            clients.start_soon(self._serve, sock, f"{next(self._numbers)} ({address})")
+    async def _serve(self, client: Client) -> None:
+        """Serve one client until its connection ends."""
 
-    async def _serve(self, sock: socket.socket, peer: str) -> None:
-        """Serve one client; whatever goes wrong, the others do not notice."""
-        connection = Connection(Wire(sock), peer, self._exports)
+        def admit() -> str:
+            refusal = self._admit(connection)
+            if not refusal:
+                self._acceptor.settle(client)
+            return refusal
+
+        connection = Connection(Wire(client.socket), client.peer, self._exports, admit)
         self._connections.add(connection)
         self._report_clients()
         try:
             if self._accepting.cancel_called:
                 connection.stop()
             await connection.run()
-        except Exception:
-            logger.exception("client %s: unexpected error; closing its connection", peer)
         finally:
-            sock.close()
             self._connections.remove(connection)
-            self._vacancies.release()
+            self._admitted.pop(connection, None)
             self._report_clients()
 
+    def _admit(self, connection: Connection) -> str:
+        """Why the connection may not go on to the transmission phase, or "" if it may."""
+        if len(self._admitted) >= MAX_CLIENTS:
+            gone = next((each for each in self._admitted if each.lingering), None)
+            if gone is None:
+                if self._full.begins():
+                    logger.warning("%d clients are connected: no more are served", MAX_CLIENTS)
+                return f"{MAX_CLIENTS} clients are connected, and no more are served at once"
+            gone.drop()
+            self._admitted.pop(gone)
+        self._admitted[connection] = None
+        return ""
+
     def _report_clients(self) -> None:
-        if self._clients_changed:
-            self._clients_changed(self.clients)
-
-
-async def _next_client(listener: Listener) -> tuple[socket.socket, str]:
-    """Wait for a client, through whatever may go wrong with one or for a moment."""
-    while True:
-        await trio.lowlevel.wait_readable(listener.socket)
+        if self._clients_changed is None:
+            return
         try:
-            return listener.accept()
-        except OSError as error:
-            if error.errno in _OVERLOAD:
-                logger.warning("cannot accept a client now: %s", error.strerror)
-                await trio.sleep(_OVERLOAD_PAUSE)
-            # Anything else is about that one client, which is gone already.
+            self._clients_changed(self.clients)
+        except Exception:
+            logger.exception("unexpected error in what follows the number of clients")

@@ -8,6 +8,7 @@ What must hold: a message is never interleaved with another one, and a client th
 not read its replies stalls nobody but itself.
 """
 
+import select
 import socket
 from collections import deque
 from itertools import islice
@@ -71,6 +72,12 @@ class Wire:
                     return True
             rest[0] = memoryview(rest[0])[sent:]
         return True
+
+    def peer_gone(self) -> bool:
+        """Whether the peer has hung up, although what it sent before may not be read yet."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)  # POLLHUP and POLLERR come unasked
+        return bool(poll.poll(0))
 
     def stop_receiving(self) -> None:
         """Have `receive_nowait` return 0 once it has given out what already arrived."""
