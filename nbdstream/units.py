@@ -21,8 +21,10 @@ MAX_SIZE = 2**63 - 1
 # A century, in seconds: more is a typing error, and float() has an end.
 MAX_DURATION = 100 * 365 * 86400
 
+# With bounds: int() does not take more than some thousands of digits.
+_NUMBER = r"\d{1,1000}(?:\.\d{1,1000})?"
 _SIZE_SUFFIXES = "kMGTPE"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgtpe])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(rf"({_NUMBER}) ?(?:([kmgtpe])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
 _DURATION_UNITS = {
     "ms": Fraction(1, 1000),
     "s": Fraction(1),
@@ -30,7 +32,7 @@ _DURATION_UNITS = {
     "h": Fraction(3600),
     "d": Fraction(86400),
 }
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
+_DURATION_PART = re.compile(rf"({_NUMBER})(ms|s|m|h|d)", re.ASCII)
 
 
 def parse_size(text: str) -> int:
@@ -61,7 +63,7 @@ def parse_rate(text: str) -> int:
 def parse_duration(text: str) -> float:
     """Seconds from ``90``, ``2.5``, ``90s``, ``10m``, ``1h30m``, ``250ms``."""
     bare = text.strip()
-    if re.fullmatch(r"\d+(\.\d+)?", bare, re.ASCII):
+    if re.fullmatch(_NUMBER, bare, re.ASCII):
         bare += "s"
     parts = _DURATION_PART.findall(bare)
     if not parts or "".join(number + unit for number, unit in parts) != bare:
@@ -95,7 +97,7 @@ def format_duration(seconds: float) -> str:
     """For people, two units at most: ``0.25s``, ``42s``, ``3m20s``, ``2h05m``, ``4d07h``."""
     if seconds < 0:
         return "-" + format_duration(-seconds)
-    if 0 < seconds < 1:
+    if 0.0001 <= seconds < 1:
         return f"{seconds:.2g}s"
     whole = round(seconds)
     if whole < 60:

@@ -14,7 +14,7 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 CHECKS = ("tests", "vm-tests", "benchmarks")
-TREES = ("nbdstream", "testbed", "plugins", *CHECKS)
+TREES = ("nbdstream", "testbed", "fuzz", "plugins", *CHECKS)
 LINES_MOST = 400
 
 # The product's floors, lowest first. A room is a folder of nbdstream/ or a module of its
@@ -139,11 +139,14 @@ def test_the_product_imports_only_itself() -> None:
 
 def test_the_testbed_imports_only_the_product() -> None:
     assert arrows("testbed", {"nbdstream"}) == []
+    assert arrows("fuzz", {"nbdstream", "testbed"}) == []
 
 
 @pytest.mark.parametrize("tree", CHECKS)
 def test_checks_share_only_the_testbed(tree: str) -> None:
-    assert arrows(tree, {"nbdstream", "testbed"}) == []
+    # tests/test_fuzz.py replays the corpus of the fuzz targets.
+    fuzz = {"fuzz"} if tree == "tests" else set()
+    assert arrows(tree, {"nbdstream", "testbed", *fuzz}) == []
 
 
 def test_no_module_of_the_guests_is_imported_by_a_bare_name() -> None:

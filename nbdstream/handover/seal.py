@@ -51,16 +51,16 @@ def read_seal(leaf: str) -> Seal | None:
     """The seal on a leaf, if it is sealed. Raises LeafFormatError for a damaged record (the
     leaf has to be taken as sealed then) and for an image that was written since, OSError."""
     try:
-        text = _path(leaf).read_text()
+        record = _path(leaf).read_bytes()
     except FileNotFoundError:
         return None
     try:
-        values = json.loads(text)
+        values = json.loads(record)
         seal = Seal(
             *(str(values[name]) for name in ("generation", "export", "listen")),
             *(str(values.get(name, "")) for name in ("stamp", "format")),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LeafFormatError(
             f"{_path(leaf)} is damaged; remove it only if the disk is not in use elsewhere"
         ) from error

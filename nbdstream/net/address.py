@@ -141,8 +141,10 @@ class NbdUri:
             UsageError: it is no NBD URI.
         """
         # urlsplit drops these silently, and a URI has none of them.
-        if re.search(r"[\x00-\x20\x7f]", text):
-            raise UsageError(f"{text!r}: a URI has no spaces and no control characters")
+        if re.search(r"[\x00-\x20\x7f\ud800-\udfff]", text):
+            raise UsageError(
+                f"{text!r}: a URI is UTF-8, and has no spaces and no control characters"
+            )
         if not is_nbd_uri(text):
             raise UsageError(
                 f"{text}: not an NBD URI (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=…)"
@@ -164,7 +166,8 @@ class NbdUri:
         elif transport == "vsock":
             address = VsockAddress(_cid(text, host), port or NBD_PORT)
         else:
-            address = TcpAddress(unquote(host), NBD_PORT if port is None else port)
+            # A host is the same in either case, however it is spelled.
+            address = TcpAddress(unquote(host).lower(), NBD_PORT if port is None else port)
         return cls(
             address,
             unquote(parts.path.removeprefix("/")),

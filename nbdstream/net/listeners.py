@@ -7,6 +7,7 @@ up. Errors are `UsageError` where the address makes no sense or is taken, else O
 
 import errno
 import os
+import re
 import socket
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
@@ -174,8 +175,8 @@ def from_systemd(environment: MutableMapping[str, str]) -> list[Listener]:
     environment.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()):
         return []
-    if not count.isdecimal():
-        raise UsageError(f"LISTEN_FDS is '{count}', which is not a number")
+    if not re.fullmatch("[0-9]{1,9}", count):
+        raise UsageError(f"LISTEN_FDS is {count[:20]!r}, which is not a number of descriptors")
     return [_inherited(fd) for fd in range(_FIRST_FD, _FIRST_FD + int(count))]
 
 

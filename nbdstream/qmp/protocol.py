@@ -24,6 +24,7 @@ in, only ``QMPProtocolError`` (or an error *reply*, on the server's side) comes 
 """
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -38,6 +39,14 @@ COMMAND_LIMIT = 1 << 20
 """Longest line, in bytes, that a server takes from a client."""
 REPLY_LIMIT = 64 << 20
 """Longest line, in bytes, that a client takes from a server (schemas and maps are long)."""
+
+NESTING_LIMIT = 256
+"""Deepest JSON taken from a peer: what is read can be shown, and written again, without
+running out of the interpreter's stack."""
+
+# A string that has no end reaches to the end of the line: so no quote is looked at twice.
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_BRACKETS = re.compile(rb"[{}\[\]]")
 
 
 class QMPError(NbdstreamError):
@@ -177,6 +186,8 @@ def parse_server_message(message: JSONObject) -> ServerMessage:
         seconds, micros = _member(when, "seconds", int), _member(when, "microseconds", int)
         data = _member(message, "data", dict) if "data" in message else {}
         # QEMU writes -1 for both when the clock cannot be read.
+        if not -1 <= seconds < 1 << 63 or not -1 <= micros < 1_000_000:
+            raise QMPProtocolError(f"no proper member 'timestamp' in {_shorten(message)}")
         return Event(_member(message, "event", str), data, seconds + micros / 1_000_000)
     if "QMP" in message:
         greeting = _member(message, "QMP", dict)
@@ -298,8 +309,10 @@ class CommandReader(LineReader):
 
 def decode(line: bytes) -> JSONObject:
     """Return the JSON object on *line*. Raises QMPProtocolError for anything else."""
+    if _nesting(line) > NESTING_LIMIT:
+        raise QMPProtocolError(f"JSON with more than {NESTING_LIMIT} levels: {line[:200]!r}")
     try:
-        message = json.loads(line, parse_constant=_refuse_constant)
+        message = json.loads(line, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise QMPProtocolError(f"not JSON: {line[:200]!r}") from error
     if not isinstance(message, dict):
@@ -307,8 +320,28 @@ def decode(line: bytes) -> JSONObject:
     return message
 
 
+def _nesting(line: bytes) -> int:
+    """The deepest level of the JSON on *line*; at least that many brackets if it is no JSON."""
+    most = line.count(b"{") + line.count(b"[")
+    if most <= NESTING_LIMIT:
+        return most
+    depth = most = 0
+    for bracket in _BRACKETS.findall(_STRINGS.sub(b"", line)):
+        depth += 1 if bracket in b"{[" else -1
+        most = max(most, depth)
+    return most
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    """A number with a point or an exponent; JSON could not say infinity in the answer."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is out of range")
+    return value
 
 
 class ServerSession:
