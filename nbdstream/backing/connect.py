@@ -2,8 +2,14 @@
 """From an NBD URI to a negotiated `Connection`, or one line that says why not.
 
 The handshake is libnbd's; it is held in option mode so that a refused export can be
-answered with the names of those that exist. Everything but the name look-up happens in
-the event loop.
+answered with the names of those that exist. It happens in the event loop, over a socket
+that `nbdstream.net.connect` has connected.
+
+TLS is the exception. libnbd checks a server's certificate against the name of its host, and
+before `set_tls_hostname` (1.20) it knows that name only if it has looked it up by itself.
+So there, name look-up and connecting are libnbd's, in a worker thread. While that is under
+way libnbd has the handle locked, and whoever else calls one of its methods waits as well:
+a handle that is given up before its thread is done is left to the thread.
 """
 
 import errno
@@ -17,7 +23,9 @@ import trio
 
 from nbdstream.backing.connection import Connection, plain, wait_ready
 from nbdstream.backing.window import UNIT_LEAST
-from nbdstream.errors import BackingError, BackingGoneError
+from nbdstream.errors import BackingError, BackingGoneError, UsageError
+from nbdstream.net.address import NbdUri
+from nbdstream.net.connect import lookup_limiter, open_socket
 
 # A handshake takes about five round trips; nobody waits longer than this for one.
 CONNECT_TIMEOUT = 30.0
@@ -48,6 +56,10 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
         BackingError: the server answers, but not with this export: a misconfiguration.
     """
     name = endpoint.name
+    try:
+        uri = NbdUri.parse(endpoint.uri)
+    except UsageError as error:
+        raise BackingError(str(error)) from error
     handle = nbd.NBD()
     handle.set_opt_mode(True)
     handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -57,24 +69,37 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
     # The odd tail of an export whose size is no multiple of its block size is worth asking
     # for, so alignment is the server's to judge.
     handle.set_strict_mode(nbd.STRICT_MASK & ~nbd.STRICT_ALIGN)
+    started = connected = False
     try:
         with trio.move_on_after(timeout):
-            # In a thread, because libnbd resolves the host's name synchronously.
-            await trio.to_thread.run_sync(
-                handle.aio_connect_uri, endpoint.uri, abandon_on_cancel=True
-            )
+            await _start(handle, endpoint.uri, uri)
+            started = True
             await _settle(handle)
             if not handle.aio_is_ready():  # a server without options is ready by now
                 await _choose_export(handle, name)
-            return _connection(handle, name)
+            connection = _connection(handle, name)
+            connected = True
+            return connection
     except nbd.Error as error:
-        _hang_up(handle)
         raise _explain(name, error) from error
-    except BaseException:
-        _hang_up(handle)
-        raise
-    _hang_up(handle)
+    except OSError as error:
+        raise _explain_system(name, error) from error
+    finally:
+        if started and not connected:
+            _hang_up(handle)
     raise BackingGoneError(f"{name}: no answer in {timeout:g} s")
+
+
+async def _start(handle: nbd.NBD, text: str, uri: NbdUri) -> None:
+    """Connect the handle's socket. Raises nbd.Error, OSError."""
+    if uri.tls:
+        await trio.to_thread.run_sync(
+            handle.aio_connect_uri, text, limiter=lookup_limiter(), abandon_on_cancel=True
+        )
+        return
+    sock = await open_socket(uri.address)
+    handle.set_export_name(uri.export)
+    handle.aio_connect_socket(sock.detach())
 
 
 def _connection(handle: nbd.NBD, name: str) -> Connection:
@@ -86,14 +111,15 @@ def _connection(handle: nbd.NBD, name: str) -> Connection:
 def _hang_up(handle: nbd.NBD) -> None:
     """Let the server go now, and not when nobody holds the handle any more."""
     try:
-        fd = os.dup(handle.aio_get_fd())
-    except nbd.Error:
+        sock = socket.socket(fileno=handle.aio_get_fd())
+    except (nbd.Error, OSError):
         return  # not connected, or not any more
-    with socket.socket(fileno=fd) as sock:
-        try:
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the server was first
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # the server was first
+    finally:
+        sock.detach()  # the descriptor is libnbd's
 
 
 async def _settle(handle: nbd.NBD) -> None:
@@ -143,6 +169,15 @@ async def _export_names(handle: nbd.NBD) -> str:
         return ""
     shown = ", ".join(repr(name) for name in names[:NAMES_SHOWN])
     return f"; it offers {shown}" + (" and others" if len(names) > NAMES_SHOWN else "")
+
+
+def _explain_system(name: str, error: OSError) -> BackingError:
+    """One line for a socket that cannot be connected."""
+    if isinstance(error, socket.gaierror):
+        return BackingGoneError(f"{name}: the host's name cannot be looked up: {error.strerror}")
+    if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+        return BackingGoneError(f"{name}: no server listens there ({error.strerror})")
+    return BackingGoneError(f"{name}: cannot connect: {error.strerror or error}")
 
 
 def _explain(name: str, error: nbd.Error) -> BackingError:

@@ -153,7 +153,7 @@ class NbdUri:
             parts = urlsplit(text)
             host, port = parts.hostname or "", parts.port
         except ValueError as error:
-            raise UsageError(f"{text}: host or port make no sense ({error})") from error
+            raise UsageError(f"{text}: the URI's host or port makes no sense ({error})") from error
         transport = parts.scheme.partition("+")[2]
         parameters = _parameters(parts.query)
         address: SocketAddress | VsockAddress
