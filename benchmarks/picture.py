@@ -51,13 +51,13 @@ async def record() -> Recording:
     with far_backing(LINK, "pattern", f"size={SIZE}") as far, memory_directory() as directory:
         options = ServeOptions(str(directory / "leaf.raw"), backing=far.uri, stream="paused")
         async with open_stream(options) as opened, trio.open_nursery() as nursery:
-            assert isinstance(opened.backing, NbdBacking) and opened.job is not None
+            assert isinstance(opened.disk.backing, NbdBacking) and opened.job is not None
             start = trio.current_time()
 
             def note(sample: Sample) -> None:
                 recording.samples.append(sample._replace(time=sample.time - start))
 
-            opened.backing.scheduler.trace = note
+            opened.disk.backing.scheduler.trace = note
             opened.job.resume()
             nursery.start_soon(_change_link, far, start)
             nursery.start_soon(_read, opened.disk, start, recording.reads)

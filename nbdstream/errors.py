@@ -61,3 +61,7 @@ class BackingReadError(BackingError):
 
 class BackingGoneError(BackingError):
     """The backing stayed out of reach for longer than the backing timeout."""
+
+
+# What a piece of background work may fail with, and has to deal with; all else is a bug.
+TROUBLE = (NbdstreamError, OSError)

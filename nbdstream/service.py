@@ -9,15 +9,17 @@ flight is finished, then the disk is flushed, then the leaf closed clean.
 
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import trio
 
 from nbdstream.backing import named_by_image, open_backing, recorded_by_image
 from nbdstream.backing.base import Backing
 from nbdstream.backing.identity import fingerprint
+from nbdstream.backing.nbd import NbdBacking
 from nbdstream.backing.padded import PaddedBacking
 from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk, round_off
 from nbdstream.disk.readonly import ReadOnlyExport
@@ -25,6 +27,7 @@ from nbdstream.errors import BackingMismatchError, UsageError
 from nbdstream.export import Export
 from nbdstream.handover.generation import STANDBY, generation_of
 from nbdstream.handover.seal import Seal, read_seal
+from nbdstream.health import Health
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf
 from nbdstream.leaf.marks import is_vouched_for, vouch
@@ -34,6 +37,7 @@ from nbdstream.streamer.job import StreamJob
 from nbdstream.streamer.prefetch import Prefetcher
 from nbdstream.streamer.profile import read_profile
 from nbdstream.streamer.recorder import record_boot
+from nbdstream.tasks import log_failure, open_background_nursery, sole_error, start_contained
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +72,9 @@ class ServeOptions:
 @dataclass
 class Opened:
     """A leaf that is ready for use. ``job`` is None where there is nothing to stream;
-    ``seal`` is set if the disk was handed over: nobody writes it any more."""
+    ``seal`` is set if the disk was handed over: no guest writes it any more."""
 
     leaf: Leaf
-    backing: Backing | None
     disk: StreamedDisk
     job: StreamJob | None
     seal: Seal | None
@@ -130,9 +133,15 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
     seal = read_seal(options.leaf)
     if seal is not None and seal.stamp:
         options = replace(options, read_only=True)
-    async with _open_images(options, seal.format if seal is not None else "") as (leaf, backing):
+    health = Health()
+    leaf_format = seal.format if seal is not None else ""
+    async with _open_images(options, leaf_format, health) as (leaf, backing, let_go):
         async with open_disk(
-            leaf, backing, copy_on_read=options.copy_on_read, detect_zeroes=options.detect_zeroes
+            leaf,
+            backing,
+            copy_on_read=options.copy_on_read,
+            detect_zeroes=options.detect_zeroes,
+            health=health,
         ) as disk:
             disk.name = options.export
             if options.standby:
@@ -142,13 +151,16 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
                 await disk.freeze(seal.reason)
             job = _job(options, disk)
             async with trio.open_nursery() as nursery:
+                tasks: list[tuple[str, Callable[[], Awaitable[None]]]] = []
                 if job is not None:
-                    nursery.start_soon(job.run)
-                    nursery.start_soon(job.deadline.run)
+                    tasks += [("stream job", job.run), ("deadline", job.deadline.run)]
                 if profile is not None and backing is not None:
-                    nursery.start_soon(Prefetcher(disk, profile).run)
-                nursery.start_soon(record_boot, disk)
-                yield Opened(leaf, backing, disk, job, seal)
+                    tasks.append(("prefetch", Prefetcher(disk, profile).run))
+                tasks.append(("boot profile", partial(record_boot, disk)))
+                for name, task in tasks:
+                    start_contained(nursery, name, health.report, task)
+                nursery.start_soon(_let_go_when_local, disk, let_go)
+                yield Opened(leaf, disk, job, seal)
                 nursery.cancel_scope.cancel()
             await round_off(disk)
 
@@ -202,12 +214,45 @@ def _job(options: ServeOptions, disk: StreamedDisk) -> StreamJob | None:
     return job
 
 
+async def _let_go_when_local(disk: StreamedDisk, let_go: trio.Event) -> None:
+    """Hang up on the backing, and end its helper, once they are not needed any more."""
+    await disk.completed.wait()
+    let_go.set()
+
+
+@asynccontextmanager
+async def _holding(
+    opening: AbstractAsyncContextManager[NbdBacking], health: Health
+) -> AsyncIterator[tuple[NbdBacking, trio.Event]]:
+    """Keep a backing open until the event is set, or the block ends. Raises what opening
+    raises; a failure after that is reported, and ends nothing but the backing."""
+    let_go = trio.Event()
+
+    async def hold(*, task_status: trio.TaskStatus[NbdBacking]) -> None:
+        started = False
+        try:
+            async with opening as backing:
+                started = True
+                task_status.started(backing)
+                await let_go.wait()
+        except Exception as error:
+            if not started:
+                raise
+            failure = sole_error(error)
+            log_failure("backing", failure)
+            health.report("backing", failure)
+
+    async with open_background_nursery() as nursery:
+        yield await nursery.start(hold), let_go
+
+
 @asynccontextmanager
 async def _open_images(
-    options: ServeOptions, image_format: str
-) -> AsyncIterator[tuple[Leaf, Backing | None]]:
+    options: ServeOptions, image_format: str, health: Health
+) -> AsyncIterator[tuple[Leaf, Backing | None, trio.Event]]:
     """Open the leaf and the backing that belongs to it; check that they do (invariant 6).
-    ``image_format``: what the leaf is, if that is known for certain, or ""."""
+    The event closes the backing. ``image_format``: what the leaf is, if that is known for
+    certain, or ""."""
     exists = os.path.lexists(options.leaf)  # noqa: ASYNC240 - nobody is served yet
     if not exists and options.backing is None:
         raise UsageError(f"{options.leaf} does not exist; to create it, name its backing (-b URI)")
@@ -216,25 +261,27 @@ async def _open_images(
             if leaf.backing is None:
                 if options.backing is not None:
                     log.warning("%s is wholly local: the backing is not used", leaf.path)
-                yield leaf, None
+                yield leaf, None, trio.Event()
                 return
             known = leaf.backing
             uri = options.backing or _trusted(leaf, known)
             _check_hand_over(options, known, uri)
-            async with open_backing(
+            opening = open_backing(
                 uri,
                 timeout=options.backing_timeout,
                 size=known.size,
                 identity="" if options.standby else known.identity,
-            ) as backing:
+            )
+            async with _holding(opening, health) as (backing, let_go):
                 if not options.standby:
                     await _record(leaf, backing)
                     _remember(options, leaf, backing)
-                yield leaf, _fitted(backing, leaf)
+                yield leaf, _fitted(backing, leaf), let_go
         return
     assert options.backing is not None
     leaf_format = options.format or format_from_suffix(options.leaf)
-    async with open_backing(options.backing, timeout=options.backing_timeout) as backing:
+    opening = open_backing(options.backing, timeout=options.backing_timeout)
+    async with _holding(opening, health) as (backing, let_go):
         if options.standby:
             reference = BackingReference(backing.uri, "raw", backing.size, STANDBY)
         else:
@@ -248,7 +295,7 @@ async def _open_images(
             backing=reference,
         )
         async with _open_leaf(options, leaf_format) as leaf:
-            yield leaf, _fitted(backing, leaf)
+            yield leaf, _fitted(backing, leaf), let_go
 
 
 def _trusted(leaf: Leaf, known: BackingReference) -> str:

@@ -1,14 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Background tasks that live as long as a ``with`` block, without exception groups.
+"""Background tasks, and what may leave them.
 
-A nursery wraps even a lone exception of its body in a group. Whoever writes ``async with
-QMPClient.connect(…)`` does not see the nursery inside, and expects ``except`` to work.
+**The rule for errors.** A guest depends on the nurseries in which the tasks of its disk run, and
+one exception that leaves a task ends the whole nursery. So no `Exception` leaves a task
+that is started beside others: the task deals with the errors that it expects, and
+`start_contained` stops what it does not expect, logs it, and reports it. Only cancellation,
+and what Python raises to end the process, gets through. docs/architecture.md has the table of who
+turns which error into what.
+
+A nursery wraps even a single exception in a group. `open_background_nursery` and `sole_error`
+undo that for callers who do not see the nursery.
 """
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVarTuple
 
 import trio
+
+from nbdstream.errors import NbdstreamError
+
+log = logging.getLogger(__name__)
+
+Ts = TypeVarTuple("Ts")
+Report = Callable[[str, Exception], None]
+
+
+def start_contained(
+    nursery: trio.Nursery,
+    name: str,
+    report: Report,
+    task: Callable[[*Ts], Awaitable[None]],
+    *args: *Ts,
+) -> None:
+    """Start a background task whose failure stays its own.
+
+    Args:
+        name: what it does, for the log and the report.
+        report: called with the name and the error if the task fails.
+    """
+
+    async def contained() -> None:
+        failure: Exception | None = None
+        try:
+            await task(*args)
+        except* Exception as group:
+            failure = sole_error(group)
+        if failure is not None:
+            log_failure(name, failure)
+            report(name, failure)
+
+    nursery.start_soon(contained, name=name)
+
+
+def log_failure(name: str, error: Exception) -> None:
+    """Log why a task failed: one line for an error of ours or of the system, else all there is."""
+    if isinstance(error, (NbdstreamError, OSError)):
+        log.error("%s: %s", name, error)
+    else:
+        log.error("%s: unexpected error", name, exc_info=error)
+
+
+def sole_error(group: BaseExceptionGroup[BaseException] | BaseException) -> Exception:
+    """The first error in (groups of) groups; ``group`` itself if it is none."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception), error
+    return error
 
 
 @asynccontextmanager

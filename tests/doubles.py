@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
-from nbdstream.backing.base import Backing, BackingStatistics, Priority
+from nbdstream.backing.base import Backing, BackingStatistics, Grant, Priority
 from nbdstream.backing.identity import fingerprint
 from nbdstream.disk import buffers, fetch
 from nbdstream.disk.buffers import Buffers
@@ -211,8 +211,13 @@ class GatedBacking(Backing):
         self.error: BackingReadError | None = None
         self.speed = 0
         self.room = 8192
+        self.grants_held = 0
 
-    async def read(self, view: memoryview, offset: int, priority: Priority) -> None:
+    async def read(
+        self, view: memoryview, offset: int, priority: Priority, grant: Grant | None = None
+    ) -> None:
+        if grant is not None:
+            grant.use(priority)
         assert offset >= 0 and offset + len(view) <= self.size
         read = Read(offset, len(view), priority)
         self.reads.append(read)
@@ -253,9 +258,13 @@ class GatedBacking(Backing):
                 end = start
         return [BackingExtent(offset, end - offset, False)]
 
-    async def wait_for_room(self, priority: Priority) -> int:
+    async def wait_for_room(self, priority: Priority) -> Grant:
         await trio.lowlevel.checkpoint()
-        return self.room
+        self.grants_held += 1
+        return Grant(self.room, priority, self._grant_ended)
+
+    def _grant_ended(self, _grant: Grant) -> None:
+        self.grants_held -= 1
 
     def set_unit_least(self, length: int) -> None:
         assert length > 0

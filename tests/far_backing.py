@@ -7,7 +7,7 @@ of a given rate, and background work gets room as a perfect window would give it
 
 import trio
 
-from nbdstream.backing.base import BackingStatistics, Priority
+from nbdstream.backing.base import BackingStatistics, Grant, Priority
 from tests.doubles import GatedBacking
 
 
@@ -27,24 +27,25 @@ class FarBacking(GatedBacking):
         self._link_free_at = 0.0
         self._changed = trio.Event()
 
-    async def read(self, view: memoryview, offset: int, priority: Priority) -> None:
+    async def read(
+        self, view: memoryview, offset: int, priority: Priority, grant: Grant | None = None
+    ) -> None:
         self.in_flight += len(view)
         try:
             now = trio.current_time()
             self._link_free_at = max(self._link_free_at, now) + len(view) / self.rate
             arrival = self._link_free_at + self.rtt
-            await super().read(view, offset, priority)
+            await super().read(view, offset, priority, grant)
             await trio.sleep_until(arrival)
         finally:
             self.in_flight -= len(view)
             self._changed.set()
             self._changed = trio.Event()
 
-    async def wait_for_room(self, priority: Priority) -> int:
-        await trio.lowlevel.checkpoint()
+    async def wait_for_room(self, priority: Priority) -> Grant:
         while self.in_flight + self.room > self.window:
             await self._changed.wait()
-        return self.room
+        return await super().wait_for_room(priority)
 
     def statistics(self) -> BackingStatistics:
         fields = {**vars(super().statistics()), "rate": self.rate, "base_rtt": self.rtt}
@@ -69,9 +70,9 @@ class PacedBacking(FarBacking):
         self.room = 64 << 10
         self._next = 0.0
 
-    async def wait_for_room(self, priority: Priority) -> int:
-        room = await super().wait_for_room(priority)
+    async def wait_for_room(self, priority: Priority) -> Grant:
+        grant = await super().wait_for_room(priority)
         if self.speed:
-            self._next = max(self._next, trio.current_time()) + room / self.speed
+            self._next = max(self._next, trio.current_time()) + grant.length / self.speed
             await trio.sleep_until(self._next)
-        return room
+        return grant

@@ -65,8 +65,10 @@ async def read_all(backing: Backing) -> bytes:
     async with trio.open_nursery() as nursery:
         offset = 0
         while offset < backing.size:
-            unit = min(await backing.wait_for_room(Priority.STREAM), backing.size - offset)
-            nursery.start_soon(backing.read, view[offset : offset + unit], offset, Priority.STREAM)
+            grant = await backing.wait_for_room(Priority.STREAM)
+            unit = min(grant.length, backing.size - offset)
+            part = view[offset : offset + unit]
+            nursery.start_soon(backing.read, part, offset, Priority.STREAM, grant)
             offset += unit
     return bytes(data)
 

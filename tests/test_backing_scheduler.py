@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdstream.backing import extentmap
-from nbdstream.backing.base import Priority
+from nbdstream.backing.base import Grant, Priority
 from nbdstream.backing.connection import Timing
 from nbdstream.backing.extentmap import ExtentMap
 from nbdstream.backing.identity import sample_ranges
 from nbdstream.backing.pacer import Pacer
-from nbdstream.backing.scheduler import GRANT_LIFE, Flight, Sample, Scheduler
+from nbdstream.backing.scheduler import Flight, Sample, Scheduler
 from nbdstream.backing.window import UNIT_LEAST, WINDOW_FIRST
 from nbdstream.extents import BackingExtent
 
@@ -25,6 +25,12 @@ KIB = 1024
 
 def begin(scheduler: Scheduler, length: int, priority: Priority, offset: int = 0) -> Flight:
     flight = scheduler.begin(offset, length, priority)
+    scheduler.send(flight)
+    return flight
+
+
+def spend(scheduler: Scheduler, grant: Grant) -> Flight:
+    flight = scheduler.begin(0, grant.length, grant.priority, grant)
     scheduler.send(flight)
     return flight
 
@@ -42,8 +48,8 @@ async def test_room_ends_with_the_window(autojump_clock: trio.testing.MockClock)
     flights = []
     for _ in range(WINDOW_FIRST // UNIT_LEAST):
         with trio.fail_after(0.001):
-            unit = await scheduler.wait_for_room(Priority.STREAM)
-        flights.append(begin(scheduler, unit, Priority.STREAM))
+            grant = await scheduler.wait_for_room(Priority.STREAM)
+        flights.append(spend(scheduler, grant))
     with trio.move_on_after(10) as scope:
         await scheduler.wait_for_room(Priority.STREAM)
     assert scope.cancelled_caught
@@ -75,8 +81,8 @@ async def test_however_busy_the_guest_one_unit_is_under_way(
     scheduler = Scheduler(UNIT_LEAST)
     begin(scheduler, 100 * WINDOW_FIRST, Priority.DEMAND)
     with trio.fail_after(0.001):
-        unit = await scheduler.wait_for_room(Priority.STREAM)
-    begin(scheduler, unit, Priority.STREAM)
+        grant = await scheduler.wait_for_room(Priority.STREAM)
+    spend(scheduler, grant)
     with trio.move_on_after(10) as scope:
         await scheduler.wait_for_room(Priority.STREAM)
     assert scope.cancelled_caught
@@ -88,9 +94,9 @@ async def test_room_goes_by_priority_then_by_turn(autojump_clock: trio.testing.M
     order: list[str] = []
 
     async def wait(name: str, priority: Priority) -> None:
-        unit = await scheduler.wait_for_room(priority)
+        grant = await scheduler.wait_for_room(priority)
         order.append(name)
-        begin(scheduler, unit, priority)
+        spend(scheduler, grant)
 
     async with trio.open_nursery() as nursery:
         for name, priority in (
@@ -106,16 +112,36 @@ async def test_room_goes_by_priority_then_by_turn(autojump_clock: trio.testing.M
     assert order == ["readahead", "prefetch", "prefetch too", "stream"]
 
 
-async def test_room_that_nobody_uses_is_given_to_the_next(
+async def test_room_that_is_given_back_is_free_at_once(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     scheduler = Scheduler(UNIT_LEAST)
-    for _ in range(WINDOW_FIRST // UNIT_LEAST):
+    grants = [
+        await scheduler.wait_for_room(Priority.STREAM) for _ in range(WINDOW_FIRST // UNIT_LEAST)
+    ]
+    with trio.move_on_after(10) as scope:
         await scheduler.wait_for_room(Priority.STREAM)
-    start = trio.current_time()
-    with trio.fail_after(1):
+    assert scope.cancelled_caught
+    with grants[0]:
+        pass
+    grants[0].give_back()  # a second time changes nothing
+    with trio.fail_after(0.001):
         await scheduler.wait_for_room(Priority.STREAM)
-    assert trio.current_time() - start == pytest.approx(GRANT_LIFE, abs=0.01)
+    with trio.move_on_after(10) as scope:
+        await scheduler.wait_for_room(Priority.STREAM)
+    assert scope.cancelled_caught
+
+
+async def test_room_is_spent_by_the_class_that_holds_it_alone() -> None:
+    scheduler = Scheduler(UNIT_LEAST)
+    grant = await scheduler.wait_for_room(Priority.READAHEAD)
+    with pytest.raises(ValueError, match="room for READAHEAD cannot carry STREAM"):
+        grant.use(Priority.STREAM)
+    # A read without a grant takes nothing from those that wait for theirs to begin.
+    begin(scheduler, 1000, Priority.STREAM)
+    assert scheduler._reserved == grant.length
+    spend(scheduler, grant)
+    assert scheduler._reserved == 0
 
 
 async def test_a_cancelled_wait_holds_nobody_up(autojump_clock: trio.testing.MockClock) -> None:
@@ -161,9 +187,9 @@ async def test_the_speed_cap_holds_and_is_met(autojump_clock: trio.testing.MockC
             land(scheduler, flight)
 
         while trio.current_time() < 20 or not sent:
-            unit = await scheduler.wait_for_room(Priority.STREAM)
-            sent.append((trio.current_time(), unit))
-            nursery.start_soon(answer, begin(scheduler, unit, Priority.STREAM))
+            grant = await scheduler.wait_for_room(Priority.STREAM)
+            sent.append((trio.current_time(), grant.length))
+            nursery.start_soon(answer, spend(scheduler, grant))
             if len(sent) > 2000:
                 break
     start, end = sent[0][0], sent[-1][0]

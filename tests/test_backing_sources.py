@@ -229,7 +229,8 @@ async def test_a_web_server(content: bytes) -> None:
     with web_server(content, broken=broken) as uri:
         await assert_serves(uri, content)
         async with open_backing(uri) as backing:
-            assert await backing.wait_for_room(Priority.STREAM) >= 256 << 10
+            with await backing.wait_for_room(Priority.STREAM) as grant:
+                assert grant.length >= 256 << 10
             broken.append(503)
             got: list[bytes] = []
 

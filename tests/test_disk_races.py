@@ -333,6 +333,7 @@ async def test_zeroes_that_were_transferred_are_stored_as_zeroes() -> None:
     content = CONTENT[:4096] + bytes(8192) + CONTENT[:4096]
     backing = GatedBacking(content)
     async with open_disk(leaf, backing) as disk:
+        backing.room = 16384
         await disk.populate(0, 16384, Priority.STREAM)
         assert leaf.stores == [("write", 0, 4096), ("zero", 4096, 8192), ("write", 12288, 4096)]
         assert await read(disk, 0, 16384) == content
@@ -480,5 +481,5 @@ async def test_a_frozen_disk_is_flushed_and_refuses_changes_until_it_thaws() -> 
         with pytest.raises(OSError, match="sealed"):
             await disk.write(memoryview(b"y" * 512), 0, fua=False)
         assert await read(disk, 0, 512) == b"x" * 512
-        disk.thaw()
+        disk.gate.open()
         assert disk.write_nowait(memoryview(b"y" * 512), 0) is Hit.DONE

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from nbdstream.backing.base import Priority
+from nbdstream.backing.base import Grant, Priority
 from nbdstream.disk import StreamedDisk, open_disk
 from nbdstream.disk.fetch import PARK_TIME
 from nbdstream.disk.readahead import STREAMS, WINDOW_FIRST, WINDOW_MOST_LEAST
@@ -257,11 +257,13 @@ async def test_errors_of_readahead_are_only_the_reader_s_who_meets_them(
         failed: list[int] = []
         real_read = backing.read
 
-        async def failing_read(view: memoryview, offset: int, priority: Priority) -> None:
+        async def failing_read(
+            view: memoryview, offset: int, priority: Priority, grant: Grant | None = None
+        ) -> None:
             if priority is Priority.READAHEAD and len(failed) < 4:
                 failed.append(offset)
                 raise BackingReadError("gone")
-            await real_read(view, offset, priority)
+            await real_read(view, offset, priority, grant)
 
         monkeypatch.setattr(backing, "read", failing_read)
         for offset in range(0, 4 * MIB, REQUEST):

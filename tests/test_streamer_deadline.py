@@ -250,7 +250,7 @@ async def test_a_backing_that_is_lost_and_comes_back(
         assert "cannot finish" in caplog.text
         backing.error = None
         start = trio.current_time()
-        assert await all_fetched(job) - start <= 28
+        assert await all_fetched(job) - start <= 29
         assert job.deadline.late == 0
 
 

@@ -7,19 +7,12 @@ waits, with retries and backoff, until the data is there or the backing timeout 
 """
 
 import abc
-import enum
 from dataclasses import dataclass
 
+from nbdstream.backing.grant import Grant, Priority
 from nbdstream.extents import BackingExtent
 
-
-class Priority(enum.IntEnum):
-    """Why something is read; a smaller value goes first."""
-
-    DEMAND = 0  # a guest waits for it
-    READAHEAD = 1  # a guest that reads sequentially will want it next
-    PREFETCH = 2  # named by a boot profile, or asked for with NBD_CMD_CACHE
-    STREAM = 3  # the stream job: everything else
+__all__ = ["Backing", "BackingStatistics", "Grant", "Priority"]
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,14 @@ class Backing(abc.ABC):
     size: int
 
     @abc.abstractmethod
-    async def read(self, view: memoryview, offset: int, priority: Priority) -> None:
+    async def read(
+        self, view: memoryview, offset: int, priority: Priority, grant: Grant | None = None
+    ) -> None:
         """Fill ``view`` with the backing's bytes at ``offset``.
 
         Returns only with all of it read without error; waits for a lost backing.
         Cancelled: nothing more is written to ``view`` after the call has returned.
+        ``grant`` is the room that a background read was given; it is used up.
 
         Raises:
             BackingGoneError: the backing timeout ended.
@@ -96,11 +92,11 @@ class Backing(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def wait_for_room(self, priority: Priority) -> int:
+    async def wait_for_room(self, priority: Priority) -> Grant:
         """Wait until background work of this priority may send another read.
 
-        Returns how many bytes the next read should ask for at the most: the unit of
-        work, chosen from the measured link. Demand never waits here.
+        Returns the room for it; its length is the unit of work, chosen from the measured
+        link. Demand never waits here. Cancelled: no room is taken.
         """
 
     @abc.abstractmethod

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import trio
 
-from nbdstream.backing.base import Backing, BackingStatistics, Priority
+from nbdstream.backing.base import Backing, BackingStatistics, Grant, Priority
 from nbdstream.backing.connect import Endpoint
 from nbdstream.backing.connection import Connection, ConnectionLostError, Timing
 from nbdstream.backing.extentmap import ExtentMap
@@ -66,7 +66,9 @@ class NbdBacking(Backing):
 
     # -- reads -------------------------------------------------------------------------
 
-    async def read(self, view: memoryview, offset: int, priority: Priority) -> None:
+    async def read(
+        self, view: memoryview, offset: int, priority: Priority, grant: Grant | None = None
+    ) -> None:
         """See `Backing.read`."""
         if not view:
             return
@@ -79,7 +81,7 @@ class NbdBacking(Backing):
 
         timing: Timing | None = None
         retries = self._retries
-        flight = self.scheduler.begin(offset, len(view), priority)
+        flight = self.scheduler.begin(offset, len(view), priority, grant)
         try:
             timing = await self._until_answered(attempt, lambda: flight.priority)
         finally:
@@ -141,7 +143,12 @@ class NbdBacking(Backing):
             ask = min(self._status_length, self.size - offset)
             return await connection.block_status(offset, ask)
 
-        found = await self._until_answered(attempt, lambda: Priority.STREAM)
+        memory = None
+        while memory is not self._extents:
+            # An answer that was under way while `forget` was called may be about an older
+            # content: it is thrown away, and the question is asked again.
+            memory = self._extents
+            found = await self._until_answered(attempt, lambda: Priority.STREAM)
         if found is None:
             return [BackingExtent(offset, length, zero=False)]
         if len(found) > STATUS_MANY:
@@ -157,7 +164,7 @@ class NbdBacking(Backing):
         """See `Backing.promote`."""
         self.scheduler.promote(offset, length)
 
-    async def wait_for_room(self, priority: Priority) -> int:
+    async def wait_for_room(self, priority: Priority) -> Grant:
         """See `Backing.wait_for_room`."""
         return await self.scheduler.wait_for_room(priority)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A backing below a larger leaf: what lies past its end reads as zeroes, as in QEMU."""
 
-from nbdstream.backing.base import Backing, BackingStatistics, Priority
+from nbdstream.backing.base import Backing, BackingStatistics, Grant, Priority
 from nbdstream.extents import BackingExtent
 
 
@@ -13,11 +13,15 @@ class PaddedBacking(Backing):
         self.size = size
         self._backing = backing
 
-    async def read(self, view: memoryview, offset: int, priority: Priority) -> None:
+    async def read(
+        self, view: memoryview, offset: int, priority: Priority, grant: Grant | None = None
+    ) -> None:
         """See `Backing.read`."""
         inside = self._inside(offset, len(view))
         if inside:
-            await self._backing.read(view[:inside], offset, priority)
+            await self._backing.read(view[:inside], offset, priority, grant)
+        elif grant is not None:
+            grant.give_back()
         view[inside:] = bytes(len(view) - inside)
 
     def promote(self, offset: int, length: int) -> None:
@@ -44,7 +48,7 @@ class PaddedBacking(Backing):
             return await self._backing.extents(offset, inside)
         return [BackingExtent(offset, length, zero=True)]
 
-    async def wait_for_room(self, priority: Priority) -> int:
+    async def wait_for_room(self, priority: Priority) -> Grant:
         """See `Backing.wait_for_room`."""
         return await self._backing.wait_for_room(priority)
 

@@ -71,7 +71,7 @@ class Pool:
         self._verify = verify
         self._timeout = timeout
         self._slots: list[_Slot] = []
-        self._changed = trio.Event()
+        self._changed = trio.lowlevel.ParkingLot()
         self._failure: BackingError | None = None
         self._lost_at = trio.current_time()
         self._patience = PATIENCE_FIRST
@@ -96,7 +96,7 @@ class Pool:
             if connection is not None:
                 return connection
             with trio.move_on_at(self._give_up_at()):
-                await self._changed.wait()
+                await self._changed.park()
                 continue
             raise BackingGoneError(
                 f"{self._endpoint.name}: out of reach for more than {self._timeout:g} s: "
@@ -156,7 +156,7 @@ class Pool:
         nursery.start_soon(self._keep, slot, first, nursery)
         nursery.start_soon(self._watch)
         while first is not None and not slot.tried:
-            await self._changed.wait()
+            await self._changed.park()
         if self._failure is not None:
             raise self._failure
         if first is not None and slot.connection is None:
@@ -185,8 +185,7 @@ class Pool:
                 log.info("%s: connected", self._endpoint.name)
             elif self._failure is None:
                 log.warning("%s: disconnected: %s", self._endpoint.name, self.last_error)
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.unpark_all()
 
     async def _keep(self, slot: _Slot, ready: Connection | None, nursery: trio.Nursery) -> None:
         """Fill the slot, again and again; the first time with ``ready`` if there is one."""
@@ -201,7 +200,12 @@ class Pool:
                 if first is None:  # else `start` raises it
                     log.error("%s", error)  # noqa: TRY400 - an operator's message, no traceback
                 self._fail(error)
-            except (BackingError, ConnectionLostError) as error:
+            except (BackingError, ConnectionLostError, OSError) as error:
+                self.note(error)
+            except Exception as error:
+                # A bug, or a system that has no threads left: this attempt has failed, and
+                # the next one may not. The disk, which this task serves, goes on.
+                log.exception("%s: an attempt to connect failed unexpectedly", self._endpoint.name)
                 self.note(error)
             slot.tried = True
             self._wake()

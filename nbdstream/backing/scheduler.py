@@ -10,11 +10,10 @@ while
   read takes the place of background data instead of queueing behind more of it; and
 - the speed cap (`Pacer`) allows it.
 
-Room that was granted is reserved until the read comes, or for `GRANT_LIFE` if it never
-does (the caller found nothing left to fetch).
+Room that was granted is reserved until its read begins or its holder gives it back
+(`nbdstream.backing.grant`).
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -22,13 +21,10 @@ from typing import NamedTuple
 
 import trio
 
-from nbdstream.backing.base import Priority
 from nbdstream.backing.connection import Timing
+from nbdstream.backing.grant import Grant, Priority
 from nbdstream.backing.pacer import Pacer
 from nbdstream.backing.window import Sent, Window
-
-# Room that nobody used is given to the next after this; a caller needs it at once.
-GRANT_LIFE = 0.1
 
 
 @dataclass(eq=False)
@@ -80,25 +76,28 @@ class Scheduler:
         self._pacer = Pacer()
         self._flights: set[Flight] = set()
         self._background = 0
-        self._grants: deque[tuple[float, int]] = deque()
+        self._reserved = 0
         self._queue: list[tuple[Priority, int]] = []
         self._tickets = count()
-        self._changed = trio.Event()
+        self._changed = trio.lowlevel.ParkingLot()
         # The window, and nothing else, is why the first in the queue waits.
         self._limited = False
 
     # -- reads -------------------------------------------------------------------------
 
-    def begin(self, offset: int, length: int, priority: Priority) -> Flight:
-        """A read is wanted: room is taken for it. `end` it, whatever becomes of it."""
+    def begin(
+        self, offset: int, length: int, priority: Priority, grant: Grant | None = None
+    ) -> Flight:
+        """A read is wanted: it takes the room that ``grant`` has reserved, if there is one.
+        `end` it, whatever becomes of it."""
         now = trio.current_time()
         background = priority != Priority.DEMAND
         self.in_flight += length
         if background:
             self._background += length
-            if self._grants:
-                self._grants.popleft()
             self._pacer.spend(now, length)
+        if grant is not None:
+            grant.use(priority)
         flight = Flight(offset, length, priority, background, now)
         self._flights.add(flight)
         return flight
@@ -149,11 +148,11 @@ class Scheduler:
 
     # -- room --------------------------------------------------------------------------
 
-    async def wait_for_room(self, priority: Priority) -> int:
-        """See `Backing.wait_for_room`. Cancelled: nothing is reserved."""
+    async def wait_for_room(self, priority: Priority) -> Grant:
+        """See `Backing.wait_for_room`."""
         if priority == Priority.DEMAND:
             await trio.lowlevel.checkpoint()
-            return self.window.unit
+            return Grant(self.window.unit, priority)
         place = (priority, next(self._tickets))
         self._queue.append(place)
         try:
@@ -163,28 +162,27 @@ class Scheduler:
                 unit = self._pacer.limit(self.window.unit)
                 retry_at = self._blocked_until(now, unit) if place == min(self._queue) else None
                 if retry_at is not None and retry_at <= now:
-                    self._grants.append((now + GRANT_LIFE, unit))
-                    return unit
+                    self._reserved += unit
+                    return Grant(unit, priority, self._grant_ended)
                 with trio.move_on_at(float("inf") if retry_at is None else retry_at):
-                    await self._changed.wait()
+                    await self._changed.park()
         finally:
             self._queue.remove(place)
             self._wake()
+
+    def _grant_ended(self, grant: Grant) -> None:
+        self._reserved -= grant.length
+        self._wake()
 
     def _blocked_until(self, now: float, unit: int) -> float:
         """When to look again whether a read of ``unit`` bytes may go: at once if not later.
 
         Infinity if only the end of another read can make room.
         """
-        while self._grants and self._grants[0][0] <= now:
-            self._grants.popleft()
-        reserved = sum(length for _, length in self._grants)
         # One unit may always be under way, however small the window and busy the guest.
-        alone = self._background + reserved == 0
-        self._limited = not alone and self.in_flight + reserved + unit > self.window.size
-        if self._limited:
-            return self._grants[0][0] if self._grants else float("inf")
-        return self._pacer.ready_at(now, unit)
+        alone = self._background + self._reserved == 0
+        self._limited = not alone and self.in_flight + self._reserved + unit > self.window.size
+        return float("inf") if self._limited else self._pacer.ready_at(now, unit)
 
     def set_speed(self, speed: int) -> None:
         """See `Backing.set_speed`."""
@@ -193,6 +191,4 @@ class Scheduler:
 
     def _wake(self) -> None:
         """Those who wait for room should look again."""
-        if self._queue:
-            self._changed.set()
-            self._changed = trio.Event()
+        self._changed.unpark_all()

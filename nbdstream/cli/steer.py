@@ -118,6 +118,7 @@ def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
             f" {format_size(disk['fetched-bytes'])} fetched in total",
         )
     )
+    facts += [("problem", problem) for problem in report.get("problems", [])]
     return facts
 
 

@@ -19,18 +19,21 @@ def statistics(disk: StreamedDisk, job: StreamJob | None) -> JSONObject:
     """The disk, its job and its backing as they are now.
 
     ``owner`` is false, and ``frozen`` says why, where another server owns the disk
-    (docs/migration.md). ``backing`` is missing once there is none
+    (docs/migration.md). ``problems`` lists what has failed for good, where something has.
+    ``backing`` is missing once there is none
     (everything is local), ``job`` where there never was anything to stream; it describes the
     last run where its status is "null".
     """
     report: JSONObject = {
         "size": disk.size,
         "copy-on-read": disk.copy_on_read,
-        "owner": not disk.frozen,
+        "owner": not disk.gate.reason,
         "disk": {_spell(name): value for name, value in disk.statistics().items()},
     }
-    if disk.frozen:
-        report["frozen"] = disk.frozen
+    if disk.gate.reason:
+        report["frozen"] = disk.gate.reason
+    if disk.health.problems:
+        report["problems"] = list(disk.health.problems)
     if job is not None:
         report["job"] = _job(disk, job)
     if disk.backing is not None:

@@ -2,6 +2,7 @@
 """The streamed disk: a local leaf whose missing clusters come from a remote backing."""
 
 from nbdstream.disk.disk import DetectZeroes, StreamedDisk, open_disk
+from nbdstream.disk.populate import Unit
 from nbdstream.disk.rounding import round_off
 
-__all__ = ["DetectZeroes", "StreamedDisk", "open_disk", "round_off"]
+__all__ = ["DetectZeroes", "StreamedDisk", "Unit", "open_disk", "round_off"]

@@ -16,9 +16,8 @@ becomes of the rest. docs/concurrency.md walks through the races; in short:
 
 import enum
 import errno
-import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import starmap
@@ -29,11 +28,16 @@ import trio
 from nbdstream.backing.base import Backing, Priority
 from nbdstream.disk.fetch import Fetch, Fetcher
 from nbdstream.disk.flush import Flusher, run_checkpoints
-from nbdstream.disk.lookup import Lookup, is_remote, same_place
+from nbdstream.disk.gate import Gate, GateState
+from nbdstream.disk.lookup import Lookup, Plan, is_remote, same_place
+from nbdstream.disk.populate import LOOK_PIECE, ZERO_PIECE, Populator, Unit
 from nbdstream.disk.readahead import Readahead
 from nbdstream.disk.status import block_status
 from nbdstream.disk.zeroes import is_zero, zeroes
+from nbdstream.errors import TROUBLE, BackingError
 from nbdstream.export import Hit, StatusExtent
+from nbdstream.extents import align_down
+from nbdstream.health import Health
 from nbdstream.leaf.base import (
     ALL_ZERO,
     BackingReference,
@@ -44,18 +48,14 @@ from nbdstream.leaf.base import (
     State,
 )
 from nbdstream.leaf.files import hot_read_flags
+from nbdstream.tasks import start_contained
 
-log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Up to here a write to the page cache is quick enough for the event loop; larger ones
-# are cut, so that others get their turn in between.
-WRITE_PIECE = 1 << 20
-# What one call of Leaf.zero covers at the most.
-ZERO_PIECE = 32 << 20
-# How far one look at the leaf's extents goes.
-LOOK_PIECE = 256 << 20
+# Up to here a copy between memory and the page cache is quick enough for the event loop;
+# larger ones are cut, so that others get their turn in between.
+COPY_PIECE = 1 << 20
 
 
 class DetectZeroes(enum.Enum):
@@ -73,18 +73,27 @@ async def open_disk(
     *,
     copy_on_read: bool = True,
     detect_zeroes: DetectZeroes = DetectZeroes.OFF,
+    health: Health | None = None,
 ) -> AsyncIterator["StreamedDisk"]:
     """A disk over an open leaf and its backing, and the tasks that belong to it.
+
+    ``health`` is where failures are reported that end nothing else.
 
     At the end, fetches under way are dropped, and what the leaf has is flushed; leaf and
     backing stay open, they are the caller's. Raises OSError if that last flush fails.
     """
     async with trio.open_nursery() as nursery:
         disk = StreamedDisk(
-            leaf, backing, nursery, copy_on_read=copy_on_read, detect_zeroes=detect_zeroes
+            leaf,
+            backing,
+            nursery,
+            copy_on_read=copy_on_read,
+            detect_zeroes=detect_zeroes,
+            health=health or Health(),
         )
         if not leaf.read_only:
-            nursery.start_soon(run_checkpoints, leaf, disk.flush)
+            report = disk.health.report
+            start_contained(nursery, "checkpoints", report, run_checkpoints, leaf, disk.flush)
         try:
             yield disk
         finally:
@@ -101,6 +110,9 @@ class StreamedDisk:
         copy_on_read: whether what a guest reads is kept; may be set at any time.
         detect_zeroes: what becomes of guest writes of zeroes.
         backing: None once everything is local, or if there never was one.
+        gate: whether guests may change the disk now.
+        health: what has failed for good.
+        completed: set when everything is local and the backing is not needed any more.
         on_read: called with the offset and length of all that guests read, hits included,
             and of what has to be fetched for a write; from any thread.
     """
@@ -113,6 +125,7 @@ class StreamedDisk:
         *,
         copy_on_read: bool,
         detect_zeroes: DetectZeroes,
+        health: Health,
     ) -> None:
         self.leaf = leaf
         self.backing = backing
@@ -127,22 +140,26 @@ class StreamedDisk:
         self.copy_on_write = 0
         self.detect_zeroes = detect_zeroes
         self.on_read: Callable[[int, int], None] | None = None
-        self._frozen = ""
-        self._hold = 0.0
-        self._thawed = trio.Event()
-        self._standing_by = False
+        self.gate = Gate()
+        self.health = health
+        self.completed = trio.Event()
         self._locate = leaf.locate
         self._hot = hot_read_flags(leaf.fd)
         self._flusher = Flusher(leaf)
         self._lookup = Lookup(leaf, backing)
         self._fetcher: Fetcher | None = None
+        self._populator: Populator | None = None
         self._readahead: Readahead | None = None
         if backing is not None:
             backing.set_unit_least(leaf.cluster_size)
-            fetcher = Fetcher(leaf, backing, nursery, self._atomically)
+            report = self.health.report
+            fetcher = Fetcher(leaf, backing, nursery, self._atomically, report)
             self._fetcher = fetcher
             if not leaf.read_only:
-                self._readahead = Readahead(leaf, backing, fetcher, nursery, self.leaf_extents)
+                self._populator = Populator(leaf, backing, self._lookup, fetcher, self._atomically)
+                self._readahead = Readahead(
+                    leaf, backing, fetcher, nursery, self.leaf_extents, report
+                )
 
     # -- the hot path ----------------------------------------------------------------
 
@@ -174,7 +191,7 @@ class StreamedDisk:
     def write_nowait(self, view: memoryview, offset: int) -> Hit:
         """Write to the page cache if neither the backing nor metadata is in the way."""
         length = len(view)
-        if length > WRITE_PIECE or self.detect_zeroes is not DetectZeroes.OFF or self._frozen:
+        if length > COPY_PIECE or self.detect_zeroes is not DetectZeroes.OFF or self.gate.reason:
             return Hit.MISS
         host = self._locate(offset, length)
         if host >= 0:
@@ -190,37 +207,63 @@ class StreamedDisk:
     # -- reading ---------------------------------------------------------------------
 
     async def read(self, view: memoryview, offset: int) -> list[tuple[int, int]]:
-        """Fill the view; see `Export.read`. Raises OSError, BackingError."""
+        """Fill the view; see `Export.read`. Raises OSError, BackingError, LeafError."""
         on_read = self.on_read
         if on_read is not None:
             on_read(offset, len(view))
+        plan = await self._plan_read(offset, len(view))
+        # No await since the plan was made: what it says of the leaf still holds.
+        cold: list[tuple[LeafExtent, memoryview]] = []
+        hot_bytes = 0
+        for extent, source in plan:
+            if source is None and extent.state is not State.ZERO:
+                part = view[extent.offset - offset : extent.end - offset]
+                hot_bytes += extent.length
+                if hot_bytes > COPY_PIECE or not self._read_hot(extent, part):
+                    cold.append((extent, part))
+        # What a fetch brought, and what was zero, was true at a time within this request: a
+        # write that happens from here on is one that the guest made at the same time.
+        copied = 0
+        for extent, source in plan:
+            if source is not None or extent.state is State.ZERO:
+                for at, length in _pieces(extent.offset, extent.length):
+                    part = view[at - offset : at - offset + length]
+                    part[:] = source.view(at, length) if source is not None else zeroes(length)
+                    copied += length
+                    if copied > COPY_PIECE:
+                        copied = 0
+                        await trio.lowlevel.checkpoint()
+        if cold:
+            await self._read_cold(cold)
+        return [
+            (extent.offset, extent.length)
+            for extent, source in plan
+            if source is None and extent.state is State.ZERO
+        ]
+
+    async def _plan_read(self, offset: int, length: int) -> Plan:
+        """Where each part of a range is, once all of it is here: in the leaf, or fetched."""
         fetched: list[Fetch] = []
+        failure: BackingError | None = None
         while True:
-            plan = await self._atomically(self._lookup.plan, offset, len(view), fetched)
+            plan = await self._atomically(self._lookup.plan, offset, length, fetched)
             missing = [extent for extent, source in plan if source is None and is_remote(extent)]
             if not missing:
-                break
-            fetched += await self._demand(missing)
-        # No await since the plan was made: it still holds.
-        zero_ranges: list[tuple[int, int]] = []
-        cold: list[LeafExtent] = []
-        for extent, source in plan:
-            part = view[extent.offset - offset : extent.end - offset]
-            if source is not None:
-                part[:] = source.view(extent.offset, extent.length)
-            elif extent.state is State.ZERO:
-                part[:] = zeroes(extent.length)
-                zero_ranges.append((extent.offset, extent.length))
-            elif not self._read_hot(extent, part):
-                cold.append(extent)
-        for extent in cold:
-            await self._read_cold(extent, view[extent.offset - offset : extent.end - offset])
-        return zero_ranges
+                return plan
+            if failure is not None:
+                raise failure
+            for fetch in self._demand(missing):
+                try:
+                    await fetch.wait()
+                    fetched.append(fetch)
+                except BackingError as error:
+                    # The guest may have written there meanwhile: look once more.
+                    failure = error
 
-    async def _demand(self, missing: list[LeafExtent]) -> list[Fetch]:
+    def _demand(self, missing: list[LeafExtent]) -> list[Fetch]:
         """Fetch what a guest waits for."""
         self.demand_misses += 1
-        keep = self.copy_on_read and not self._standing_by
+        keep = self.copy_on_read and not self.gate.standing_by
         readahead = self._readahead if keep else None
         fetches: list[Fetch] = []
         for extent in missing:
@@ -229,8 +272,6 @@ class StreamedDisk:
             fetches += self._start_fetch(wanted, Priority.DEMAND, store=keep)
         if readahead is not None:
             readahead.missed(fetches)
-        for fetch in fetches:
-            await fetch.wait()
         return fetches
 
     def _read_hot(self, extent: LeafExtent, view: memoryview) -> bool:
@@ -241,21 +282,28 @@ class StreamedDisk:
         except OSError:
             return False
 
-    async def _read_cold(self, extent: LeafExtent, view: memoryview) -> None:
+    async def _read_cold(self, parts: list[tuple[LeafExtent, memoryview]]) -> None:
         """Read local data in a worker. Meanwhile the space may have been given back and
         used for something else: then what was read is not ours, and is read again."""
-        await trio.to_thread.run_sync(self.leaf.read, extent, view)
-        now = await self._atomically(self._lookup.extents, extent.offset, extent.length)
-        if not all(same_place(part, extent) for part in now):
-            await self.read(view, extent.offset)
+
+        def read_all() -> None:
+            for extent, view in parts:
+                self.leaf.read(extent, view)
+
+        await trio.to_thread.run_sync(read_all)
+        for extent, view in parts:
+            now = await self._atomically(self._lookup.extents, extent.offset, extent.length)
+            if not all(same_place(part, extent) for part in now):
+                await self.read(view, extent.offset)
 
     # -- writing ---------------------------------------------------------------------
 
     async def write(self, view: memoryview, offset: int, *, fua: bool) -> None:
-        """Store data; see `Export.write`. Raises OSError, BackingError."""
-        for start in range(0, len(view), WRITE_PIECE):
-            piece = view[start : start + WRITE_PIECE]
-            await self._change(offset + start, len(piece), self._writer(offset + start, piece))
+        """Store data; see `Export.write`. Raises OSError, BackingError, LeafError."""
+        # Cut where blocks end: a block that the guest covers needs nothing of the backing.
+        for at, length in _pieces(offset, len(view), self.leaf.block_size):
+            piece = view[at - offset : at - offset + length]
+            await self._change(at, length, self._writer(at, piece))
             await trio.lowlevel.checkpoint()
         if fua:
             await self.flush()
@@ -274,7 +322,8 @@ class StreamedDisk:
     async def zero(
         self, offset: int, length: int, *, may_trim: bool, fast_only: bool, fua: bool
     ) -> None:
-        """Make a range read as zeroes; see `Export.zero`. Raises OSError, BackingError."""
+        """Make a range read as zeroes; see `Export.zero`. Raises OSError, BackingError,
+        LeafError."""
         start, end = self._lookup.whole_blocks(offset, length)
         if start < end:
             edges = [(offset, start - offset), (end, offset + length - end)]
@@ -292,7 +341,7 @@ class StreamedDisk:
             await self.flush()
 
     async def trim(self, offset: int, length: int, *, fua: bool) -> None:
-        """Give back whole blocks; see `Export.trim`. Raises OSError."""
+        """Give back whole blocks; see `Export.trim`. Raises OSError, LeafError."""
         start, end = self._lookup.whole_blocks(offset, length)
         await self._zero_blocks(start, end, unmap=True)
         if fua:
@@ -309,22 +358,23 @@ class StreamedDisk:
         """Clear what is in the way of a change by a guest, then make it."""
 
         def attempt() -> LeafExtent | None:
-            if self._frozen:
-                raise OSError(errno.EPERM, self._frozen)
+            self.gate.check()
             obstacle = self._lookup.obstacle(offset, length)
             if obstacle is None:
                 change()
             return obstacle
 
-        if self._frozen:
-            await self._wait_thawed()
+        if self.gate.reason:
+            await self.gate.wait_for_change()
+        failure: Exception | None = None
         while (obstacle := await self._atomically(attempt)) is not None:
-            await self._clear(obstacle)
-
-    async def _wait_thawed(self) -> None:
-        """Hold a change back for as long as `freeze` says: it may yet be welcome."""
-        with trio.move_on_after(self._hold):
-            await self._thawed.wait()
+            if failure is not None:
+                raise failure
+            try:
+                await self._clear(obstacle)
+            except TROUBLE as error:
+                # Another write may have cleared the way meanwhile: look once more.
+                failure = error
 
     async def _clear(self, obstacle: LeafExtent) -> None:
         """Make DATA of (at least) one obstacle, contents unchanged."""
@@ -367,32 +417,20 @@ class StreamedDisk:
 
     # -- whose copy counts (migration) -------------------------------------------------
 
-    @property
-    def frozen(self) -> str:
-        """Why guests may not change anything now, or ""."""
-        return self._frozen
-
     async def freeze(self, reason: str, *, hold: float = 0.0) -> None:
         """Refuse all changes by guests from now on (EPERM), and make durable those that
         were completed. Raises OSError; it is frozen all the same.
 
-        Each change waits for ``hold`` seconds before: a `thaw` by then lets it happen.
+        Each change waits for ``hold`` seconds before: opening the gate by then lets it happen.
         """
-        self._frozen = reason
-        self._hold = hold
-        self._thawed = trio.Event()
+        self.gate.close(GateState.FROZEN, reason, hold=hold)
         await self.flush()
-
-    def thaw(self) -> None:
-        """Let guests change things again."""
-        self._frozen = ""
-        self._thawed.set()
 
     def stand_by(self) -> None:
         """The backing may still be written: keep nothing of it, rely on nothing that it told
-        before, and let nobody write here."""
-        self._frozen = "standing by: the disk is still in use elsewhere"
-        self._standing_by = True
+        before, and let no guest write here."""
+        reason = "standing by: the disk is still in use elsewhere"
+        self.gate.close(GateState.STANDING_BY, reason)
         self._lookup.trusting = False
 
     def activate(self) -> None:
@@ -400,9 +438,8 @@ class StreamedDisk:
         assert self.backing is not None and self._fetcher is not None
         self.backing.forget()
         self._fetcher.disown()
-        self._standing_by = False
         self._lookup.trusting = True
-        self.thaw()
+        self.gate.open()
 
     async def record_backing(self, backing: BackingReference) -> None:
         """Have the leaf know, durably, what it belongs to. Raises LeafError, OSError."""
@@ -411,43 +448,29 @@ class StreamedDisk:
     # -- making it local -------------------------------------------------------------
 
     async def cache(self, offset: int, length: int) -> None:
-        """See `Export.cache`. Raises OSError, BackingError."""
-        await self.populate(offset, length, Priority.PREFETCH)
+        """See `Export.cache`: a read-only leaf keeps nothing. Raises OSError, BackingError,
+        LeafError."""
+        if self._populator is not None:
+            await self.populate(offset, length, Priority.PREFETCH)
 
     async def populate(self, offset: int, length: int, priority: Priority) -> int:
-        """Make everything in a range allocated; returns how many bytes were not before.
+        """Make everything in a range allocated; see `Populator.populate`."""
+        return await self._population().populate(offset, length, priority)
 
-        Raises BackingError, and OSError where the leaf would not take the data (ENOSPC).
-        """
-        if self._standing_by:
-            raise OSError(errno.EPERM, self._frozen)
-        done = 0
-        while missing := await self._atomically(self._lookup.unallocated, offset, length):
-            fetches: list[Fetch] = []
-            for extent in missing:
-                if self._lookup.known_zero(extent):
-                    await self.fill_zero(extent.offset, extent.length)
-                else:
-                    fetches += self._start_fetch(extent, priority, store=True)
-            for fetch in fetches:
-                await fetch.wait()
-                if fetch.store_error is not None:
-                    raise fetch.store_error
-            done += sum(extent.length for extent in missing)
-        return done
+    async def next_unit(self, offset: int, end: int, priority: Priority) -> Unit | None:
+        """Begin to make the next piece of a range allocated; see `Populator.next_unit`."""
+        return await self._population().next_unit(offset, end, priority)
 
     async def fill_zero(self, offset: int, length: int) -> None:
-        """Mark as zero the unallocated whole blocks of a range that is a hole in the
-        backing. Raises OSError."""
-        start, end = self._lookup.whole_blocks(offset, length)
+        """Mark as zero what is a hole in the backing; see `Populator.fill_zero`."""
+        await self._population().fill_zero(offset, length)
 
-        def fill(at: int, size: int) -> None:
-            for extent in self._lookup.unallocated(at, size):
-                self.leaf.zero(extent.offset, extent.length, unmap=True)
-
-        for at in range(start, end, ZERO_PIECE):
-            await self._atomically(fill, at, min(ZERO_PIECE, end - at))
-            await trio.lowlevel.checkpoint()
+    def _population(self) -> Populator:
+        if self.gate.standing_by:
+            self.gate.check()
+        if self._populator is None:
+            raise OSError(errno.EROFS, "a read-only leaf keeps nothing")
+        return self._populator
 
     async def next_unallocated(self, offset: int) -> LeafExtent | None:
         """The first unallocated extent at or after ``offset`` (there may be more behind
@@ -464,7 +487,7 @@ class StreamedDisk:
     async def complete(self, *, keep_backing: bool) -> None:
         """Everything is allocated: make that durable and let go of the backing.
 
-        Raises OSError; ValueError if something is still unallocated.
+        Raises OSError, LeafError; ValueError if something is still unallocated.
         """
         if await self.next_unallocated(0) is not None:
             raise ValueError("the leaf still has unallocated clusters")
@@ -473,6 +496,7 @@ class StreamedDisk:
         else:
             await self._flusher.flush_then(self.leaf.drop_backing)
         self.backing = None
+        self.completed.set()
 
     # -- looking at it ---------------------------------------------------------------
 
@@ -526,3 +550,13 @@ class StreamedDisk:
             raise OSError(errno.EIO, "unallocated data, but no backing to fetch it from")
         store = store and not self.read_only
         return self._fetcher.start(extent.offset, extent.length, priority, store=store)
+
+
+def _pieces(offset: int, length: int, block_size: int = 1) -> Iterator[tuple[int, int]]:
+    """Cut a range into pieces of `COPY_PIECE` bytes or one block, ending where blocks end."""
+    end = offset + length
+    step = max(COPY_PIECE, block_size)
+    while offset < end:
+        stop = min(align_down(offset + step, block_size), end)
+        yield offset, stop - offset
+        offset = stop

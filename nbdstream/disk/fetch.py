@@ -19,15 +19,17 @@ how readahead learns that it is time to go on, at no cost to any hit.
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import nullcontext
 
 import trio
 
-from nbdstream.backing.base import Backing, Priority
+from nbdstream.backing.base import Backing, Grant, Priority
 from nbdstream.disk.buffers import Buffers
 from nbdstream.disk.zeroes import zero_runs
-from nbdstream.errors import BackingError, BackingGoneError
+from nbdstream.errors import TROUBLE, BackingError, BackingGoneError, NbdstreamError
 from nbdstream.extents import align_up
 from nbdstream.leaf.base import Leaf, State, joined
+from nbdstream.tasks import Report, start_contained
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,9 @@ class Fetch:
     """One read of the backing, under way or done.
 
     ``error``: the read failed; ``store_error``: it did not, but the leaf would not take
-    the data. Both are final once ``done`` is set. ``purpose``: why it was sent;
-    ``priority``: the most urgent reason so far; ``joined``: somebody else waits for it, too.
+    the data (it is full or damaged). Both are final once ``done`` is set. ``purpose``: why it
+    was sent; ``priority``: the most urgent reason so far; ``joined``: another reader waits for
+    it, too.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Fetch:
         self.wanted = trio.Event()
         self.done = trio.Event()
         self.error: BackingError | None = None
-        self.store_error: OSError | None = None
+        self.store_error: OSError | NbdstreamError | None = None
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether the fetched bytes include the range."""
@@ -86,12 +89,15 @@ class Fetcher:
         backing: Backing,
         nursery: trio.Nursery,
         settle: Callable[[Callable[[], None]], Awaitable[None]],
+        report: Report,
     ) -> None:
-        """``settle`` runs a plain call on the leaf until the leaf has what the call needs."""
+        """``settle`` runs a plain call on the leaf until the leaf has what the call needs;
+        ``report`` is told of fetches that failed in a way that nothing accounts for."""
         self._leaf = leaf
         self._backing = backing
         self._nursery = nursery
         self._settle = settle
+        self._report = report
         self._by_cluster: dict[int, Fetch] = {}
         self._buffers = Buffers()
         self.fetched_bytes = 0
@@ -115,12 +121,20 @@ class Fetcher:
         return self._by_cluster.get(offset // self._leaf.cluster_size)
 
     def start(
-        self, offset: int, length: int, priority: Priority, *, store: bool, park: bool = False
+        self,
+        offset: int,
+        length: int,
+        priority: Priority,
+        *,
+        store: bool,
+        park: bool = False,
+        grant: Grant | None = None,
     ) -> list[Fetch]:
         """Have every cluster that the range touches fetched; return the fetches to wait for.
 
-        ``store``: put the data into the leaf; ``park``: only when somebody else starts a
-        fetch of the same clusters, or after `PARK_TIME`.
+        ``store``: put the data into the leaf; ``park``: only when another reader starts a
+        fetch of the same clusters, or after `PARK_TIME`. ``grant``: the room for the first
+        fetch that has to be sent, in the hands of the fetch from then on.
         """
         size = self._leaf.cluster_size
         fetches: list[Fetch] = []
@@ -133,7 +147,10 @@ class Fetcher:
                 self._join(fetch, priority, store=store)
                 fetches.append(fetch)
         for first, last in _runs(missing, max(MAX_FETCH // size, 1)):
-            fetches.append(self._send(first, last, priority, store=store, park=park))
+            fetch = self._claim(first, last, priority, store=store, park=park)
+            self._send(fetch, grant)
+            grant = None
+            fetches.append(fetch)
         return fetches
 
     def disown(self) -> None:
@@ -148,8 +165,10 @@ class Fetcher:
             fetch.priority = priority
             self._backing.promote(fetch.offset, fetch.length)
 
-    def _send(self, first: int, last: int, priority: Priority, *, store: bool, park: bool) -> Fetch:
-        """Claim the clusters ``first`` to ``last`` and start to fetch what they lack."""
+    def _claim(
+        self, first: int, last: int, priority: Priority, *, store: bool, park: bool
+    ) -> Fetch:
+        """A fetch of the clusters ``first`` to ``last``, which others can join from now on."""
         size = self._leaf.cluster_size
         offset = first * size
         end = min((last + 1) * size, self._leaf.size)
@@ -157,15 +176,24 @@ class Fetcher:
         fetch = Fetch(offset, data, priority, store=store, park=park)
         for cluster in range(first, last + 1):
             self._by_cluster[cluster] = fetch
-        self._nursery.start_soon(self._run, fetch, range(first, last + 1))
         return fetch
 
-    async def _run(self, fetch: Fetch, clusters: range) -> None:
+    def _send(self, fetch: Fetch, grant: Grant | None) -> None:
+        name = f"fetch of {fetch.length} bytes at {fetch.offset}"
+        held = grant.take() if grant is not None else None
+        start_contained(self._nursery, name, self._report, self._run, fetch, held)
+
+    async def _run(self, fetch: Fetch, grant: Grant | None) -> None:
         # If anything but an answer ends this task (shutdown), those who wait must not
         # take the buffer's content for data.
         fetch.error = BackingGoneError("the disk was closed before the backing answered")
         try:
-            await self._backing.read(memoryview(fetch.data), fetch.offset, fetch.priority)
+            if grant is not None and grant.priority is not fetch.priority:
+                grant.give_back()  # a guest has joined before this task began: demand needs none
+                grant = None
+            with grant or nullcontext():
+                data = memoryview(fetch.data)
+                await self._backing.read(data, fetch.offset, fetch.priority, grant)
             fetch.error = None
             self.fetched_bytes += fetch.length
             if fetch.park:
@@ -175,16 +203,26 @@ class Fetcher:
                 await self._settle(lambda: self._store(fetch))
         except BackingError as error:
             fetch.error = error
-        except OSError as error:
+        except TROUBLE as error:
             fetch.store_error = error
             self.store_failures += 1
             log.warning("%s: cannot keep what was read: %s", self._leaf.path, error)
+        except Exception as error:
+            fetch.error = BackingError(f"internal error: {error!r}")
+            raise
         finally:
-            for cluster in clusters:
-                if self._by_cluster.get(cluster) is fetch:
-                    del self._by_cluster[cluster]
+            self._forget(fetch)
             self._retire(fetch)
             fetch.done.set()
+
+    def _forget(self, fetch: Fetch) -> None:
+        """Let nobody join it any more."""
+        size = self._leaf.cluster_size
+        for cluster in range(
+            fetch.offset // size, align_up(fetch.offset + fetch.length, size) // size
+        ):
+            if self._by_cluster.get(cluster) is fetch:
+                del self._by_cluster[cluster]
 
     def _retire(self, fetch: Fetch) -> None:
         """Use the buffer again, unless somebody may still look at it (whoever joined), or

@@ -26,11 +26,12 @@ from dataclasses import dataclass
 
 import trio
 
-from nbdstream.backing.base import Backing, Priority
+from nbdstream.backing.base import Backing, Grant, Priority
 from nbdstream.disk.fetch import Fetch, Fetcher
-from nbdstream.errors import BackingError
+from nbdstream.errors import TROUBLE
 from nbdstream.extents import align_down, align_up
 from nbdstream.leaf.base import ColdMetadata, Leaf, LeafExtent, State
+from nbdstream.tasks import Report, start_contained
 
 # Sequential readers that are told apart: files that a guest reads at a time.
 STREAMS = 8
@@ -86,14 +87,17 @@ class Readahead:
         fetcher: Fetcher,
         nursery: trio.Nursery,
         look: Look,
+        report: Report,
     ) -> None:
-        """``look(offset, length, limit)`` returns the first extents of the leaf in a range."""
+        """``look(offset, length, limit)`` returns the first extents of the leaf in a range;
+        ``report`` is told when readahead fails in a way that nothing accounts for."""
         self.bytes = 0
         self._leaf = leaf
         self._backing = backing
         self._fetcher = fetcher
         self._nursery = nursery
         self._look = look
+        self._report = report
         self._streams: list[_Stream] = []  # the last one used is the last
 
     # -- sequential reads --------------------------------------------------------------
@@ -136,7 +140,7 @@ class Readahead:
         stream.mark = max(middle, stream.sent)
         if not stream.sending and stream.sent < stream.ahead:
             stream.sending = True
-            self._nursery.start_soon(self._send, stream)
+            start_contained(self._nursery, "readahead", self._report, self._send, stream)
 
     def _largest_window(self) -> int:
         link = self._backing.statistics()
@@ -147,22 +151,30 @@ class Readahead:
         """Fetch up to ``ahead``, which may move on meanwhile, as there is room for it."""
         try:
             while not stream.dropped and await self._next_piece(stream) is not None:
-                room = await self._backing.wait_for_room(Priority.READAHEAD)
-                piece = await self._next_piece(stream)
-                if piece is None:
-                    break
-                start, end = piece
-                park = start == stream.mark
-                end = min(end, start + max(align_down(room, self._leaf.cluster_size), 1))
-                end = min(align_up(end, self._leaf.cluster_size), self._leaf.size)
-                self._fetcher.start(start, end - start, Priority.READAHEAD, store=True, park=park)
-                self.bytes += end - start
-                stream.sent = end
-        except (BackingError, OSError):
-            # Whoever reads there will meet the same error, and be told.
+                with await self._backing.wait_for_room(Priority.READAHEAD) as grant:
+                    piece = await self._next_piece(stream)
+                    if piece is not None:
+                        self._send_piece(stream, *piece, grant)
+        except TROUBLE:
+            # The guest's own read there will meet the same error, and report it.
             stream.ahead = stream.sent
         finally:
             stream.sending = False
+
+    def _send_piece(self, stream: _Stream, start: int, end: int, grant: Grant) -> None:
+        cluster = self._leaf.cluster_size
+        end = min(end, start + max(align_down(grant.length, cluster), 1))
+        end = min(align_up(end, cluster), self._leaf.size)
+        self._fetcher.start(
+            start,
+            end - start,
+            Priority.READAHEAD,
+            store=True,
+            park=start == stream.mark,
+            grant=grant,
+        )
+        self.bytes += end - start
+        stream.sent = end
 
     async def _next_piece(self, stream: _Stream) -> tuple[int, int] | None:
         """The next (start, end) to be fetched for a stream; the mark is a piece by itself.
@@ -205,8 +217,8 @@ class Readahead:
         end = min(align_up(extent.end, unit), self._leaf.size)
         try:
             remote = self._remote_clusters(start, end)
-        except ColdMetadata:
-            return extent
+        except (ColdMetadata, *TROUBLE):
+            return extent  # the surroundings are an extra, and not worth an error
         while first - cluster in remote:
             first -= cluster
         while last in remote:

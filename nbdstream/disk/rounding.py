@@ -15,7 +15,7 @@ import trio
 
 from nbdstream.backing.base import Priority
 from nbdstream.disk.disk import StreamedDisk
-from nbdstream.errors import BackingError
+from nbdstream.errors import NbdstreamError
 from nbdstream.extents import align_up
 
 log = logging.getLogger(__name__)
@@ -27,14 +27,14 @@ AT_ONCE = 16
 
 async def round_off(disk: StreamedDisk) -> None:
     """Fetch what clusters lack that are local in part, if the leaf's other users need that."""
-    if not disk.leaf.whole_clusters or disk.backing is None or disk.read_only or disk.frozen:
+    if not disk.leaf.whole_clusters or disk.backing is None or disk.read_only or disk.gate.reason:
         return
     done = False
     with trio.move_on_after(TIMEOUT):
         try:
             await _fetch_rests(disk)
             done = True
-        except* (BackingError, OSError) as group:
+        except* (NbdstreamError, OSError) as group:
             log.debug("%s: %s", disk.leaf.path, group.exceptions[0])
     if not done:
         log.warning(

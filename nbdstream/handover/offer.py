@@ -52,8 +52,8 @@ class Offering:
         """Offer the disk's content at HOST:PORT or unix:PATH, as a new generation."""
         if self._seal is not None:
             raise GenericError(f"the disk is offered already, as {self._seal.export}")
-        if self._disk.frozen:
-            raise GenericError(f"not the disk's canonical copy: {self._disk.frozen}")
+        if self._disk.gate.reason:
+            raise GenericError(f"not the disk's canonical copy: {self._disk.gate.reason}")
         generation = new_generation()
         address = parse_address(listen_at)
         listeners = listen(listen_at)
@@ -85,7 +85,7 @@ class Offering:
             await self._disk.freeze(seal.reason, hold=HOLD)
             await trio.to_thread.run_sync(write_seal, self._disk.leaf.path, seal)
         except OSError:
-            self._disk.thaw()
+            self._disk.gate.open()
             raise
         return {"generation": generation, "size": self._disk.size}
 
@@ -95,7 +95,7 @@ class Offering:
         self._check(generation)
         await self._stop()
         await trio.to_thread.run_sync(remove_seal, self._disk.leaf.path)
-        self._disk.thaw()
+        self._disk.gate.open()
 
     def _check(self, generation: str) -> Seal:
         if self._seal is None or self._seal.generation != generation:

@@ -72,7 +72,7 @@ class Deadline:
         self._job = job
         self._due: float | None = None
         self._running_since: float | None = None
-        self._changed = trio.Event()
+        self._changed = trio.lowlevel.ParkingLot()
 
     @property
     def left(self) -> float | None:
@@ -84,18 +84,17 @@ class Deadline:
         self._due = None if seconds is None else trio.current_time() + seconds
         self.needed = self.late = 0.0
         self.look()
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.unpark_all()
 
     async def run(self) -> None:
         """A task that runs as long as the job may."""
         while True:
             if self._due is None:
                 self._running_since = None
-                await self._changed.wait()
+                await self._changed.park()
             self.look()
             with trio.move_on_after(INTERVAL):
-                await self._changed.wait()
+                await self._changed.park()
 
     def look(self) -> None:
         """Make the pace fit what remains, and see whether it can be kept."""

@@ -9,9 +9,9 @@ fetched, in units that the backing's window grants. What is fetched first can be
 changed (``prefetch``); how much is under way at a time is the window's business, in
 ``nbdstream.backing``.
 
-The job ends by completing, by being cancelled, and by nothing else: a full disk pauses
-it until somebody resumes it, and a lost backing makes it wait. States, error reports
-and events are those of QEMU's jobs (qapi/job.json, qapi/block-core.json).
+The job ends by completing, by being cancelled, and by nothing else: a full disk, damaged
+metadata or a bug pauses it until it is resumed, and a lost backing makes it wait. States,
+error reports and events are those of QEMU's jobs (qapi/job.json, qapi/block-core.json).
 """
 
 import enum
@@ -23,11 +23,12 @@ from typing import TypeVar
 import trio
 
 from nbdstream.backing.base import Backing, Priority
-from nbdstream.disk import StreamedDisk
-from nbdstream.errors import BackingError, BackingMismatchError
+from nbdstream.disk import StreamedDisk, Unit
+from nbdstream.errors import TROUBLE, BackingError, BackingMismatchError, LeafError
 from nbdstream.extents import align_down, align_up
 from nbdstream.streamer.deadline import Deadline
 from nbdstream.streamer.progress import Progress
+from nbdstream.tasks import log_failure, sole_error
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class StreamJob:
         self.deadline = Deadline(self)
         self._progress = Progress(disk.size, 0.0)
         self._listeners: list[EventListener] = []
-        self._wake = trio.Event()
+        self._changed = trio.lowlevel.ParkingLot()
         self._scope: trio.CancelScope | None = None
 
     # -- steering (plain calls, any time) ----------------------------------------------
@@ -199,11 +200,24 @@ class StreamJob:
             if backing is None:
                 break
             with trio.CancelScope() as self._scope:
-                await self._stream_all(backing)
-                await self._finish()
+                while not await self._attempt(backing):
+                    await self._until(JobStatus.RUNNING)
             self._scope = None
             if self._status is JobStatus.ABORTING:
                 self._conclude("BLOCK_JOB_CANCELLED")
+
+    async def _attempt(self, backing: Backing) -> bool:
+        """Do all of the work; False if a bug ended it: the job is paused then."""
+        failure: Exception | None = None
+        try:
+            await self._stream_all(backing)
+            await self._finish()
+        except* Exception as group:
+            failure = sole_error(group)
+        if failure is not None:
+            log_failure(f"job {self.id}", failure)
+            self._stop("failed", "read", failure)
+        return failure is None
 
     async def _stream_all(self, backing: Backing) -> None:
         self._progress = Progress(self._disk.size, trio.current_time())
@@ -211,7 +225,7 @@ class StreamJob:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._scout, backing, send)
             async for offset, length in receive:
-                await self._pull(backing, nursery, offset, length)
+                await self._pull(nursery, offset, offset + length)
 
     async def _scout(
         self, backing: Backing, ranges: trio.MemorySendChannel[tuple[int, int]]
@@ -219,7 +233,8 @@ class StreamJob:
         """Look up what is unallocated and what of that is a hole; hand on the rest."""
         async with ranges:
             offset = 0
-            while (extent := await self._disk.next_unallocated(offset)) is not None:
+            look = self._disk.next_unallocated
+            while (extent := await self._patiently(look, offset)) is not None:
                 self._progress.saw(extent.offset - offset, data=False)
                 offset = extent.offset
                 while offset < extent.end:
@@ -261,45 +276,50 @@ class StreamJob:
             await ranges.send((start, offset - start))
         return offset
 
-    async def _pull(
-        self, backing: Backing, nursery: trio.Nursery, offset: int, length: int
-    ) -> None:
+    async def _pull(self, nursery: trio.Nursery, offset: int, end: int) -> None:
         """Have a range of data fetched, unit by unit, as fast as the window lets us."""
-        cluster = self._disk.leaf.cluster_size
-        end = offset + length
-        while offset < end:
+        next_unit = self._disk.next_unit
+        await self._until(JobStatus.RUNNING)
+        while unit := await self._patiently(next_unit, offset, end, Priority.STREAM):
+            self._progress.passed(unit.offset - offset)
+            nursery.start_soon(self._settle, unit)
+            offset = unit.end
             await self._until(JobStatus.RUNNING)
-            room = await backing.wait_for_room(Priority.STREAM)
-            # Units end where clusters end, so that no two of them share one.
-            limit = max(align_down(offset + room, cluster), align_down(offset, cluster) + cluster)
-            unit = min(limit, end) - offset
-            nursery.start_soon(self._fetch, offset, unit)
-            offset += unit
+        self._progress.passed(end - offset)
 
-    async def _fetch(self, offset: int, length: int) -> None:
-        await self._patiently(self._disk.populate, offset, length, Priority.STREAM)
-        self._progress.got(length, trio.current_time())
+    async def _settle(self, unit: Unit) -> None:
+        """Wait until a unit is local; one that failed is fetched again."""
+        try:
+            await unit.wait()
+        except TROUBLE as error:
+            await self._after(error)
+            populate = self._disk.populate
+            await self._patiently(populate, unit.offset, unit.length, Priority.STREAM)
+        self._retrying = False
+        self._progress.got(unit.length, trio.current_time())
 
     async def _patiently(self, work: Callable[..., Awaitable[T]], *args: object) -> T:
         """Do a piece of work until it succeeds, through lost backings and full disks."""
         while True:
             try:
-                result = await work(*args)
-            except BackingMismatchError as error:
-                self._stop("failed", "read", error)
-            except BackingError as error:
-                # It has waited for the backing timeout already; the job waits on.
-                if not self._retrying:  # once for all units and attempts of an outage
-                    log.warning("job %s: %s; retrying", self.id, error)
-                self._retrying = True
-                await trio.sleep(RETRY_INTERVAL)
-            except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                self._stop("nospace" if full else "failed", "write", error)
-            else:
-                self._retrying = False
-                return result
-            await self._until(JobStatus.RUNNING)
+                return await work(*args)
+            except TROUBLE as error:
+                await self._after(error)
+
+    async def _after(self, error: Exception) -> None:
+        """Return when it makes sense to try again what failed with this error."""
+        if isinstance(error, BackingError) and not isinstance(error, BackingMismatchError):
+            # It has waited for the backing timeout already; the job waits on.
+            if not self._retrying:  # once for all units and attempts of an outage
+                log.warning("job %s: %s; retrying", self.id, error)
+            self._retrying = True
+            await trio.sleep(RETRY_INTERVAL)
+        elif isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self._stop("nospace" if full else "failed", "write", error)
+        else:
+            self._stop("failed", "write" if isinstance(error, LeafError) else "read", error)
+        await self._until(JobStatus.RUNNING)
 
     async def _finish(self) -> None:
         """Everything has been fetched: end the job, and the leaf's need of a backing."""
@@ -308,7 +328,7 @@ class StreamJob:
         self._enter(JobStatus.PENDING)
         try:
             await self._disk.complete(keep_backing=self._keep_backing)
-        except OSError as error:
+        except (*TROUBLE, ValueError) as error:
             self.io_status, self.error = "failed", str(error)
             log.error("job %s: cannot complete: %s", self.id, error)  # noqa: TRY400
         else:
@@ -319,12 +339,11 @@ class StreamJob:
 
     def _enter(self, status: JobStatus) -> None:
         self._status = status
-        self._wake.set()
-        self._wake = trio.Event()
+        self._changed.unpark_all()
         self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": status.value})
 
     def _stop(self, io_status: str, operation: str, error: Exception) -> None:
-        """Pause for an error that only somebody else can mend."""
+        """Pause for an error that only an operator can mend."""
         if self._status is not JobStatus.RUNNING:
             return  # another unit has met the same error before
         self.io_status, self.error = io_status, str(error)
@@ -352,4 +371,4 @@ class StreamJob:
 
     async def _until(self, *states: JobStatus) -> None:
         while self._status not in states:
-            await self._wake.wait()
+            await self._changed.park()

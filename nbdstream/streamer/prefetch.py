@@ -16,10 +16,9 @@ from collections.abc import Iterable, Iterator
 import trio
 
 from nbdstream.backing.base import Priority
-from nbdstream.disk import StreamedDisk
-from nbdstream.errors import BackingError, BackingMismatchError
-from nbdstream.extents import align_down
-from nbdstream.leaf.base import BackingReference, State
+from nbdstream.disk import StreamedDisk, Unit
+from nbdstream.errors import TROUBLE, BackingError, BackingMismatchError
+from nbdstream.leaf.base import BackingReference
 from nbdstream.streamer.profile import Profile, Range
 
 log = logging.getLogger(__name__)
@@ -58,37 +57,37 @@ class Prefetcher:
 
     async def _send(self, nursery: trio.Nursery, offset: int, end: int) -> None:
         """Have fetched what a range lacks, as there is room for it."""
-        cluster = self._disk.leaf.cluster_size
-        while offset < end:
-            extent = (await self._disk.leaf_extents(offset, end - offset, 1))[0]
-            backing = self._disk.backing
-            stop = extent.end
-            if extent.state is State.UNALLOCATED and backing is not None:
-                room = await backing.wait_for_room(Priority.PREFETCH)
-                # Pieces end where clusters end, so that no two of them share one.
-                limit = align_down(offset + room, cluster)
-                stop = min(max(limit, align_down(offset, cluster) + cluster), end)
-                nursery.start_soon(self._populate, offset, stop - offset)
-            else:
-                self.done += stop - offset
-            offset = stop
+        try:
+            while unit := await self._disk.next_unit(offset, end, Priority.PREFETCH):
+                self.done += unit.offset - offset
+                nursery.start_soon(self._settle, unit)
+                offset = unit.end
+        except TROUBLE as error:
+            self._give_up(error)
+        self.done += end - offset
 
-    async def _populate(self, offset: int, length: int) -> None:
-        """Make a piece local, through lost backings; other trouble ends all prefetching."""
+    async def _settle(self, unit: Unit) -> None:
+        """Wait until a piece is local, through lost backings; other trouble ends all
+        prefetching."""
+        work = unit.wait()
         while True:
             try:
-                await self._disk.populate(offset, length, Priority.PREFETCH)
+                await work
             except BackingMismatchError as error:
                 self._give_up(error)
             except BackingError as error:
                 # It has waited for the backing timeout already.
                 log.info("prefetch: %s; retrying", error)
                 await trio.sleep(RETRY_INTERVAL)
+                work = self._again(unit)
                 continue
-            except OSError as error:
+            except TROUBLE as error:
                 self._give_up(error)
-            self.done += length
+            self.done += unit.length
             return
+
+    async def _again(self, unit: Unit) -> None:
+        await self._disk.populate(unit.offset, unit.length, Priority.PREFETCH)
 
     def _give_up(self, error: Exception) -> None:
         if not self._scope.cancel_called:

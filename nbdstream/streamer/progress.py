@@ -55,6 +55,11 @@ class Progress:
         while now - self._samples[0][0] > RATE_SPAN_MOST and len(self._samples) > 2:
             self._samples.popleft()
 
+    def passed(self, length: int) -> None:
+        """``length`` bytes of what was seen as data were local when their turn came."""
+        self.data -= length
+        self.settled += length
+
     def resumed(self, now: float) -> None:
         """After a pause, during which nothing was meant to come: it says nothing of the rate."""
         self._samples = deque([(now, self.fetched)])
