@@ -20,7 +20,8 @@ LINES_MOST = 400
 # The product's floors, lowest first. A room is a folder of nbdstream/ or a module of its
 # top level. Rooms of one floor do not import each other.
 FLOORS = (
-    {"errors", "extents", "tasks"},
+    {"errors", "extents"},
+    {"tasks", "health"},
     {"units", "export", "qmp"},
     {"net"},
     {"leaf", "backing", "server", "guest"},
@@ -46,6 +47,7 @@ OVER_LONG = {
     "tests.test_backing_nbd",
     "tests.test_control_cli",
     "tests.test_control_commands",
+    "tests.test_control_server",
     "tests.test_disk_races",
     "tests.test_leaf_qcow2_qemu",
     "tests.test_leaf_qed",

@@ -212,7 +212,7 @@ async def test_a_disk_of_odd_size_is_handed_over(
             agreed = {"generation": offer["generation"], "size": offer["size"]}
             with nbdstream_serve(there, offer["uri"], "--standby") as destination:
                 await ask(destination, "x-nbdstream-activate", check=True, **agreed)
-                assert not (await ask(destination, "x-nbdstream-stats"))["canonical"]
+                assert not (await ask(destination, "x-nbdstream-stats"))["owner"]
                 await ask(source, "x-nbdstream-seal", generation=offer["generation"])
                 await ask(destination, "x-nbdstream-activate", **agreed)
                 await wait_local(destination)
