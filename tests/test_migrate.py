@@ -17,7 +17,7 @@ from nbdstream.handover.generation import export_name, generation_of, new_genera
 from nbdstream.handover.seal import Seal, read_seal, remove_seal, stamp_of, write_seal
 from nbdstream.migrate.memory import default_settings
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
-from nbdstream.migrate.switchover import PHASE_WORDS, Phase, Undo, canonical, undo
+from nbdstream.migrate.switchover import PHASE_WORDS, Phase, There, Undo, canonical, undo, why_kept
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import GenericError
 from nbdstream.server.server import STOP_TIMEOUT
@@ -112,6 +112,21 @@ def test_the_source_may_run_again_as_long_as_the_destination_was_not_told_to() -
             # QEMU takes no settings while it migrates, and the guest has waited enough.
             assert steps.index(Undo.RESUME_SOURCE) < steps.index(Undo.RESTORE_SETTINGS)
         assert steps[-1] is Undo.DISCARD
+
+
+@pytest.mark.parametrize("postcopy", [False, True])
+@pytest.mark.parametrize("there", There)
+@pytest.mark.parametrize("here", ["", "device", "failed", "completed", "postcopy-active"])
+def test_a_copy_that_may_be_the_only_complete_one_is_kept(
+    here: str, there: There, postcopy: bool
+) -> None:
+    kept = bool(why_kept(here, there, postcopy=postcopy))
+    if there is There.RUNNING or here == "postcopy-active":
+        assert kept
+    elif here:
+        assert not kept  # the source has the guest, and can go on
+    else:
+        assert kept == (postcopy or there in (There.COMPLETE, There.SILENT))
 
 
 def test_what_nobody_asked_for_is_not_set_back() -> None:

@@ -15,15 +15,15 @@ import trio
 from nbdstream.errors import BackingError
 from nbdstream.guest.disks import Disk
 from nbdstream.handover.seal import read_seal
-from nbdstream.migrate import memory
+from nbdstream.migrate import memory, monitor
 from nbdstream.migrate import run as run_module
-from nbdstream.migrate.destination import Spawned, nbdstream_command
+from nbdstream.migrate.destination import Spawned, nbdstream_command, qemu_command
 from nbdstream.migrate.memory import Settings
 from nbdstream.migrate.plan import DiskPlan, MigrationError
 from nbdstream.migrate.recover import take_back
 from nbdstream.migrate.run import Migration
 from nbdstream.migrate.switchover import Phase
-from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.client import EventQueue, QMPClient
 from nbdstream.qmp.protocol import JSONObject, QMPConnectionError
 from nbdstream.service import describe_backing
 from testbed.link.control import link_process
@@ -308,6 +308,71 @@ async def test_what_was_told_to_run_is_not_taken_back(
         seen = await wait_acknowledged(ends, seen + 3)
         await wait_local(plan.disks[0])
     await finish(ends, plan.disks[0].leaf, seen)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known-to-be-dead", "out-of-reach"])
+async def test_the_source_dies_when_it_has_handed_everything_over(
+    ends: Ends, remote: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """The guest is at the destination alone then. It goes on there; or, where the tool cannot
+    know that the source's QEMU is dead, it stays there until its user says so."""
+    hand_over = memory.Memory.hand_over
+
+    async def then_die(self: memory.Memory, events: EventQueue) -> None:
+        await hand_over(self, events)
+        await guest.guest.kill()
+        raise QMPConnectionError("the QMP connection was lost")
+
+    monkeypatch.setattr(memory.Memory, "hand_over", then_die)
+    if not known:
+        monkeypatch.setattr(monitor, "_stat", lambda _pid: ("S", "0", "ssh"))
+    with nbdstream_serve(tmp_path / "here.qcow2", remote.uri) as server:
+        plan = ends.plan(ends.disk("qcow2", control=str(server.control)))
+        async with arrangement.source(ends, Disk.nbd(server.uri)) as guest:
+            if known:
+                await Migration(plan).run()
+            else:
+                with pytest.raises(MigrationError, match="has all of the guest"):
+                    await Migration(plan).run()
+                async with QMPClient.connect(plan.destination_qmp) as qmp:
+                    assert (await qmp.execute("query-status"))["status"] == "paused"
+                    await qmp.execute("cont")
+                await wait_local(plan.disks[0])
+            seen = last_acknowledged(guest.console.transcript)
+            assert not (await ask(server.control, "x-nbdstream-stats"))["owner"]
+    await finish(ends, plan.disks[0].leaf, seen)
+
+
+async def test_a_destination_that_was_not_told_to_wait(ends: Ends, busybox_disk: Path) -> None:
+    """Started without -S, it would run its guest as soon as it has it, though the migration
+    is being taken back."""
+    plan = ends.plan(ends.disk("qcow2", node="disk0"))
+    command = [part for part in qemu_command(plan) if part != "-S"]
+    plan = replace(plan, command=())
+    scope = trio.CancelScope()
+    servers: list[Spawned] = []
+
+    def watch(phase: Phase, facts: JSONObject) -> None:
+        if phase is Phase.HANDING:
+            scope.cancel()
+
+    async def start() -> None:
+        while not Path(plan.disks[0].socket).exists():  # noqa: ASYNC110, ASYNC240
+            await trio.sleep(0.01)
+        servers.append(Spawned(command, Path(ends.path("there.log"))))
+
+    async with arrangement.source(ends, Disk.file(busybox_disk)) as guest:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(start)
+            with scope:
+                await Migration(plan, watch).run()
+        assert scope.cancelled_caught
+        assert (await guest.guest.qmp.execute("query-status"))["running"]
+        with pytest.raises(QMPConnectionError):
+            async with QMPClient.connect(plan.destination_qmp):
+                pass
+        assert last_acknowledged(Path(ends.path("there.console")).read_text()) == 0  # noqa: ASYNC240
+        await servers[0].end()
 
 
 async def test_the_destinations_server_is_killed_once_the_guest_is_there(

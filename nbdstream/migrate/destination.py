@@ -19,6 +19,7 @@ from nbdstream.guest.disks import Disk
 from nbdstream.leaf import MAP_SUFFIX
 from nbdstream.migrate.plan import DiskPlan, MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer
+from nbdstream.migrate.switchover import There
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import JSONObject, QMPError
 
@@ -183,6 +184,43 @@ async def start_qemu(plan: MigrationPlan) -> Spawned | None:
             await trio.sleep(_POLL)
         return None
     raise MigrationError(f"no QEMU at the destination listens at {plan.destination_qmp}")
+
+
+async def state_of(destination: QMPClient) -> There:
+    """How far the destination's QEMU is with taking the guest over. Raises QMPError."""
+    status = await destination.execute("query-status")
+    if status["running"]:
+        return There.RUNNING
+    if status["status"] == "inmigrate":
+        return There.WAITING
+    migration = await destination.execute("query-migrate")
+    return There.COMPLETE if migration.get("status") == "completed" else There.WAITING
+
+
+async def look_there(path: str) -> There:
+    """`state_of` the QEMU whose QMP socket this is, if it answers."""
+    try:
+        with trio.move_on_after(QUIT_SECONDS):
+            async with QMPClient.connect(path) as qmp:
+                return await state_of(qmp)
+    except QMPError as error:
+        if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
+            return There.GONE
+    return There.SILENT
+
+
+async def expect_waiting(destination: QMPClient) -> None:
+    """Make sure that the destination's QEMU waits for the guest, and will not run it by itself
+    when it has it (as after ``-S``, whether or not it was started so).
+
+    Raises:
+        MigrationError: it does something else.
+    """
+    # While it waits, this only says that the guest shall not be started at the end.
+    await destination.execute("stop")
+    status = (await destination.execute("query-status"))["status"]
+    if status != "inmigrate":
+        raise MigrationError(f"the destination's QEMU waits for no migration but is {status}")
 
 
 async def quit_qemu(path: str, process: Spawned | None) -> None:

@@ -31,8 +31,6 @@ YANK_SECONDS = 5.0
 FAILED = ("failed", "cancelled", "cancelling")
 # The states of a migration that can still be cancelled.
 CANCELLABLE = ("setup", "active", "pre-switchover", "device")
-# The guest is in two pieces: neither end can go back.
-SPLIT = ("postcopy-active", "postcopy-paused", "postcopy-recover")
 # What `Memory.start` may set, and what QEMU has where nobody set anything.
 CAPABILITIES = ("return-path", "events", "postcopy-ram", "pause-before-switchover")
 DEFAULT_PARAMETERS = {"max-bandwidth": 128 << 20, "downtime-limit": 300}

@@ -15,10 +15,11 @@ from nbdstream.handover.generation import STANDBY, generation_of
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference
 from nbdstream.migrate.destination import delete_leaf, quit_qemu
-from nbdstream.migrate.memory import SPLIT, cancel, default_settings, resume, settled_status
+from nbdstream.migrate.memory import cancel, default_settings, resume, settled_status
 from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import DiskPlan, MigrationError, MigrationPlan
 from nbdstream.migrate.sources import QemuServer, make_sources
+from nbdstream.migrate.switchover import SPLIT
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import QMPError
 

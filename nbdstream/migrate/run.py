@@ -18,17 +18,20 @@ from nbdstream.errors import NbdstreamError
 from nbdstream.migrate.destination import (
     DestinationDisk,
     Spawned,
+    expect_waiting,
+    look_there,
     quit_qemu,
     start_qemu,
+    state_of,
 )
-from nbdstream.migrate.memory import SPLIT, Memory, Settings, cancel, resume, settled_status
+from nbdstream.migrate.memory import Memory, Settings, cancel, resume, settled_status
 from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer, QemuServer, make_sources, nbd_uri
-from nbdstream.migrate.switchover import Phase, Undo, canonical, undo
+from nbdstream.migrate.switchover import Phase, There, Undo, canonical, undo, why_kept
 from nbdstream.net.address import NbdUri
-from nbdstream.qmp.client import QMPClient
-from nbdstream.qmp.protocol import JSONObject, QMPError
+from nbdstream.qmp.client import EventQueue, QMPClient
+from nbdstream.qmp.protocol import JSONObject, QMPConnectionError, QMPError
 from nbdstream.tasks import open_background_nursery
 
 log = logging.getLogger(__name__)
@@ -155,9 +158,7 @@ class Migration:
         destination = await connections.enter_async_context(
             QMPClient.connect(self.plan.destination_qmp)
         )
-        status = (await destination.execute("query-status"))["status"]
-        if status != "inmigrate":
-            raise MigrationError(f"the destination's QEMU waits for no migration but is {status}")
+        await expect_waiting(destination)
         return destination
 
     async def _move(self, source: QMPClient, destination: QMPClient) -> None:
@@ -177,12 +178,12 @@ class Migration:
                 stopped -= paused.timestamp - (await stops.wait("STOP")).timestamp
             self._enter(Phase.STOPPED)
             with trio.move_on_after(SWITCH_SECONDS) as limit:
-                await self._switch_disks()
+                await self._switch_disks(destination)
             if limit.cancelled_caught:
                 raise MigrationError(f"the disks did not change hands in {SWITCH_SECONDS:g} s")
             self._enter(Phase.HANDING)
-            await memory.hand_over(events)
-            if self._cancelled and not self.plan.postcopy_ram:
+            source_is_gone = await self._hand_over(memory, events, destination)
+            if self._cancelled and not (self.plan.postcopy_ram or source_is_gone):
                 self._work.cancel()
                 await trio.lowlevel.checkpoint()
             self._enter(Phase.TOLD)
@@ -194,13 +195,16 @@ class Migration:
             self.summary.downtime = now - stopped
             self._enter(Phase.RUNNING)
             await self._mark()
+            if source_is_gone:
+                return
             await memory.wait_completed(events)
         ram = (await source.execute("query-migrate")).get("ram", {})
         self.summary.memory_bytes = ram.get("transferred", 0)
 
-    async def _switch_disks(self) -> None:
+    async def _switch_disks(self, destination: QMPClient) -> None:
         """The guest stands still: have the right to write change hands."""
         self._enter(Phase.SEALING)
+        await expect_waiting(destination)
         for source in self._sources:
             await source.seal()
         self._enter(Phase.ACTIVATING)
@@ -209,6 +213,28 @@ class Migration:
         async with trio.open_nursery() as nursery:
             for disk, offer in zip(self.disks, self._offers, strict=True):
                 nursery.start_soon(disk.activate, offer)
+
+    async def _hand_over(self, memory: Memory, events: EventQueue, destination: QMPClient) -> bool:
+        """Have the rest of the guest go over. Returns whether the source's QEMU has died after
+        that: the guest is complete at the destination alone then, and goes on there."""
+        try:
+            await memory.hand_over(events)
+        except QMPConnectionError:
+            if self.plan.postcopy_ram or not await self._monitor.has_ended():
+                raise
+            if not await self._is_complete(destination):
+                raise
+            log.warning("the source's QEMU has died after it had handed the guest over")
+            return True
+        return False
+
+    async def _is_complete(self, destination: QMPClient) -> bool:
+        """Whether the destination has all of the guest; it may still be reading the rest."""
+        with trio.move_on_after(START_SECONDS):
+            while (there := await state_of(destination)) is There.WAITING:  # noqa: ASYNC110
+                await trio.sleep(POLL_SECONDS)
+            return there in (There.COMPLETE, There.RUNNING)
+        return False
 
     async def _start_there(self, destination: QMPClient) -> None:
         """Have the guest go on. After a failure it is unknown whether it does."""
@@ -261,9 +287,9 @@ class Migration:
         steps = undo(self.phase)
         if not steps:
             return []
-        if self.phase is Phase.HANDING and self.plan.postcopy_ram and await self._is_split():
+        if self.phase is Phase.HANDING and (reason := await self._why_kept()):
             self.phase = Phase.TOLD
-            return ["by post-copy its memory may be there only: continue the guest there"]
+            return [reason]
         troubles: list[str] = []
         for step in steps:
             try:
@@ -273,12 +299,14 @@ class Migration:
                 troubles.append(f"could not {step.value}: {error or 'no answer'}")
         return troubles
 
-    async def _is_split(self) -> bool:
-        """Whether post-copy has begun, as far as anybody can tell."""
+    async def _why_kept(self) -> str:
+        """Why this may not be taken back after all, from what both QEMUs say now, or ""."""
+        here = ""
         with suppress(QMPError), trio.move_on_after(UNDO_SECONDS):
             async with self._monitor.session() as source:
-                return await settled_status(source) in SPLIT
-        return True
+                here = await settled_status(source)
+        there = await look_there(self.plan.destination_qmp)
+        return why_kept(here, there, postcopy=self.plan.postcopy_ram)
 
     async def _undo(self, step: Undo) -> None:
         match step:

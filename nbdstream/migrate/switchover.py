@@ -35,6 +35,21 @@ class Undo(enum.Enum):
     DISCARD = "delete what was made at the destination"
 
 
+class There(enum.Enum):
+    """What the destination's QEMU is found to be, when the outcome of `Phase.HANDING` is not
+    known."""
+
+    GONE = "it is not there"
+    SILENT = "it does not answer"
+    WAITING = "it waits for the rest of the guest"
+    COMPLETE = "it has all of the guest, and does not run it"
+    RUNNING = "it runs the guest"
+
+
+# Statuses of QEMU's migration: the guest is in two pieces, and neither end can go back.
+SPLIT = ("postcopy-active", "postcopy-paused", "postcopy-recover")
+
+
 PHASE_WORDS = {
     Phase.PREPARING: "preparing the destination",
     Phase.MEMORY: "copying memory",
@@ -51,6 +66,34 @@ PHASE_WORDS = {
 def canonical(phase: Phase) -> str:
     """Whose copy of the disks counts: "source" or "destination"."""
     return "destination" if phase >= Phase.TOLD else "source"
+
+
+def why_kept(here: str, there: There, *, postcopy: bool) -> str:
+    """Why a migration that failed in `Phase.HANDING` may not be taken back; "" if it may.
+
+    The destination may then have the only complete copy of the guest, which nothing but its
+    user may end.
+
+    Args:
+        here: query-migrate's status at the source, "" if that QEMU does not answer.
+        there: what the destination's QEMU is.
+        postcopy: whether memory was to go by post-copy.
+    """
+    if there is There.RUNNING:
+        return "the guest runs at the destination already"
+    if here in SPLIT or (postcopy and not here):
+        return "by post-copy its memory may be there only: continue the guest there"
+    if here or there in (There.WAITING, There.GONE):
+        return ""
+    if there is There.COMPLETE:
+        return (
+            "the destination has all of the guest, and the source's QEMU does not answer: "
+            "once that has ended, continue the guest at the destination (QMP 'cont')"
+        )
+    return (
+        "neither QEMU answers, so nothing was ended: the guest is paused at one of them, or at "
+        "both; continue it at one of them, and end the other one before"
+    )
 
 
 def undo(phase: Phase) -> tuple[Undo, ...]:

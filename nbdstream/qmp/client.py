@@ -16,6 +16,8 @@ When the connection goes, everyone who waits gets ``QMPConnectionError`` (or the
 """
 
 import logging
+import socket
+import struct
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -155,6 +157,20 @@ class QMPClient:
                 yield client
             finally:
                 client._end(QMPConnectionError("the QMP connection was closed here"))
+
+    @property
+    def peer_pid(self) -> int:
+        """The process that listens on the unix socket (unix(7), SO_PEERCRED), as this one's
+        namespace numbers it; 0 where that is not known."""
+        if not isinstance(self._stream, trio.SocketStream):
+            return 0
+        size = struct.calcsize("3i")
+        try:
+            found = self._stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        except OSError:
+            return 0
+        pid: int = struct.unpack("3i", found)[0]
+        return pid
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, oob: bool = False
