@@ -56,7 +56,7 @@ def feed(transmission: Transmission, data: bytes) -> bytes:
         hungry = transmission.process()
         replies = transmission.take_replies()
         sent += bytes(replies)
-        if not hungry and not replies:
+        if not hungry and (transmission.saturated or transmission.disconnected):
             return sent
         if hungry:
             if not view:

@@ -13,9 +13,9 @@ from fuzz.target import Target
 from nbdstream.errors import NbdstreamError
 from nbdstream.export import StatusExtent
 from nbdstream.server.constants import CHUNK, CHUNK_DONE, SIMPLE_REPLY, Error
-from nbdstream.server.contexts import CONTEXTS, list_matches, set_matches
+from nbdstream.server.contexts import CONTEXTS, Descriptors, list_matches, set_matches
 from nbdstream.server.handshake import Agreement
-from nbdstream.server.replies import block_status, failure, read_data, refusal_of
+from nbdstream.server.replies import MAX_DESCRIPTORS, block_status, failure, read_data, refusal_of
 from nbdstream.server.requests import Request, is_change, refusal
 
 
@@ -80,7 +80,12 @@ def _status(source: Source, request: Request) -> bytes:
             StatusExtent(offset, length, bool(bits & 1), bool(bits & 2), bool(bits & 4), bits % 3)
         )
         offset += length
-    reply = block_status(request, CONTEXTS, extents)
+    found = [Descriptors(context, MAX_DESCRIPTORS) for context in CONTEXTS]
+    half = len(extents) // 2
+    for descriptors in found:
+        descriptors.add(extents[:half])
+        descriptors.add(extents[half:])
+    reply = b"".join(block_status(request, found))
     at = 0
     for context in CONTEXTS:
         length = CHUNK.unpack_from(reply, at)[4]

@@ -15,6 +15,7 @@ from fuzz.export import PatternExport, finished
 from fuzz.patches import Loud, patched
 from fuzz.source import Source
 from fuzz.target import Target
+from nbdstream.server import execute as execute_module
 from nbdstream.server import replies, requests, transmission
 from nbdstream.server.constants import (
     CHUNK,
@@ -112,6 +113,8 @@ def run(data: bytes) -> object:
     with (
         patched(transmission, **LIMITS),
         patched(requests, MAX_PAYLOAD=PAYLOAD),
+        # Nothing here runs under trio, so no request may take several turns.
+        patched(execute_module, _EXTENTS_AT_ONCE=replies.MAX_DESCRIPTORS),
         patched(replies, logger=Loud()),
     ):
         return _run(Source(data))

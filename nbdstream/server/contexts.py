@@ -5,14 +5,12 @@ A context is a name and a function from what the disk reports (`StatusExtent`) t
 32 bits of flags that go on the wire. Its place in `CONTEXTS`, from 1, is its ID.
 """
 
+import struct
 from collections.abc import Callable, Iterable, Sequence
-from struct import Struct
 from typing import NamedTuple
 
 from nbdstream.export import StatusExtent
 from nbdstream.server.constants import STATE_HOLE, STATE_ZERO
-
-_DESCRIPTOR = Struct(">II")  # length, flags
 
 
 def _allocation(extent: StatusExtent) -> int:
@@ -70,18 +68,31 @@ def set_matches(queries: Sequence[str]) -> list[MetaContext]:
     return [context for context in CONTEXTS if context.name in wanted]
 
 
-def descriptors(context: MetaContext, extents: Iterable[StatusExtent], limit: int) -> bytes:
-    """The first ``limit`` extents as the descriptors of a NBD_REPLY_TYPE_BLOCK_STATUS chunk.
+class Descriptors:
+    """The first ``limit`` descriptors of a NBD_REPLY_TYPE_BLOCK_STATUS chunk, collected from
+    extents that follow each other; neighbours that look the same become one."""
 
-    Neighbours that look the same under this context become one.
-    """
-    merged: list[tuple[int, int]] = []
-    for extent in extents:
-        flags = context.flags(extent)
-        if merged and merged[-1][1] == flags:
-            merged[-1] = (merged[-1][0] + extent.length, flags)
-        elif len(merged) == limit:
-            break
-        else:
-            merged.append((extent.length, flags))
-    return b"".join(_DESCRIPTOR.pack(length, flags) for length, flags in merged)
+    def __init__(self, context: MetaContext, limit: int) -> None:
+        self.context = context
+        self._limit = limit
+        self._fields: list[int] = []  # length and flags by turns
+        self._full = False
+
+    def add(self, extents: Iterable[StatusExtent]) -> None:
+        """Go on with extents that begin where the last ones ended."""
+        fields, flags_of = self._fields, self.context.flags
+        if self._full:
+            return
+        for extent in extents:
+            flags = flags_of(extent)
+            if fields and fields[-1] == flags:
+                fields[-2] += extent.length
+            elif len(fields) == 2 * self._limit:
+                self._full = True
+                return
+            else:
+                fields += (extent.length, flags)
+
+    def encode(self) -> bytes:
+        """The descriptors as bytes."""
+        return struct.pack(f">{len(self._fields)}I", *self._fields)

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 
 from nbdstream.errors import NbdstreamError
-from nbdstream.export import StatusExtent
 from nbdstream.server.constants import (
     CHUNK,
     CHUNK_DONE,
@@ -25,7 +24,7 @@ from nbdstream.server.constants import (
     CommandFlag,
     Error,
 )
-from nbdstream.server.contexts import MetaContext, descriptors
+from nbdstream.server.contexts import Descriptors
 from nbdstream.server.requests import Refusal, Request
 
 logger = logging.getLogger(__name__)
@@ -67,6 +66,8 @@ def refusal_of(error: Exception, request: Request) -> Refusal:
         return Refusal(number, error.strerror or str(error))
     if isinstance(error, NbdstreamError):
         return Refusal(Error.EIO, str(error))
+    if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+        return Refusal(Error.ENOMEM, "the server is out of memory")
     # A bug. The guest gets an error for this one request; the log gets all there is.
     logger.error("unexpected error while serving %s", request, exc_info=error)
     return Refusal(Error.EIO, "internal error")
@@ -119,20 +120,17 @@ def read_data(
     return parts
 
 
-def block_status(
-    request: Request, contexts: Sequence[MetaContext], extents: Sequence[StatusExtent]
-) -> bytes:
-    """One chunk per negotiated context."""
-    limit = 1 if request.flags & CommandFlag.REQ_ONE else MAX_DESCRIPTORS
-    return b"".join(
+def block_status(request: Request, found: Sequence[Descriptors]) -> list[Buffer]:
+    """One chunk for each negotiated context."""
+    return [
         _chunk(
             request,
             Chunk.BLOCK_STATUS,
-            context.id.to_bytes(4, "big") + descriptors(context, extents, limit),
-            last=context is contexts[-1],
+            descriptors.context.id.to_bytes(4, "big") + descriptors.encode(),
+            last=descriptors is found[-1],
         )
-        for context in contexts
-    )
+        for descriptors in found
+    ]
 
 
 def _has_place(offset: int, request: Request) -> bool:

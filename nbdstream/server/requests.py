@@ -48,16 +48,31 @@ def is_change(request: Request) -> bool:
     return request.command in _CHANGING or request.command == Command.FLUSH
 
 
+def describe(request: Request) -> str:
+    """The request as a message names it: its command, length and offset."""
+    try:
+        name = f"NBD_CMD_{Command(request.command).name}"
+    except ValueError:
+        name = f"command {request.command}"
+    return f"{name} of {request.length} bytes at offset {request.offset}"
+
+
 def refusal(request: Request, agreement: Agreement) -> Refusal | None:
     """Why the request cannot be served at all, or None."""
+    found = _refusal(request, agreement)
+    if found is None:
+        return None
+    return found._replace(message=f"{describe(request)}: {found.message}")
+
+
+def _refusal(request: Request, agreement: Agreement) -> Refusal | None:
     known_flags = _KNOWN_FLAGS.get(request.command)
     if known_flags is None:
-        return Refusal(Error.EINVAL, f"unknown command {request.command}")
+        return Refusal(Error.EINVAL, "there is no such command")
     if request.command == Command.READ and not agreement.structured:
         known_flags &= ~int(CommandFlag.DF)
-    if request.flags & ~known_flags:
-        name = Command(request.command).name
-        return Refusal(Error.EINVAL, f"flags {request.flags:#x} are not valid for {name}")
+    if unknown := request.flags & ~known_flags:
+        return Refusal(Error.EINVAL, f"the command has no flags {unknown:#x}")
     if request.command in _CHANGING and agreement.export.read_only:
         return Refusal(Error.EPERM, "the export is read-only")
     if request.command == Command.FLUSH:
@@ -77,7 +92,7 @@ def _range_refusal(request: Request, agreement: Agreement) -> Refusal | None:
         beyond = request.command in (Command.WRITE, Command.WRITE_ZEROES)
         return Refusal(
             Error.ENOSPC if beyond else Error.EINVAL,
-            f"offset {request.offset} + length {request.length} is beyond the end at {size}",
+            f"this is beyond the end of the export, which has {size} bytes",
             max(request.offset, size),
         )
     if request.command in (Command.READ, Command.WRITE) and request.length > MAX_PAYLOAD:
@@ -86,6 +101,6 @@ def _range_refusal(request: Request, agreement: Agreement) -> Refusal | None:
         overflow = request.command == Command.READ and agreement.structured
         return Refusal(
             Error.EOVERFLOW if overflow else Error.EINVAL,
-            f"length {request.length} is beyond the maximum payload of {MAX_PAYLOAD}",
+            f"the maximum payload is {MAX_PAYLOAD} bytes",
         )
     return None
