@@ -17,8 +17,9 @@ becomes of the rest. docs/concurrency.md walks through the races; in short:
 import enum
 import errno
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from itertools import starmap
 from typing import ParamSpec, TypeVar
@@ -33,6 +34,7 @@ from nbdstream.disk.lookup import Lookup, Plan, is_remote, same_place
 from nbdstream.disk.populate import LOOK_PIECE, ZERO_PIECE, Populator, Unit
 from nbdstream.disk.readahead import Readahead
 from nbdstream.disk.status import block_status
+from nbdstream.disk.writeback import Writeback
 from nbdstream.disk.zeroes import is_zero, zeroes
 from nbdstream.errors import TROUBLE, BackingError
 from nbdstream.export import Hit, StatusExtent
@@ -82,25 +84,28 @@ async def open_disk(
     At the end, fetches under way are dropped, and what the leaf has is flushed; leaf and
     backing stay open, they are the caller's. Raises OSError if that last flush fails.
     """
-    async with trio.open_nursery() as nursery:
-        disk = StreamedDisk(
-            leaf,
-            backing,
-            nursery,
-            copy_on_read=copy_on_read,
-            detect_zeroes=detect_zeroes,
-            health=health or Health(),
-        )
+    with closing(Writeback(leaf.fd)) as writeback:
+        async with trio.open_nursery() as nursery:
+            disk = StreamedDisk(
+                leaf,
+                backing,
+                nursery,
+                copy_on_read=copy_on_read,
+                detect_zeroes=detect_zeroes,
+                health=health or Health(),
+                writeback=writeback,
+            )
+            if not leaf.read_only:
+                report = disk.health.report
+                start_contained(nursery, "checkpoints", report, run_checkpoints, leaf, disk.flush)
+                start_contained(nursery, "writeback", report, writeback.run)
+            try:
+                yield disk
+            finally:
+                nursery.cancel_scope.cancel()
         if not leaf.read_only:
-            report = disk.health.report
-            start_contained(nursery, "checkpoints", report, run_checkpoints, leaf, disk.flush)
-        try:
-            yield disk
-        finally:
-            nursery.cancel_scope.cancel()
-    if not leaf.read_only:
-        with trio.CancelScope(shield=True):
-            await disk.flush()
+            with trio.CancelScope(shield=True):
+                await disk.flush()
 
 
 class StreamedDisk:
@@ -112,6 +117,7 @@ class StreamedDisk:
         backing: None once everything is local, or if there never was one.
         gate: whether guests may change the disk now.
         health: what has failed for good.
+        writeback: pushes written data out of the page cache.
         completed: set when everything is local and the backing is not needed any more.
         on_read: called with the offset and length of all that guests read, hits included,
             and of what has to be fetched for a write; from any thread.
@@ -126,6 +132,7 @@ class StreamedDisk:
         copy_on_read: bool,
         detect_zeroes: DetectZeroes,
         health: Health,
+        writeback: Writeback,
     ) -> None:
         self.leaf = leaf
         self.backing = backing
@@ -146,6 +153,7 @@ class StreamedDisk:
         self._locate = leaf.locate
         self._hot = hot_read_flags(leaf.fd)
         self._flusher = Flusher(leaf)
+        self.writeback = writeback
         self._lookup = Lookup(leaf, backing)
         self._fetcher: Fetcher | None = None
         self._populator: Populator | None = None
@@ -153,10 +161,13 @@ class StreamedDisk:
         if backing is not None:
             backing.set_unit_least(leaf.cluster_size)
             report = self.health.report
-            fetcher = Fetcher(leaf, backing, nursery, self._atomically, report)
+            stored = self.writeback.stored
+            fetcher = Fetcher(leaf, backing, nursery, self._atomically, report, stored)
             self._fetcher = fetcher
             if not leaf.read_only:
-                self._populator = Populator(leaf, backing, self._lookup, fetcher, self._atomically)
+                self._populator = Populator(
+                    leaf, backing, self._lookup, fetcher, self._atomically, self.writeback
+                )
                 self._readahead = Readahead(
                     leaf, backing, fetcher, nursery, self.leaf_extents, report
                 )
@@ -193,15 +204,21 @@ class StreamedDisk:
         length = len(view)
         if length > COPY_PIECE or self.detect_zeroes is not DetectZeroes.OFF or self.gate.reason:
             return Hit.MISS
+        began = time.perf_counter()
+        if self.writeback.is_congested(began):
+            return Hit.MISS
         host = self._locate(offset, length)
         if host >= 0:
-            return Hit.DONE if os.pwrite(self.leaf.fd, view, host) == length else Hit.MISS
+            whole = os.pwrite(self.leaf.fd, view, host) == length
+            self.writeback.wrote(began)
+            return Hit.DONE if whole else Hit.MISS
         try:
             if self._lookup.obstacle(offset, length) is not None:
                 return Hit.MISS
             self.leaf.write(offset, view)
         except (ColdMetadata, FlushNeeded):
             return Hit.MISS
+        self.writeback.wrote(began)
         return Hit.DONE
 
     # -- reading ---------------------------------------------------------------------
@@ -303,6 +320,8 @@ class StreamedDisk:
         # Cut where blocks end: a block that the guest covers needs nothing of the backing.
         for at, length in _pieces(offset, len(view), self.leaf.block_size):
             piece = view[at - offset : at - offset + length]
+            if self.writeback.is_congested(time.perf_counter()):
+                await self.writeback.wait_written()
             await self._change(at, length, self._writer(at, piece))
             await trio.lowlevel.checkpoint()
         if fua:

@@ -90,14 +90,17 @@ class Fetcher:
         nursery: trio.Nursery,
         settle: Callable[[Callable[[], None]], Awaitable[None]],
         report: Report,
+        stored: Callable[[int], None],
     ) -> None:
         """``settle`` runs a plain call on the leaf until the leaf has what the call needs;
-        ``report`` is told of fetches that failed in a way that nothing accounts for."""
+        ``report`` is told of fetches that failed in a way that nothing accounts for;
+        ``stored``, of how many bytes were put into the leaf."""
         self._leaf = leaf
         self._backing = backing
         self._nursery = nursery
         self._settle = settle
         self._report = report
+        self._stored = stored
         self._by_cluster: dict[int, Fetch] = {}
         self._buffers = Buffers()
         self.fetched_bytes = 0
@@ -246,6 +249,7 @@ class Fetcher:
                 else:
                     leaf.write(extent.offset + start, data[start : start + length])
                     self.stored_bytes += length
+                    self._stored(length)
 
 
 def _runs(clusters: Iterable[int], limit: int) -> Iterable[tuple[int, int]]:

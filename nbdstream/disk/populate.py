@@ -18,6 +18,7 @@ import trio
 from nbdstream.backing.base import Backing, Grant, Priority
 from nbdstream.disk.fetch import MAX_FETCH, Fetch, Fetcher
 from nbdstream.disk.lookup import Lookup
+from nbdstream.disk.writeback import Writeback
 from nbdstream.extents import align_down, align_up
 from nbdstream.leaf.base import Leaf, LeafExtent
 
@@ -79,12 +80,14 @@ class Populator:
         lookup: Lookup,
         fetcher: Fetcher,
         atomically: Atomically,
+        writeback: Writeback,
     ) -> None:
         self._leaf = leaf
         self._backing = backing
         self._lookup = lookup
         self._fetcher = fetcher
         self._atomically = atomically
+        self._writeback = writeback
 
     async def next_unit(self, offset: int, end: int, priority: Priority) -> Unit | None:
         """Begin to make local the first piece between the offsets that is not.
@@ -111,6 +114,7 @@ class Populator:
             return Unit(gap.offset, gap.length, None)
         unit = await self._atomically(self._begin, gap.offset, end, priority, None)
         if unit is None:
+            await self._writeback.wait_for_room()
             with await self._backing.wait_for_room(priority) as grant:
                 unit = await self._atomically(self._begin, gap.offset, end, priority, grant)
         return unit

@@ -21,6 +21,9 @@ _ZERO_RANGE = 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+
+_WRITE_AND_WAIT = 0x01 | 0x02 | 0x04  # linux/fs.h: wait before, write, wait after
 
 _TMPFS_MAGIC = 0x01021994  # linux/magic.h
 _STATFS_SIZE = 256  # of struct statfs, generously; it begins with the type, a long
@@ -148,6 +151,15 @@ def stored_extents(
         stop = end if hole is None else min(align_up(hole, block_size), end)
         yield LeafExtent(position + shift, stop - position, State.DATA, position)
         position = stop
+
+
+def write_out(fd: int) -> None:
+    """Worker: have a file's dirty data written to the disk, and wait for that.
+
+    Nothing becomes durable by it. Errors are the next sync's to report: see
+    `nbdstream.disk.writeback`.
+    """
+    _libc.sync_file_range(fd, 0, 0, _WRITE_AND_WAIT)
 
 
 def sync_directory(path: str) -> None:
