@@ -5,7 +5,7 @@ daemon and nbdstream itself, each started as a process of its own.
 Every starter is a context manager that
 
 - takes its binary from an environment variable (`BINARIES`), else from PATH, and raises
-  `MissingPeer`, which test runners report as a skip, naming exactly what is missing;
+  `MissingPeer`, naming exactly what is missing;
 - listens on a unix socket in a temporary directory of its own;
 - returns only when the peer accepts connections, and raises `PeerError` with the peer's
   own words when it dies or dawdles instead;
@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import unittest
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +41,12 @@ BINARIES = {
     "QEMU_IO": "qemu-io",
     "QEMU_STORAGE_DAEMON": "qemu-storage-daemon",
     "FIO": "fio",
-    # The script that belongs to the interpreter running the tests.
+    "SSHD": "/usr/sbin/sshd",
+    "SSH_KEYGEN": "ssh-keygen",
+    # Scripts that belong to the interpreter running the tests.
     "NBDSTREAM": str(Path(sys.executable).with_name("nbdstream")),
+    "QMP_SHELL": str(Path(sys.executable).with_name("qmp-shell")),
+    "MOTO_SERVER": str(Path(sys.executable).with_name("moto_server")),
 }
 
 READY_SECONDS = 20.0
@@ -51,8 +54,8 @@ STOP_SECONDS = 10.0
 KIB = 1024
 
 
-class MissingPeer(unittest.SkipTest):
-    """A binary that a test needs is not installed."""
+class MissingPeer(RuntimeError):  # noqa: N818
+    """A program that a test or benchmark needs is not installed."""
 
 
 class PeerError(RuntimeError):
@@ -162,7 +165,7 @@ class Peer:
 
 
 @contextlib.contextmanager
-def _started(command: list[str], directory: Path) -> Iterator[Peer]:
+def started(command: list[str], directory: Path) -> Iterator[Peer]:
     """Run `command` with its output in files of `directory` (`stdout`, `stderr`)."""
     with open(directory / "stdout", "wb") as out, open(directory / "stderr", "wb") as err:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
@@ -208,7 +211,7 @@ def nbdkit(
         if socket_path is not None:
             # nbdkit does not replace the socket that a killed predecessor left.
             socket_path.unlink(missing_ok=True)
-        with _started(command, directory) as peer:
+        with started(command, directory) as peer:
             peer.wait_until(lambda: _has_text(pidfile), "pid file", READY_SECONDS)
             peer.socket, peer.uri = path, unix_uri(path)
             yield peer
@@ -229,7 +232,7 @@ def qemu_nbd(
         command += ["--socket", str(path), *(["--read-only"] if readonly else [])]
         command += [] if "--image-opts" in args else ["--format", image_format]
         command += [*args, str(image)]
-        with _started(command, directory) as peer:
+        with started(command, directory) as peer:
             peer.wait_until(lambda: _has_text(pidfile), "pid file", READY_SECONDS)
             peer.socket, peer.uri = path, unix_uri(path)
             yield peer
@@ -245,7 +248,7 @@ def qemu_storage_daemon(*args: str) -> Iterator[Peer]:
         command = [binary("QEMU_STORAGE_DAEMON"), "--pidfile", str(pidfile)]
         command += ["--chardev", f"socket,id=qmp,path={control},server=on,wait=off"]
         command += ["--monitor", "chardev=qmp", *args]
-        with _started(command, directory) as peer:
+        with started(command, directory) as peer:
             peer.wait_until(lambda: _has_text(pidfile), "pid file", READY_SECONDS)
             peer.socket, peer.control = directory / "nbd", control
             yield peer
@@ -258,19 +261,21 @@ def nbdstream_serve(
     *args: str,
     export: str = "",
     socket_path: Path | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[Peer]:
     """`nbdstream serve LEAF [-b URI] ARGS` with a control socket, ready for clients.
 
-    `socket_path` allows a second server to take over the first one's address.
+    `socket_path` allows a second server to take over the first one's address; `prefix` is put
+    before the command, which it has to replace itself with (exec).
     """
     with temporary_directory() as directory:
         path, control = socket_path or directory / "nbd", directory / "qmp"
-        command = [binary("NBDSTREAM"), "serve", str(leaf)]
+        command = [*prefix, binary("NBDSTREAM"), "serve", str(leaf)]
         command += ["-b", backing] if backing else []
         command += ["-U", str(path), "--control", str(control)]
         command += ["-e", export] if export else []
         command += args
-        with _started(command, directory) as peer:
+        with started(command, directory) as peer:
             peer.wait_until(lambda: "\n" in peer.stdout(), "URI on stdout", READY_SECONDS)
             peer.uri = peer.stdout().splitlines()[0].strip()
             peer.socket, peer.control = path, control

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -349,41 +350,42 @@ class LeafConformance:
     # -- size ------------------------------------------------------------------------------
 
     def test_a_huge_image_costs_what_it_holds(self, kind: ImageKind, path: Path) -> None:
-        try:
-            leaf = kind.new(path, BIG)
-        except Exception as error:
-            pytest.skip(f"no such image: {error}")
+        size = min(BIG, kind.size_most)
+        leaf = kind.new(path, size)
         assert len(extents(leaf)) < 70_000
-        for offset in (0, BIG // 2, BIG - leaf.block_size):
+        for offset in (0, size // 2, size - leaf.block_size):
             write(leaf, offset, pattern(offset, leaf.block_size, 3))
         flush(leaf)
         leaf.close()
         again = kind.open(path)
         data = [extent for extent in extents(again) if extent.state is State.DATA]
-        assert [extent.offset for extent in data] == [0, BIG // 2, BIG - again.block_size]
+        assert [extent.offset for extent in data] == [0, size // 2, size - again.block_size]
         assert os.fstat(again.fd).st_blocks * 512 < 64 << 20
         again.close()
 
     def test_dirty_metadata_is_bounded(self, kind: ImageKind, path: Path) -> None:
         """Scattered writes come to a FlushNeeded sooner or later, and go on after it."""
-        size = 512 << 30
-        try:
-            leaf = kind.new(path, size)
-        except Exception as error:
-            pytest.skip(f"no such image: {error}")
+        size = min(512 << 30, kind.size_most)
+        leaf = kind.new(path, size)
         needed = 0
         # Far enough apart that each needs a page of metadata of its own.
         step = size // 6000
         data = pattern(0, leaf.block_size, 1)
-        if len(data) > 65536:
-            pytest.skip("takes too much space with such large blocks")
+
+        def change(offset: int) -> None:
+            """Allocate a block; large ones as zeroes, which take no space."""
+            if len(data) > 65536:
+                leaf.zero(offset, len(data), unmap=False)
+            else:
+                leaf.write(offset, memoryview(data))
+
         for offset in range(0, size - step, align_down(step, leaf.cluster_size)):
             try:
-                leaf.write(offset, memoryview(data))
+                change(offset)
             except FlushNeeded:
                 needed += 1
                 flush(leaf)
-                drive(leaf, lambda offset=offset: leaf.write(offset, memoryview(data)))  # type: ignore[misc]
+                drive(leaf, partial(change, offset))
         assert 0 < needed < 100
         leaf.close()
 

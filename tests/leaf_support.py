@@ -34,13 +34,15 @@ class ImageKind:
     """A way to make an image: a format with its settings.
 
     ``make`` creates the image at a path, of a size in bytes, with a backing or none.
-    ``size_unit``: disk sizes are multiples of it.
+    ``size_unit``: disk sizes are multiples of it. ``size_most``: no larger disk can be
+    made, or its tables would take too long.
     """
 
     name: str
     format: str
     make: Callable[[Path, int, BackingReference | None], None]
     size_unit: int = 512
+    size_most: int = 8 << 40
 
     def __str__(self) -> str:
         return self.name
@@ -54,7 +56,13 @@ class ImageKind:
         return open_leaf(str(path), read_only=read_only, format=self.format)
 
 
-def ours(format_name: str, cluster_size: int | None = None, *, size_unit: int = 512) -> ImageKind:
+def ours(
+    format_name: str,
+    cluster_size: int | None = None,
+    *,
+    size_unit: int = 512,
+    size_most: int = 8 << 40,
+) -> ImageKind:
     """Images as ``nbdstream create`` makes them."""
 
     def make(path: Path, size: int, backing: BackingReference | None) -> None:
@@ -63,10 +71,10 @@ def ours(format_name: str, cluster_size: int | None = None, *, size_unit: int = 
         )
 
     suffix = "" if cluster_size is None else f"-{cluster_size}"
-    return ImageKind(f"{format_name}{suffix}", format_name, make, size_unit)
+    return ImageKind(f"{format_name}{suffix}", format_name, make, size_unit, size_most)
 
 
-def by_qemu(format_name: str, options: str) -> ImageKind:
+def by_qemu(format_name: str, options: str, *, size_most: int = 8 << 40) -> ImageKind:
     """Images as ``qemu-img create -o OPTIONS`` makes them."""
 
     def make(path: Path, size: int, backing: BackingReference | None) -> None:
@@ -75,7 +83,8 @@ def by_qemu(format_name: str, options: str) -> ImageKind:
             command += ["-u", "-b", backing.uri, "-F", backing.format]
         subprocess.run([*command, str(path), str(size)], check=True, capture_output=True)
 
-    return ImageKind(f"qemu-{format_name}-{options}", format_name, make)
+    name = f"qemu-{format_name}-{options}"
+    return ImageKind(name, format_name, make, size_most=size_most)
 
 
 # -- driving a leaf -------------------------------------------------------------------------

@@ -23,15 +23,15 @@ def plain(cluster_size: int) -> ImageKind:
 
 KINDS = [
     ours("qcow2"),
-    ours("qcow2", 512),
+    ours("qcow2", 512, size_most=128 << 30),
     ours("qcow2", 16384),
     ours("qcow2", 2 << 20),
     plain(65536),
     by_qemu("qcow2", "compat=0.10"),
     by_qemu("qcow2", "compat=1.1,cluster_size=4k"),
     by_qemu("qcow2", "extended_l2=on,lazy_refcounts=on"),
-    by_qemu("qcow2", "refcount_bits=1,cluster_size=1k"),
-    by_qemu("qcow2", "refcount_bits=64,cluster_size=1k"),
+    by_qemu("qcow2", "refcount_bits=1,cluster_size=1k", size_most=64 << 30),
+    by_qemu("qcow2", "refcount_bits=64,cluster_size=1k", size_most=64 << 30),
 ]
 
 

@@ -38,9 +38,9 @@ from tests.powercut import Disk, recording
 
 KINDS = [
     ours("qed"),
-    ours("qed", 4096),
+    ours("qed", 4096, size_most=256 << 30),
     # QEMU creates images with a table size of 1, but does not open them.
-    by_qemu("qed", "cluster_size=4096,table_size=2"),
+    by_qemu("qed", "cluster_size=4096,table_size=2", size_most=4 << 30),
     by_qemu("qed", "cluster_size=64k,table_size=16"),
     by_qemu("qed", "cluster_size=1M,table_size=2"),
 ]

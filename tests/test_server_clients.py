@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nbd
 import pytest
 
 from testbed.peers import assert_same, make_image, unix_uri
 from tests.file_export import FileExport
 from tests.memory_export import MemoryExport
 from tests.server_support import client, clients_gone, in_thread, serving
-
-nbd = pytest.importorskip("nbd", reason="python3-libnbd is not installed")
 
 SIZE = 20 << 20
 UNIT = MemoryExport.granularity

@@ -47,12 +47,15 @@ class _Plugin:
     ``script``: it is written in Python. nbdkit starts such a plugin by becoming
     ``nbdkit python SCRIPT``, forgets the socket that it was given on the way, and listens on
     all interfaces instead; so that is what we start.
+    ``filters``: nbdkit's filters above it. The ssh plugin never connects again by itself once
+    its connection is lost; the retry filter opens it again.
     """
 
     name: str
     package: str
     parameters: Callable[[str, SplitResult], list[str]]
     script: bool = False
+    filters: tuple[str, ...] = ()
     unit_least: int = DEAR_UNIT
     connections: int = DEAR_CONNECTIONS
 
@@ -90,8 +93,8 @@ PLUGINS = {
     "https": _Plugin("curl", "nbdkit", _curl),
     "ftp": _Plugin("curl", "nbdkit", _curl),
     "ftps": _Plugin("curl", "nbdkit", _curl),
-    "ssh": _Plugin("ssh", "nbdkit", _ssh),
-    "sftp": _Plugin("ssh", "nbdkit", _ssh),
+    "ssh": _Plugin("ssh", "nbdkit", _ssh, filters=("retry",)),
+    "sftp": _Plugin("ssh", "nbdkit", _ssh, filters=("retry",)),
     "s3": _Plugin("S3", "nbdkit-plugin-python python3-boto3", _s3, script=True),
 }
 
@@ -239,7 +242,8 @@ async def _serve_plugin(uri: str, source: str, plugin: _Plugin) -> AsyncIterator
     kind = [plugin.name]
     if plugin.script:
         kind = ["python", await trio.to_thread.run_sync(_script_of, plugin.name)]
-    command = [nbdkit, "--foreground", "--readonly", *kind, *parameters]
+    filters = [f"--filter={name}" for name in plugin.filters]
+    command = [nbdkit, "--foreground", "--readonly", *filters, *kind, *parameters]
     async with run_helper(command) as helper:
         yield _Served(Endpoint(helper.uri, uri, plugin.unit_least, plugin.connections), helper)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests with real guests share: images (built once, then cached) and copies."""
+"""Fixtures of the tests with real guests: images (built once, then cached) and copies."""
 
 from collections.abc import Callable
 from pathlib import Path
