@@ -7,6 +7,7 @@ The last line on stderr is a JSON object: executions, known findings by name.
 """
 
 import json
+import logging
 import os
 import sys
 
@@ -17,6 +18,7 @@ from fuzz.target import Checker, load
 
 def main() -> None:
     name, *options = sys.argv[1:]
+    logging.getLogger().setLevel(logging.CRITICAL)
     with atheris.instrument_imports(include=["nbdstream"]):
         target = load(name)
     checker = Checker(target, tolerate_known=True)

@@ -41,6 +41,9 @@ NAMES = (
     "sources",
     "metrics",
     "systemd",
+    "qcow2",
+    "qed",
+    "raw",
 )
 
 

@@ -2,6 +2,7 @@
 """One target without atheris: stored inputs, mutated at random. Takes libFuzzer's options."""
 
 import json
+import logging
 import random
 import sys
 import time
@@ -13,6 +14,7 @@ from fuzz.target import Checker, load
 
 def main() -> None:
     name, *options = sys.argv[1:]
+    logging.getLogger().setLevel(logging.CRITICAL)
     settings = dict(option[1:].split("=", 1) for option in options if option.startswith("-"))
     folders = [Path(option) for option in options if not option.startswith("-")]
     target = load(name)

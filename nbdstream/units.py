@@ -21,8 +21,10 @@ MAX_SIZE = 2**63 - 1
 # A century, in seconds: more is a typing error, and float() has an end.
 MAX_DURATION = 100 * 365 * 86400
 
-# With bounds: int() does not take more than some thousands of digits.
-_NUMBER = r"\d{1,1000}(?:\.\d{1,1000})?"
+# More characters than this are no number of anything; int() has a limit of its own.
+_LONGEST = 1000
+
+_NUMBER = r"\d+(?:\.\d+)?"
 _SIZE_SUFFIXES = "kMGTPE"
 _SIZE = re.compile(rf"({_NUMBER}) ?(?:([kmgtpe])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
 _DURATION_UNITS = {
@@ -38,7 +40,7 @@ _DURATION_PART = re.compile(rf"({_NUMBER})(ms|s|m|h|d)", re.ASCII)
 def parse_size(text: str) -> int:
     """Bytes from ``4096``, ``64k``, ``1.5G``, ``10 MiB``; what results must be whole bytes."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    if match is None or len(text) > _LONGEST:
         raise UsageError(f"{text!r} is not a size: give a number of bytes, or such as 64k, 1.5G")
     number, suffix = match.groups()
     power = _SIZE_SUFFIXES.lower().index(suffix.lower()) + 1 if suffix else 0
@@ -62,11 +64,12 @@ def parse_rate(text: str) -> int:
 
 def parse_duration(text: str) -> float:
     """Seconds from ``90``, ``2.5``, ``90s``, ``10m``, ``1h30m``, ``250ms``."""
-    bare = text.strip()
+    bare = text.strip()[:_LONGEST]
     if re.fullmatch(_NUMBER, bare, re.ASCII):
         bare += "s"
     parts = _DURATION_PART.findall(bare)
-    if not parts or "".join(number + unit for number, unit in parts) != bare:
+    whole = "".join(number + unit for number, unit in parts)
+    if not parts or whole != bare or len(text) > _LONGEST:
         raise UsageError(f"{text!r} is not a duration: give seconds, or such as 90s, 10m, 1h30m")
     seconds = sum(Fraction(number) * _DURATION_UNITS[unit] for number, unit in parts)
     if seconds > MAX_DURATION:

@@ -300,4 +300,4 @@ def seeds() -> Iterator[bytes]:
     yield bytes(range(1, 9)) + b"\2\2\0" + bytes(range(40, 200)) * 2
 
 
-TARGET = Target("transmission", run, (), seeds)
+TARGET = Target("transmission", run, (), seeds, longest=1024)

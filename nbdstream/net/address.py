@@ -89,7 +89,7 @@ def parse_tcp(text: str) -> TcpAddress:
         UsageError: it is neither.
     """
     host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
+    if host.startswith("[") and host.endswith("]") and ":" in host:
         host = host[1:-1]
     elif ":" in host:
         raise UsageError(f"'{text}': put an IPv6 address in brackets, as in [::1]:10809")

@@ -93,7 +93,8 @@ class _Check:
     def _read_block(self, index: int) -> bytes:
         """The stored refcounts of one block, a byte each, `MANY` for that or more."""
         entries = self._geometry.refcount_block_entries
-        if index >= len(self._table) or not self._table[index]:
+        # An entry with reserved bits (counted by the walk) is the place of nothing.
+        if index >= len(self._table) or not self._table[index] or self._table[index] & ~OFFSET:
             return bytes(entries)
         data = os.pread(self._fd, self._geometry.cluster_size, self._table[index])
         return saturated_entries(

@@ -244,7 +244,7 @@ def _parse_record(data: bytes | None, name: bytes) -> tuple[int, str]:
         values: Any = json.loads(data or b"")
         if values["name-crc32"] == zlib.crc32(name):
             return int(values["size"]), str(values["identity"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass  # somebody else's extension of the same type: it is not a record
     return 0, ""
 
