@@ -43,3 +43,14 @@ def clip(extents: Iterable[BackingExtent], offset: int, length: int) -> Iterator
         last = min(extent.end, end)
         if first < last:
             yield BackingExtent(first, last - first, extent.zero)
+
+
+def pieces(offset: int, length: int, most: int, alignment: int = 1) -> Iterator[tuple[int, int]]:
+    """Cut a range into (offset, length) pieces of at most ``most`` bytes, or one unit of
+    ``alignment`` bytes if that is more; each but the last ends at a multiple of it."""
+    end = offset + length
+    step = max(most, alignment)
+    while offset < end:
+        stop = min(align_down(offset + step, alignment), end)
+        yield offset, stop - offset
+        offset = stop

@@ -39,7 +39,6 @@ FLOORS = (
 # list only gets shorter.
 OVER_LONG = {
     "nbdstream.backing.window",
-    "nbdstream.disk.disk",
     "testbed.link.proxy",
     "testbed.migrations.faults",
     "tests.leaf_conformance",

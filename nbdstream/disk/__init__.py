@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The streamed disk: a local leaf whose missing clusters come from a remote backing."""
 
-from nbdstream.disk.disk import DetectZeroes, StreamedDisk, open_disk
+from nbdstream.disk.changes import DetectZeroes
+from nbdstream.disk.disk import StreamedDisk, open_disk
 from nbdstream.disk.populate import Unit
 from nbdstream.disk.rounding import round_off
 

@@ -5,7 +5,7 @@ It decides, for each request, what is local, what has to be fetched first, and w
 becomes of the rest. docs/concurrency.md walks through the races; in short:
 
 - Only the event loop changes the leaf, by plain calls; whatever looks at the leaf and
-  acts on what it saw does both without an await in between (``_atomically`` repeats
+  acts on what it saw does both without an await in between (`Atomically` repeats
   such a step as a whole when the leaf first needs something done). Hence a guest
   write wins over any fetch (invariant 1), without locks.
 - After each await, what was known of the leaf is looked up anew.
@@ -14,31 +14,28 @@ becomes of the rest. docs/concurrency.md walks through the races; in short:
   overwrite in place.
 """
 
-import enum
 import errno
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from functools import partial
-from itertools import starmap
-from typing import ParamSpec, TypeVar
 
 import trio
 
 from nbdstream.backing.base import Backing, Priority
+from nbdstream.disk.atomic import Atomically
+from nbdstream.disk.changes import Changer, DetectZeroes
 from nbdstream.disk.fetch import Fetch, Fetcher
 from nbdstream.disk.flush import Flusher, run_checkpoints
 from nbdstream.disk.gate import Gate, GateState
-from nbdstream.disk.lookup import Lookup, Plan, is_remote, same_place
-from nbdstream.disk.populate import LOOK_PIECE, ZERO_PIECE, Populator, Unit
+from nbdstream.disk.lookup import Lookup
+from nbdstream.disk.populate import LOOK_PIECE, Populator, Unit
 from nbdstream.disk.readahead import Readahead
+from nbdstream.disk.reads import COPY_PIECE, Reader
 from nbdstream.disk.status import block_status
 from nbdstream.disk.writeback import Writeback
-from nbdstream.disk.zeroes import is_zero, zeroes
-from nbdstream.errors import TROUBLE, BackingError
 from nbdstream.export import Hit, StatusExtent
-from nbdstream.extents import align_down
 from nbdstream.health import Health
 from nbdstream.leaf.base import (
     ALL_ZERO,
@@ -47,25 +44,9 @@ from nbdstream.leaf.base import (
     FlushNeeded,
     Leaf,
     LeafExtent,
-    State,
 )
 from nbdstream.leaf.files import hot_read_flags
 from nbdstream.tasks import start_contained
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-# Up to here a copy between memory and the page cache is quick enough for the event loop;
-# larger ones are cut, so that others get their turn in between.
-COPY_PIECE = 1 << 20
-
-
-class DetectZeroes(enum.Enum):
-    """What to do with guest writes that hold only zeroes (QEMU's detect-zeroes)."""
-
-    OFF = "off"
-    ON = "on"
-    UNMAP = "unmap"
 
 
 @asynccontextmanager
@@ -150,11 +131,25 @@ class StreamedDisk:
         self.gate = Gate()
         self.health = health
         self.completed = trio.Event()
+        self.writeback = writeback
         self._locate = leaf.locate
         self._hot = hot_read_flags(leaf.fd)
         self._flusher = Flusher(leaf)
-        self.writeback = writeback
         self._lookup = Lookup(leaf, backing)
+        self._atomically = Atomically(self.flush)
+        self._reader = Reader(leaf, self._lookup, self._atomically, self._demand, self._hot)
+        changes = Changer(
+            leaf,
+            self._lookup,
+            self._atomically,
+            gate=self.gate,
+            writeback=writeback,
+            detect_zeroes=detect_zeroes,
+            read=self._reader.read,
+            fetch=self._fetch_for_write,
+            flush=self.flush,
+        )
+        self.write, self.zero, self.trim = changes.write, changes.zero, changes.trim
         self._fetcher: Fetcher | None = None
         self._populator: Populator | None = None
         self._readahead: Readahead | None = None
@@ -221,61 +216,13 @@ class StreamedDisk:
         self.writeback.wrote(began)
         return Hit.DONE
 
-    # -- reading ---------------------------------------------------------------------
+    # -- what takes longer -----------------------------------------------------------
 
     async def read(self, view: memoryview, offset: int) -> list[tuple[int, int]]:
-        """Fill the view; see `Export.read`. Raises OSError, BackingError, LeafError."""
-        on_read = self.on_read
-        if on_read is not None:
-            on_read(offset, len(view))
-        plan = await self._plan_read(offset, len(view))
-        # No await since the plan was made: what it says of the leaf still holds.
-        cold: list[tuple[LeafExtent, memoryview]] = []
-        hot_bytes = 0
-        for extent, source in plan:
-            if source is None and extent.state is not State.ZERO:
-                part = view[extent.offset - offset : extent.end - offset]
-                hot_bytes += extent.length
-                if hot_bytes > COPY_PIECE or not self._read_hot(extent, part):
-                    cold.append((extent, part))
-        # What a fetch brought, and what was zero, was true at a time within this request: a
-        # write that happens from here on is one that the guest made at the same time.
-        copied = 0
-        for extent, source in plan:
-            if source is not None or extent.state is State.ZERO:
-                for at, length in _pieces(extent.offset, extent.length):
-                    part = view[at - offset : at - offset + length]
-                    part[:] = source.view(at, length) if source is not None else zeroes(length)
-                    copied += length
-                    if copied > COPY_PIECE:
-                        copied = 0
-                        await trio.lowlevel.checkpoint()
-        if cold:
-            await self._read_cold(cold)
-        return [
-            (extent.offset, extent.length)
-            for extent, source in plan
-            if source is None and extent.state is State.ZERO
-        ]
-
-    async def _plan_read(self, offset: int, length: int) -> Plan:
-        """Where each part of a range is, once all of it is here: in the leaf, or fetched."""
-        fetched: list[Fetch] = []
-        failure: BackingError | None = None
-        while True:
-            plan = await self._atomically(self._lookup.plan, offset, length, fetched)
-            missing = [extent for extent, source in plan if source is None and is_remote(extent)]
-            if not missing:
-                return plan
-            if failure is not None:
-                raise failure
-            for fetch in self._demand(missing):
-                try:
-                    await fetch.wait()
-                    fetched.append(fetch)
-                except BackingError as error:
-                    # The guest may have written there meanwhile: look once more.
-                    failure = error
+        """See `Export.read`. Raises OSError, BackingError, LeafError."""
+        if self.on_read is not None:
+            self.on_read(offset, len(view))
+        return await self._reader.read(view, offset)
 
     def _demand(self, missing: list[LeafExtent]) -> list[Fetch]:
         """Fetch what a guest waits for."""
@@ -291,143 +238,18 @@ class StreamedDisk:
             readahead.missed(fetches)
         return fetches
 
-    def _read_hot(self, extent: LeafExtent, view: memoryview) -> bool:
-        if extent.state is State.COMPRESSED:
-            return False
-        try:
-            return os.preadv(self.leaf.fd, [view], extent.host, self._hot) == len(view)
-        except OSError:
-            return False
+    def _fetch_for_write(self, extent: LeafExtent) -> list[Fetch]:
+        """Fetch what a guest's write covers only in part."""
+        self.copy_on_write += 1
+        if self.on_read is not None:
+            self.on_read(extent.offset, extent.length)
+        return self._start_fetch(extent, Priority.DEMAND, store=True)
 
-    async def _read_cold(self, parts: list[tuple[LeafExtent, memoryview]]) -> None:
-        """Read local data in a worker. Meanwhile the space may have been given back and
-        used for something else: then what was read is not ours, and is read again."""
-
-        def read_all() -> None:
-            for extent, view in parts:
-                self.leaf.read(extent, view)
-
-        await trio.to_thread.run_sync(read_all)
-        for extent, view in parts:
-            now = await self._atomically(self._lookup.extents, extent.offset, extent.length)
-            if not all(same_place(part, extent) for part in now):
-                await self.read(view, extent.offset)
-
-    # -- writing ---------------------------------------------------------------------
-
-    async def write(self, view: memoryview, offset: int, *, fua: bool) -> None:
-        """Store data; see `Export.write`. Raises OSError, BackingError, LeafError."""
-        # Cut where blocks end: a block that the guest covers needs nothing of the backing.
-        for at, length in _pieces(offset, len(view), self.leaf.block_size):
-            piece = view[at - offset : at - offset + length]
-            if self.writeback.is_congested(time.perf_counter()):
-                await self.writeback.wait_written()
-            await self._change(at, length, self._writer(at, piece))
-            await trio.lowlevel.checkpoint()
-        if fua:
-            await self.flush()
-
-    def _writer(self, offset: int, view: memoryview) -> Callable[[], None]:
-        """The plain call that stores this data."""
-        if (
-            self.detect_zeroes is not DetectZeroes.OFF
-            and self._lookup.whole_blocks(offset, len(view)) == (offset, offset + len(view))
-            and is_zero(view)
-        ):
-            unmap = self.detect_zeroes is DetectZeroes.UNMAP
-            return partial(self.leaf.zero, offset, len(view), unmap=unmap)
-        return partial(self.leaf.write, offset, view)
-
-    async def zero(
-        self, offset: int, length: int, *, may_trim: bool, fast_only: bool, fua: bool
-    ) -> None:
-        """Make a range read as zeroes; see `Export.zero`. Raises OSError, BackingError,
-        LeafError."""
-        start, end = self._lookup.whole_blocks(offset, length)
-        if start < end:
-            edges = [(offset, start - offset), (end, offset + length - end)]
-        else:
-            edges = [(offset, length)]
-        if fast_only and await self._atomically(
-            lambda: any(starmap(self._lookup.slow_to_zero, edges))
-        ):
-            raise OSError(errno.ENOTSUP, "a part of a block would have to be fetched first")
-        for at, size in edges:
-            if size and not await self._atomically(self._lookup.reads_zero, at, size):
-                await self.write(memoryview(zeroes(size)), at, fua=False)
-        await self._zero_blocks(start, end, unmap=may_trim)
-        if fua:
-            await self.flush()
-
-    async def trim(self, offset: int, length: int, *, fua: bool) -> None:
-        """Give back whole blocks; see `Export.trim`. Raises OSError, LeafError."""
-        start, end = self._lookup.whole_blocks(offset, length)
-        await self._zero_blocks(start, end, unmap=True)
-        if fua:
-            await self.flush()
-
-    async def _zero_blocks(self, start: int, end: int, *, unmap: bool) -> None:
-        for offset in range(start, end, ZERO_PIECE):
-            length = min(ZERO_PIECE, end - offset)
-            zero = partial(self.leaf.zero, offset, length, unmap=unmap)
-            await self._change(offset, length, zero)
-            await trio.lowlevel.checkpoint()
-
-    async def _change(self, offset: int, length: int, change: Callable[[], None]) -> None:
-        """Clear what is in the way of a change by a guest, then make it."""
-
-        def attempt() -> LeafExtent | None:
-            self.gate.check()
-            obstacle = self._lookup.obstacle(offset, length)
-            if obstacle is None:
-                change()
-            return obstacle
-
-        if self.gate.reason:
-            await self.gate.wait_for_change()
-        failure: Exception | None = None
-        while (obstacle := await self._atomically(attempt)) is not None:
-            if failure is not None:
-                raise failure
-            try:
-                await self._clear(obstacle)
-            except TROUBLE as error:
-                # Another write may have cleared the way meanwhile: look once more.
-                failure = error
-
-    async def _clear(self, obstacle: LeafExtent) -> None:
-        """Make DATA of (at least) one obstacle, contents unchanged."""
-        if obstacle.state is State.COMPRESSED:
-            await self._expand(obstacle)
-        elif obstacle.state is State.ZERO or self._lookup.known_zero(obstacle):
-
-            def fill() -> None:
-                if self._lookup.reads_zero(obstacle.offset, obstacle.length):
-                    self.leaf.write(obstacle.offset, memoryview(zeroes(obstacle.length)))
-
-            await self._atomically(fill)
-        else:
-            self.copy_on_write += 1
-            if self.on_read is not None:
-                self.on_read(obstacle.offset, obstacle.length)
-            for fetch in self._start_fetch(obstacle, Priority.DEMAND, store=True):
-                await fetch.wait()
-                if fetch.store_error is not None:
-                    raise fetch.store_error
-
-    async def _expand(self, extent: LeafExtent) -> None:
-        """Replace a compressed cluster by its plain content."""
-        offset, length = self._lookup.cluster(extent.offset)
-
-        before = await self._atomically(self._lookup.extents, offset, length)
-        data = memoryview(bytearray(length))
-        await self.read(data, offset)
-
-        def store() -> None:
-            if self._lookup.extents(offset, length) == before:
-                self.leaf.write(offset, data)
-
-        await self._atomically(store)
+    def _start_fetch(self, extent: LeafExtent, priority: Priority, *, store: bool) -> list[Fetch]:
+        if self._fetcher is None or self.backing is None:
+            raise OSError(errno.EIO, "unallocated data, but no backing to fetch it from")
+        store = store and not self.read_only
+        return self._fetcher.start(extent.offset, extent.length, priority, store=store)
 
     async def flush(self) -> None:
         """See `Export.flush`. Raises OSError."""
@@ -548,34 +370,3 @@ class StreamedDisk:
             "store_failures": fetcher.store_failures if fetcher else 0,
             "readahead_bytes": self._readahead.bytes if self._readahead else 0,
         }
-
-    # -- helpers ---------------------------------------------------------------------
-
-    async def _atomically(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a plain step on the leaf, as a whole and anew until it goes through.
-
-        There is no await between the step's end and the return.
-        """
-        while True:
-            try:
-                return step(*args, **kwargs)
-            except ColdMetadata as cold:
-                await trio.to_thread.run_sync(cold.warm)
-            except FlushNeeded:
-                await self.flush()
-
-    def _start_fetch(self, extent: LeafExtent, priority: Priority, *, store: bool) -> list[Fetch]:
-        if self._fetcher is None or self.backing is None:
-            raise OSError(errno.EIO, "unallocated data, but no backing to fetch it from")
-        store = store and not self.read_only
-        return self._fetcher.start(extent.offset, extent.length, priority, store=store)
-
-
-def _pieces(offset: int, length: int, block_size: int = 1) -> Iterator[tuple[int, int]]:
-    """Cut a range into pieces of `COPY_PIECE` bytes or one block, ending where blocks end."""
-    end = offset + length
-    step = max(COPY_PIECE, block_size)
-    while offset < end:
-        stop = min(align_down(offset + step, block_size), end)
-        yield offset, stop - offset
-        offset = stop

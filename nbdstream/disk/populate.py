@@ -9,32 +9,22 @@ grant is given back at once. A range is walked once from its start to its end, s
 always gets on, whatever happens to the blocks behind it.
 """
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import ParamSpec, Protocol, TypeVar
 
 import trio
 
 from nbdstream.backing.base import Backing, Grant, Priority
+from nbdstream.disk.atomic import Atomically
 from nbdstream.disk.fetch import MAX_FETCH, Fetch, Fetcher
 from nbdstream.disk.lookup import Lookup
 from nbdstream.disk.writeback import Writeback
 from nbdstream.extents import align_down, align_up
 from nbdstream.leaf.base import Leaf, LeafExtent
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 # How far one look at the leaf's extents goes.
 LOOK_PIECE = 256 << 20
 # What one call of Leaf.zero covers at the most.
 ZERO_PIECE = 32 << 20
-
-
-class Atomically(Protocol):
-    """Runs a plain step on the leaf as a whole, until it goes through."""
-
-    def __call__(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]: ...
 
 
 @dataclass(frozen=True)
