@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nbdstream.errors import LeafInUseError
+from nbdstream.errors import LeafError, LeafInUseError
 from nbdstream.extents import align_down, align_up
 from nbdstream.leaf import probe_format
 from nbdstream.leaf.base import (
@@ -38,6 +38,7 @@ from nbdstream.leaf.base import (
     FlushNeeded,
     Leaf,
     State,
+    SyncError,
 )
 from tests.leaf_support import (
     BACKING,
@@ -53,6 +54,7 @@ from tests.leaf_support import (
     write,
     zero,
 )
+from tests.powercut import recording
 
 SIZE = (4 << 20) + 512  # not a multiple of any cluster
 BIG = 8 << 40
@@ -75,6 +77,17 @@ def cold_page_cache() -> Iterator[set[tuple[int, int]]]:
 
     with mock.patch.object(os, "preadv", preadv):
         yield asked
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Nothing can be written."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with mock.patch.object(os, "pwrite", full), mock.patch.object(os, "pwritev", full):
+        yield
 
 
 class LeafConformance:
@@ -210,12 +223,11 @@ class LeafConformance:
         flush(leaf)
         assert not leaf.dirty
 
-    def test_a_failed_flush_leaves_it_dirty(self, kind: ImageKind, path: Path) -> None:
+    def test_a_flush_without_room_can_be_repeated(self, kind: ImageKind, path: Path) -> None:
         leaf = kind.new(path, SIZE)
         write(leaf, 0, pattern(0, leaf.block_size, 1))
-        with mock.patch.object(os, "fdatasync", side_effect=OSError(errno.EIO, "broken")):
-            with pytest.raises(OSError, match="broken"):
-                flush(leaf)
+        with full_disk(), pytest.raises(OSError, match="full"):
+            flush(leaf)
         assert leaf.dirty
         write(leaf, 4 * leaf.block_size, pattern(0, leaf.block_size, 2))
         flush(leaf)
@@ -227,18 +239,61 @@ class LeafConformance:
         again.close()
         qemu_check(path, kind.format)
 
+    def test_the_first_failed_sync_is_final(self, kind: ImageKind, path: Path) -> None:
+        """The next sync would succeed, and prove nothing."""
+        backing = pattern(0, SIZE)
+        leaf = kind.new(path, SIZE)
+        block = leaf.block_size
+        write(leaf, 0, pattern(0, block, 1))
+        flush(leaf)
+        write(leaf, 2 * block, pattern(0, block, 2))
+        with mock.patch.object(os, "fdatasync", side_effect=OSError(errno.EIO, "broken")):
+            with pytest.raises(SyncError, match="broken"):
+                flush(leaf)
+        assert leaf.dirty
+        write(leaf, 4 * block, pattern(0, block, 3))
+        assert read(leaf, 4 * block, block, b"") == pattern(0, block, 3)
+        with recording(path.parent) as journal:
+            for refused in (
+                leaf.begin_flush,
+                lambda: leaf.record_backing(BackingReference("nbd://other/")),
+                leaf.drop_backing,
+                lambda: leaf.check(repair=True),
+                leaf.close,
+            ):
+                with pytest.raises(SyncError, match="an earlier sync failed"):
+                    refused()
+        assert not journal.operations
+        leaf.close()
+        again = kind.open(path)
+        assert read(again, 0, SIZE, backing) == pattern(0, block, 1) + backing[block:]
+        again.close()
+        qemu_check(path, kind.format)
+
+    def test_only_a_complete_leaf_lets_go_of_its_backing(self, path: Path, leaf: Leaf) -> None:
+        """What counts is the file, whatever memory and the caller say."""
+        backing = pattern(0, SIZE)
+        last = align_down(SIZE - 1, leaf.block_size)
+        write(leaf, 0, backing[:last])
+        flush(leaf)
+        with pytest.raises(LeafError, match=f"still needs its backing: nothing at {last} yet"):
+            leaf.drop_backing()
+        write(leaf, last, backing[last:])
+        with pytest.raises(LeafError, match=f"still needs its backing: nothing at {last} yet"):
+            leaf.drop_backing()
+        flush(leaf)
+        assert leaf.backing is not None
+        leaf.drop_backing()
+        assert leaf.backing is None
+
     def test_a_full_disk_changes_nothing_else(self, kind: ImageKind, path: Path) -> None:
         leaf = kind.new(path, SIZE)
         block = leaf.block_size
         backing = pattern(0, SIZE)
         write(leaf, 0, pattern(0, block, 1))
 
-        def full(*_: object) -> int:
-            raise OSError(errno.ENOSPC, "full")
-
-        with mock.patch.object(os, "pwrite", full), mock.patch.object(os, "pwritev", full):
-            with pytest.raises(OSError, match="full"):
-                write(leaf, 2 * block, pattern(0, 3 * block, 2))
+        with full_disk(), pytest.raises(OSError, match="full"):
+            write(leaf, 2 * block, pattern(0, 3 * block, 2))
         assert read(leaf, 0, SIZE, backing) == pattern(0, block, 1) + backing[block:]
         write(leaf, 3 * block, pattern(0, block, 3))
         flush(leaf)
@@ -482,13 +537,15 @@ class LeafMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.flushing is not None)
     @rule(ok=st.booleans())
     def end_flush(self, ok: bool) -> None:
+        """With ``ok`` False there is no room for metadata, if there is any to write."""
         rest, self.flushing = self.flushing, None
-        if ok:
-            rest()
+        try:
+            with nullcontext() if ok else full_disk():
+                rest()
+        except OSError:
+            assert not ok
         else:
-            with mock.patch.object(os, "fdatasync", side_effect=OSError(errno.EIO, "broken")):
-                with pytest.raises(OSError, match="broken"):
-                    rest()
+            ok = True
         self.leaf.end_flush(ok=ok)
 
     @precondition(lambda self: self.flushing is None)

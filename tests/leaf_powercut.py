@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from nbdstream.leaf.base import ColdMetadata, FlushNeeded, Leaf, State
+import pytest
+
+from nbdstream.leaf.base import ColdMetadata, FlushNeeded, Leaf, State, SyncError, flushing
 from tests.leaf_support import (
     BACKING,
     SECTOR,
@@ -199,11 +201,12 @@ class _Player:
     def flush(self) -> None:
         journal = self.life.journal
         covered = len(self.life.changes)
-        rest = self.leaf.begin_flush()
-        journal.interrupt = self.interrupt
-        rest()
-        journal.interrupt = None
-        self.leaf.end_flush(ok=True)
+        with flushing(self.leaf) as finish:
+            journal.interrupt = self.interrupt
+            try:
+                finish()
+            finally:
+                journal.interrupt = None
         self.life.flushes.append(Flushed(len(journal.operations), covered))
 
     def reopen(self) -> None:
@@ -221,6 +224,105 @@ class _Player:
                 drive(self.leaf, partial(self.fetch, extent.offset, min(unit, extent.length)))
         self.flush()
         self.leaf.drop_backing()
+
+    def go_on(self) -> None:
+        """After a failed sync: the guest goes on, and so do those who ask for durability;
+        none of them gets it, and the leaf closes."""
+        for _ in range(12):
+            try:
+                self.plain_call()
+            except ColdMetadata as cold:
+                cold.warm()
+            except FlushNeeded:
+                break
+        for refused in (
+            self.flush,
+            lambda: self.leaf.record_backing(replace(BACKING, identity="never")),
+            self.leaf.drop_backing,
+            self.flush,
+            self.leaf.close,
+        ):
+            before = len(self.life.journal.operations)
+            with pytest.raises(SyncError):
+                refused()
+            assert len(self.life.journal.operations) == before, "nothing is written or synced"
+        assert self.leaf.fd < 0, "the file is closed"
+
+
+def fail_each_sync(
+    kind: ImageKind, directory: Path, cut: Path, *, seed: int, finish: bool, variants: int
+) -> int:
+    """Let a leaf live the same short life again and again, with another sync failing each
+    time, and judge what may be left at the end. Returns how many syncs failed."""
+    size = (1 << 20) + 512
+    windows: tuple[tuple[int, int], ...] = ((0, 16 * 4096), ((1 << 20) - 8 * 4096, 8 * 4096 + 512))
+    if finish:
+        size = 64 * 1024
+        windows = ((0, size),)
+    failed = 0
+    while _live_with_failure(
+        kind, directory, cut, seed, size, windows, failed, finish=finish, variants=variants
+    ):
+        failed += 1
+    return failed
+
+
+def _live_with_failure(
+    kind: ImageKind,
+    directory: Path,
+    cut: Path,
+    seed: int,
+    size: int,
+    windows: tuple[tuple[int, int], ...],
+    number: int,
+    *,
+    finish: bool,
+    variants: int,
+) -> bool:
+    """One life with the ``number``-th sync failing; False if it has not that many."""
+    for old in directory.iterdir():
+        old.unlink()
+    path = directory / "disk"
+    kind.make(path, size, BACKING)
+    with recording(directory) as journal:
+        life = Life(kind, size, windows, journal)
+        journal.fail_sync = number
+        try:
+            leaf = kind.open(path)
+        except SyncError:
+            pass  # it is judged as it was left
+        else:
+            life.identified = leaf.backing is not None and leaf.backing.identity != ""
+            _play_until_it_fails(_Player(life, leaf, random.Random(seed), path), finish=finish)
+    if journal.fail_sync is not None:
+        return False
+    rng = random.Random(seed + number)
+    for variant in range(variants):
+        disk = Disk(journal, rng if variant else None)
+        admissible = _Admissible(life)
+        for operation in journal.operations:
+            disk.advance(operation)
+        admissible.advance(len(journal.operations))
+        _restore(cut, disk.survivors(rng))
+        try:
+            _judge(life, cut / "disk", admissible.sets(), rng, number * variants + variant)
+        except Exception as error:
+            error.add_note(f"sync {number} failed, variant {variant}")
+            error.add_note(f"operations: {[_brief(o) for o in journal.operations[-20:]]}")
+            raise
+    return True
+
+
+def _play_until_it_fails(player: _Player, *, finish: bool) -> None:
+    try:
+        for _ in range(25):
+            player.step()
+        if finish:
+            player.finish()
+        player.leaf.close()
+    except SyncError:
+        if player.leaf.fd >= 0:
+            player.go_on()
 
 
 def live(

@@ -11,6 +11,10 @@ came after a file's last sync, any part may have survived:
 
 That is more than a real file system loses, so what passes here does not rest on how one
 orders its writeback.
+
+A sync can be made to fail (`Journal.fail_sync`), as the kernel fails it: any part of what
+was to be written reaches the disk, the rest is dropped, and the pages count as clean. So
+the next sync succeeds, and makes durable only what was written since.
 """
 
 import contextlib
@@ -62,8 +66,15 @@ class Sync:
     inode: int
 
 
+@dataclass(frozen=True)
+class FailedSync:
+    """A sync of the file failed: what it did not write is lost; inode 0: the directory."""
+
+    inode: int
+
+
 Change = Write | Truncate | Name
-Operation = Change | Sync
+Operation = Change | Sync | FailedSync
 
 
 @dataclass
@@ -72,7 +83,8 @@ class Journal:
 
     ``interrupt``, if set, is called before each operation takes place: what it does
     happens in between, as the event loop's calls do while a worker is under way. Where
-    there is little ``room``, writes come out short, then fail with ENOSPC.
+    there is little ``room``, writes come out short, then fail with ENOSPC. ``fail_sync``
+    is how many syncs succeed before one fails, with EIO; those after it succeed.
     """
 
     directory: Path
@@ -81,6 +93,17 @@ class Journal:
     operations: list[Operation] = field(default_factory=list)
     interrupt: Callable[[], None] | None = None
     room: int | None = None  # bytes that can still be written; None: a disk without end
+    fail_sync: int | None = None
+
+    def sync(self, inode: int) -> None:
+        """A sync of a file, or of the directory (0). Raises OSError if this one is to fail."""
+        if self.fail_sync is not None:
+            self.fail_sync -= 1
+            if self.fail_sync < 0:
+                self.fail_sync = None
+                self.add(FailedSync(inode))
+                raise OSError(errno.EIO, "injected")
+        self.add(Sync(inode))
 
     def add(self, operation: Operation) -> None:
         self.operations.append(operation)
@@ -168,7 +191,7 @@ def recording(directory: Path) -> Iterator[Journal]:
                 journal.before()
             real[name](fd)
             if inode is not None:
-                journal.add(Sync(inode))
+                journal.sync(inode)
 
         return sync
 
@@ -234,11 +257,25 @@ class _File:
     durable: bytearray
     pending: list[Write | Truncate] = field(default_factory=list)
 
+    def drop(self, rng: random.Random | None) -> None:
+        """A sync fails: a part of what is pending becomes durable, and the rest is lost but
+        for the length that it gave the file."""
+        share = rng.choice((0, 0, 0.3, 0.7, 1)) if rng is not None else 0
+        for change in [piece for whole in self.pending for piece in _torn(whole)]:
+            if isinstance(change, Truncate) or (rng is not None and rng.random() < share):
+                _apply(self.durable, change)
+            else:
+                end = change.offset + len(change.data)
+                self.durable.extend(bytes(max(0, end - len(self.durable))))
+        self.pending = []
+
 
 class Disk:
     """What the disk holds of a journal, from cut to cut."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, rng: random.Random | None = None) -> None:
+        """``rng`` decides what failed syncs drop; without it, they drop everything."""
+        self._rng = rng
         self._files = {inode: _File(bytearray(data)) for inode, data in journal.contents.items()}
         self._names: dict[str, int] = dict(journal.names)
         self._pending_names: list[Name] = []
@@ -248,17 +285,28 @@ class Disk:
         if isinstance(operation, Name):
             self._pending_names.append(operation)
             return
-        if isinstance(operation, Sync) and operation.inode == 0:
-            _apply_names(self._names, self._pending_names)
-            self._pending_names = []
-            return
+        if isinstance(operation, Sync | FailedSync) and operation.inode == 0:
+            if isinstance(operation, Sync):
+                _apply_names(self._names, self._pending_names)
+                self._pending_names = []
+            return  # names are no pages: a failure drops none of them
         target = self._files.setdefault(operation.inode, _File(bytearray()))
-        if isinstance(operation, Sync):
+        if isinstance(operation, FailedSync):
+            target.drop(self._rng)
+        elif isinstance(operation, Sync):
             for change in target.pending:
                 _apply(target.durable, change)
             target.pending = []
         else:
             target.pending.append(operation)
+
+    def durable(self) -> dict[str, bytearray]:
+        """The directory if nothing survived but what was synced, by file name."""
+        return {
+            name: bytearray(self._files[inode].durable)
+            for name, inode in self._names.items()
+            if inode in self._files
+        }
 
     def survivors(self, rng: random.Random) -> dict[str, bytearray]:
         """One of the many states that the directory may be in, by file name."""

@@ -13,7 +13,7 @@ from nbdstream.backing.base import Priority
 from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk, round_off
 from nbdstream.errors import BackingReadError
 from nbdstream.export import Hit
-from nbdstream.leaf.base import State, SyncError
+from nbdstream.leaf.base import State
 from tests.doubles import GatedBacking, MemoryLeaf, poison_buffers
 
 SIZE = 64 * 1024 + 300  # the last block is a short one
@@ -347,26 +347,6 @@ async def test_flushes_in_a_burst_are_shared() -> None:
             for _ in range(20):
                 nursery.start_soon(disk.flush)
         assert 1 <= leaf.syncs <= 2
-
-
-async def test_a_failed_sync_fails_all_later_flushes(caplog: pytest.LogCaptureFixture) -> None:
-    leaf = MemoryLeaf(SIZE)
-    with pytest.raises(OSError, match="earlier sync failed"):
-        async with open_disk(leaf, GatedBacking(CONTENT)) as disk:
-
-            def fail() -> None:
-                raise SyncError(errno.EIO, "bad sector")
-
-            begin, leaf.begin_flush = leaf.begin_flush, lambda: fail  # type: ignore[method-assign]
-            disk.write_nowait(memoryview(b"x" * 512), 0)
-            with pytest.raises(OSError, match="bad sector"):
-                await disk.flush()
-            assert leaf.dirty
-            leaf.begin_flush = begin  # type: ignore[method-assign]
-            with pytest.raises(OSError, match="earlier sync failed"):
-                await disk.flush()
-    assert "sync failed" in caplog.text
-    leaf.close()
 
 
 async def test_a_flush_without_space_for_metadata_can_be_repeated() -> None:

@@ -2,10 +2,12 @@
 """System calls on image files, as far as file systems differ."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from unittest import mock
 
+import nbdstream.leaf
 from nbdstream.disk import open_disk
 from nbdstream.export import Hit
 from nbdstream.leaf import create_leaf, open_leaf
@@ -48,3 +50,16 @@ async def test_a_leaf_in_memory_is_hot() -> None:
                 assert view == b"a" * 4096
         finally:
             leaf.close()
+
+
+def test_one_place_syncs() -> None:
+    """All syncs of a leaf go through `Syncs`, so that the first failure is noticed."""
+    room = Path(nbdstream.leaf.__file__).parent
+    calls = {
+        str(path.relative_to(room))
+        for path in room.rglob("*.py")
+        if re.search(r"os\.f(data)?sync", path.read_text())
+    }
+    # Besides: a new image before it has its name, and the directory that it appears in.
+    assert "durability.py" in calls
+    assert calls <= {"durability.py", "files.py", "__init__.py"}

@@ -179,7 +179,7 @@ def test_nothing_is_overwritten(tmp_path: Path, format_name: str) -> None:
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_nothing_is_left_of_a_failure(tmp_path: Path, format_name: str) -> None:
     failing = OSError(28, "full")
-    for call in ("ftruncate", "fsync", "link"):
+    for call in ("ftruncate", "fdatasync", "fsync", "link"):
         with mock.patch.object(os, call, side_effect=failing), pytest.raises(OSError, match="full"):
             create(tmp_path / "disk", format_name)
         left = {entry.name for entry in tmp_path.iterdir()}

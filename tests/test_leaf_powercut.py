@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.leaf_powercut import cut_everywhere, live
+from tests.leaf_powercut import cut_everywhere, fail_each_sync, live
 from tests.leaf_support import ImageKind, by_qemu, ours
 
 QED_SMALL_TABLES = by_qemu("qed", "cluster_size=4096,table_size=2")
@@ -52,3 +52,15 @@ def test_power_cut(kind: ImageKind, finish: bool, memory: Path) -> None:
     life = live(kind, memory / "life", seed=1, size=size, windows=windows, steps=120, finish=finish)
     judged = cut_everywhere(life, memory / "cut", seed=1, variants=VARIANTS)
     assert judged > VARIANTS * len(life.journal.operations) > 300
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("finish", [False, True], ids=["stop", "finish"])
+def test_each_sync_fails_once(kind: ImageKind, finish: bool, memory: Path) -> None:
+    """The kernel drops what a failed sync did not write, and the next sync succeeds: no
+    flushed write is lost, and no cluster is exposed whose data was dropped."""
+    failed = fail_each_sync(
+        kind, memory / "life", memory / "cut", seed=5, finish=finish, variants=6
+    )
+    assert failed >= 10

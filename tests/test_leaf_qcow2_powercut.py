@@ -13,7 +13,7 @@ from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference
 from nbdstream.leaf.qcow2 import space
 from tests.leaf_powercut import cut_everywhere, live
-from tests.leaf_support import BACKING, ImageKind, by_qemu, ours, qemu_check
+from tests.leaf_support import BACKING, ImageKind, by_qemu, flush, ours, qemu_check, zero
 from tests.powercut import Disk, recording
 from tests.test_leaf_qcow2 import plain
 
@@ -82,6 +82,8 @@ def test_the_header_means_one_or_the_other(options: str, memory: Path) -> None:
         marks = [len(journal.operations)]
         for name in names[1:]:
             if name is None:
+                zero(leaf, 0, 1 << 20)
+                flush(leaf)
                 leaf.drop_backing()
             else:
                 leaf.record_backing(BackingReference(name, "raw", 1 << 20, f"of {name[:9]}"))

@@ -15,6 +15,7 @@ from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference, CheckResult, State
 from nbdstream.leaf.qcow2.header import Header
 from nbdstream.leaf.qcow2.header_file import read_header
+from nbdstream.leaf.qcow2.leaf import Qcow2Leaf
 from testbed.peers import run
 from tests.leaf_support import (
     BACKING,
@@ -236,6 +237,8 @@ def test_the_record_of_the_backing_survives_others_but_not_another_name(
     run(["qemu-img", "rebase", "-u", "-b", mine.uri, "-F", "raw", path])
     leaf = open_leaf(str(path))
     assert leaf.backing == mine
+    zero(leaf, 0, SIZE)
+    flush(leaf)
     leaf.drop_backing()
     leaf.close()
     assert "backing-filename" not in info(path)
@@ -282,9 +285,12 @@ def test_unknown_extensions_and_features_are_kept(tmp_path: Path) -> None:
     patch(path, 88, (0x80).to_bytes(8, "big"))  # autoclear
     leaf = open_leaf(str(path), read_only=True)
     leaf.close()
-    assert read_header_of(path).autoclear_features == 0x80
+    header = read_header_of(path)
+    assert header.autoclear_features == 0x80
+    header = replace(header, autoclear_features=0)
     leaf = open_leaf(str(path))
-    leaf.record_backing(BACKING)
+    assert isinstance(leaf, Qcow2Leaf)
+    leaf.replace_header(header.with_backing(BACKING))
     leaf.close()
     header = read_header_of(path)
     assert header.extension(0x12345678) == b"hello"

@@ -15,6 +15,7 @@ import pytest
 from nbdstream.errors import LeafError, LeafFormatError, LeafUnsupportedError, UsageError
 from nbdstream.leaf import create_leaf, open_leaf
 from nbdstream.leaf.base import BackingReference, FlushNeeded, Leaf, State
+from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qed.check import check_image
 from nbdstream.leaf.qed.header import NEED_CHECK, Header, read_header
 from testbed.peers import run
@@ -162,7 +163,7 @@ def test_a_crashed_image_is_repaired_when_opened(
     assert copy.read_bytes() == before
     with caplog.at_level(logging.WARNING):
         leaf = open_leaf(str(copy))
-    assert "was not closed clean: checked it, 1 clusters were leaked" in caplog.text
+    assert "was not closed clean: checked it, leaked clusters: 1" in caplog.text
     assert leaf.check(repair=False) == leaf.check(repair=True)
     assert read(leaf, 8 * CLUSTER, CLUSTER, b"") == pattern(0, CLUSTER, 3)
     assert extents(leaf, 9 * CLUSTER, CLUSTER)[0].state is State.UNALLOCATED
@@ -272,7 +273,7 @@ def test_check_counts_as_qemu_does(path: Path, damage: Callable[[Path], None]) -
     before = path.read_bytes()
     _, report = qemu_check_report(path, "qed")
     fd = os.open(path, os.O_RDONLY)
-    result = check_image(fd, read_header(fd), repair=False)
+    result = check_image(fd, read_header(fd), Syncs("it"), repair=False)
     os.close(fd)
     assert result.errors == report.get("corruptions", 0)
     # With errors about, what is a leak and what is only called so depends on the order.

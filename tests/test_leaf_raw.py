@@ -162,7 +162,7 @@ def test_a_plain_file_with_holes(tmp_path: Path) -> None:
         ((512 << 10) + 8192, (512 << 10) - 8192, State.ZERO),
     ]
     assert leaf.locate(0, 1 << 20) == 0
-    with pytest.raises(LeafError, match="no allocation map"):
+    with pytest.raises(LeafError, match="has no backing"):
         leaf.record_backing(BACKING)
     leaf.close()
 

@@ -5,18 +5,24 @@ Any number of flush requests may be waiting; each is served by the first flush t
 *begins* after it was made, so that a burst of them costs two syncs at the most
 (invariant 2: everything completed before the request is durable).
 
-A failed sync is final. The kernel may have dropped the dirty pages and will report
-success next time, so that no later sync could be trusted ("fsync failure"); every
-later flush fails with the same error, until the leaf is opened anew and shows what
-is really there. A flush that found no space for metadata can be repeated.
+A flush that has begun is not cancelled: between the snapshot of the metadata and the
+worker that writes it there is no checkpoint that a cancellation could come in by. Flushes
+have a thread limit of their own, so that workers which are busy with reads do not
+delay them.
+
+A failed sync is final (`nbdstream.leaf.durability`): the leaf refuses every later flush,
+until it is opened again and shows what is there. A flush that found no space for
+metadata can be repeated.
 """
 
+import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import trio
 
-from nbdstream.leaf.base import Leaf, SyncError
+from nbdstream.leaf.base import Leaf, SyncError, flushing
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +33,9 @@ class Flusher:
     def __init__(self, leaf: Leaf) -> None:
         self._leaf = leaf
         self._lock = trio.Lock()
+        self._threads = trio.CapacityLimiter(1)  # the lock admits one at a time, too
         self._begun = 0
         self._ended = 0
-        self._failure: OSError | None = None
 
     @property
     def flushes(self) -> int:
@@ -48,27 +54,37 @@ class Flusher:
                 await self._run()
 
     async def flush_then(self, work: Callable[[], None]) -> None:
-        """Flush, then run ``work`` in a worker before any other flush may begin."""
+        """Flush, then run ``work`` in a worker before any other flush may begin.
+
+        Raises OSError, and what ``work`` raises. Cancelled: as `flush`; once the flush
+        has begun, ``work`` runs to its end as well.
+        """
         async with self._lock:
-            await self._run()
-            await trio.to_thread.run_sync(work)
+            with trio.CancelScope(shield=True):
+                await self._run()
+                await self._in_worker(work)
 
     async def _run(self) -> None:
-        if self._failure is not None:
-            raise OSError(self._failure.errno, f"an earlier sync failed: {self._failure}")
         self._begun += 1
-        finish = self._leaf.begin_flush()
-        try:
-            await trio.to_thread.run_sync(finish)
-        except OSError as error:
-            self._leaf.end_flush(ok=False)
-            if not isinstance(error, SyncError):
-                raise  # no space for metadata: that can be mended
-            self._failure = error
-            log.critical("%s: sync failed, flushes fail from now on: %s", self._leaf.path, error)
-            raise
-        self._leaf.end_flush(ok=True)
+        with trio.CancelScope(shield=True), _system_errors(), flushing(self._leaf) as finish:
+            await self._in_worker(finish)
         self._ended = self._begun
+
+    async def _in_worker(self, work: Callable[[], None]) -> None:
+        await trio.to_thread.run_sync(work, limiter=self._threads)
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """What the system lacks is an ``OSError``: memory, or another thread."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OSError(errno.ENOMEM, "no memory for a flush") from error
+    except RuntimeError as error:
+        if "thread" not in str(error):
+            raise
+        raise OSError(errno.EAGAIN, "no thread for a flush") from error
 
 
 # A crash loses at most what was streamed in this many seconds (it is fetched again).
@@ -78,7 +94,7 @@ CHECKPOINT_INTERVAL = 5.0
 async def run_checkpoints(leaf: Leaf, flush: Callable[[], Awaitable[None]]) -> None:
     """Now and then make durable what has become local, so that a crash costs little.
 
-    Ends when a sync has failed: from then on there is nothing to be had from more.
+    Ends when a sync has failed: no later flush can succeed.
     """
     while True:
         await trio.sleep(CHECKPOINT_INTERVAL)
@@ -86,6 +102,6 @@ async def run_checkpoints(leaf: Leaf, flush: Callable[[], Awaitable[None]]) -> N
             try:
                 await flush()
             except SyncError:
-                return  # the flusher has said so, and tells every client that flushes
+                return  # the leaf has logged it, and tells every client that flushes
             except OSError as error:
                 log.warning("%s: cannot make durable what is local: %s", leaf.path, error)

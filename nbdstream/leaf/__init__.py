@@ -122,7 +122,11 @@ def create_leaf(
                 Path(f"{new}{MAP_SUFFIX}").replace(f"{path}{MAP_SUFFIX}")
                 files.sync_directory(path)
             os.link(new, path)
-            files.sync_directory(path)
+            try:
+                files.sync_directory(path)
+            except OSError:
+                Path(path).unlink()
+                raise
 
 
 def _mark(path: str, image_format: str, backing: BackingReference | None) -> None:

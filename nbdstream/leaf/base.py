@@ -20,15 +20,26 @@ allocated, then store only the rest" needs no lock**: it is two calls without an
 **Durability** is in two steps, so that the file can be synced outside of the loop:
 ``begin_flush`` (loop) takes a snapshot of the dirty metadata; the function that it
 returns (worker) syncs the *data* written so far, then writes and syncs the snapshot;
-``end_flush`` (loop) learns how that went. Metadata never goes to the file by another
-way while the leaf is open, so allocation is never durable before its data
-(invariant 3). One flush runs at a time; the disk sees to that.
+``end_flush`` (loop) learns how that went. `flushing` puts the three together. Metadata
+never goes to the file by another way while the leaf is open, so allocation is never
+durable before its data (invariant 3). One flush runs at a time; the disk sees to that.
+
+**The first failed sync is final** (invariant 12): see `nbdstream.leaf.durability`.
+
+**Errors.** `Leaf.locate` never raises. Every other method raises nothing but
+
+- `ColdMetadata` and `FlushNeeded`: signals; nothing has changed;
+- ``OSError``: the system refused; `SyncError` among them;
+- ``LeafError``: the image. ``LeafFormatError`` for damaged metadata: it names the entry, and
+  is raised only where a range under that entry is touched. Ranges elsewhere go on working.
+  `Leaf.extents` yields what lies before the damage before it raises.
 """
 
 import abc
 import enum
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +74,10 @@ class LeafExtent(NamedTuple):
 
 
 class ColdMetadata(Exception):  # noqa: N818 - a signal to the caller, not an error
-    """Metadata has to be read from the disk first: call `warm` in a worker, then retry."""
+    """Metadata has to be read from the disk first: call `warm` in a worker, then retry.
+
+    What `warm` raises is the answer to the call: it is not repeated.
+    """
 
     def __init__(self, fd: int, offset: int, length: int) -> None:
         super().__init__(f"metadata at {offset} (+{length}) is not in the page cache")
@@ -72,7 +86,7 @@ class ColdMetadata(Exception):  # noqa: N818 - a signal to the caller, not an er
         self.length = length
 
     def warm(self) -> None:
-        """Worker: bring the range into the page cache."""
+        """Worker: bring the range into the page cache. Raises OSError."""
         os.pread(self.fd, self.length, self.offset)
 
 
@@ -172,7 +186,8 @@ class Leaf(abc.ABC):
         anything allocated is one or few extents. With no backing, nothing is ever
         UNALLOCATED: what the format has not allocated reads as zeroes and is ZERO.
 
-        Raises ColdMetadata.
+        Raises ColdMetadata, OSError, LeafFormatError (damage under the range), the last two
+        only when the iteration comes to what is unreadable or damaged.
         """
 
     def read(self, extent: LeafExtent, view: memoryview) -> None:
@@ -181,7 +196,7 @@ class Leaf(abc.ABC):
 
         Uses nothing but ``fd`` and the extent itself. What it read counts only if
         `extents` still reports the same extent afterwards: space may have been freed
-        and used anew meanwhile.
+        and used for something else meanwhile. Raises OSError.
         """
         read_exactly(self.fd, view, extent.host)
 
@@ -196,7 +211,8 @@ class Leaf(abc.ABC):
         allocated, and DATA that was covered may hold old or new bytes (as for any
         failed write).
 
-        Raises ColdMetadata, FlushNeeded, OSError (ENOSPC, EIO …).
+        Raises ColdMetadata, FlushNeeded, OSError (ENOSPC, EIO …), LeafFormatError (damage
+        under the range).
         """
 
     @abc.abstractmethod
@@ -207,7 +223,7 @@ class Leaf(abc.ABC):
         reserved where the format can (NBD_CMD_FLAG_NO_HOLE). The caller bounds the
         length (tens of MiB).
 
-        Raises ColdMetadata, FlushNeeded, OSError.
+        Raises ColdMetadata, FlushNeeded, OSError, LeafFormatError (damage under the range).
         """
 
     # -- durability ------------------------------------------------------------------
@@ -223,19 +239,26 @@ class Leaf(abc.ABC):
 
         The returned function is run in a worker exactly once. It makes durable all
         data that was written before this call, and then the snapshot. It raises
-        SyncError if it must not be tried again, else OSError (no space for metadata).
+        SyncError if a sync failed, else OSError (no space for metadata): such a flush
+        can be tried again. Raises SyncError where an earlier sync failed.
         """
 
     @abc.abstractmethod
     def end_flush(self, *, ok: bool) -> None:
-        """Learn how the flush went; on failure what was in the snapshot is dirty again."""
+        """Learn how the flush went; on failure what was in the snapshot is dirty again.
+
+        With ``ok`` False it also ends a `begin_flush` that raised, however far that came.
+        """
 
     @abc.abstractmethod
     def drop_backing(self) -> None:
         """Worker: record durably that the leaf needs no backing any more.
 
         The caller has made everything allocated and has flushed, and no flush is under
-        way. A crash before the end leaves the backing recorded. Raises OSError.
+        way. This cannot be undone, so it looks in the file whether all is allocated there.
+        A crash before the end leaves the backing recorded.
+
+        Raises LeafError (something is not allocated in the file), OSError.
         """
 
     @abc.abstractmethod
@@ -252,6 +275,9 @@ class Leaf(abc.ABC):
 
         The caller has flushed; whatever is not is made durable here too. Safe to call
         twice. Also closes (without writing) when the leaf is read-only.
+
+        After a failed sync it writes nothing and syncs nothing, and raises SyncError.
+        Raises OSError; the files are closed even then.
         """
 
     # -- looking at it ---------------------------------------------------------------
@@ -265,12 +291,18 @@ class Leaf(abc.ABC):
         return {}
 
 
-def sync(fd: int) -> None:
-    """Make durable what was written to a file (may block). Raises SyncError."""
+@contextmanager
+def flushing(leaf: Leaf) -> Iterator[Callable[[], None]]:
+    """One flush: begins it, gives its blocking rest to be run, and ends it either way.
+
+    Whatever the body or `Leaf.begin_flush` raises, the snapshot is dirty again then.
+    """
     try:
-        os.fdatasync(fd)
-    except OSError as error:
-        raise SyncError(error.errno, f"sync failed: {error.strerror}") from error
+        yield leaf.begin_flush()
+    except BaseException:
+        leaf.end_flush(ok=False)
+        raise
+    leaf.end_flush(ok=True)
 
 
 def joined(extents: Iterable[LeafExtent]) -> Iterator[LeafExtent]:
@@ -296,7 +328,8 @@ def _continues(first: LeafExtent, second: LeafExtent) -> bool:
 
 
 def read_exactly(fd: int, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from a file; what lies past its end reads as zeroes (may block)."""
+    """Fill ``view`` from a file; what lies past its end reads as zeroes (may block).
+    Raises OSError."""
     done = 0
     while done < len(view):
         count = os.preadv(fd, [view[done:]], offset + done)
@@ -304,6 +337,13 @@ def read_exactly(fd: int, view: memoryview, offset: int) -> None:
             view[done:] = bytes(len(view) - done)
             return
         done += count
+
+
+def read_range(fd: int, offset: int, length: int) -> bytes:
+    """A range of a file; what lies past its end reads as zeroes (may block). Raises OSError."""
+    data = bytearray(length)
+    read_exactly(fd, memoryview(data), offset)
+    return bytes(data)
 
 
 def write_exactly(fd: int, view: memoryview, offset: int) -> None:

@@ -12,13 +12,23 @@ point and is then simply done again.
 """
 
 import os
+from array import array
 from functools import lru_cache
 
 from nbdstream.errors import LeafFormatError
-from nbdstream.leaf.base import CheckResult, write_exactly
+from nbdstream.leaf.base import CheckResult, read_range, write_exactly
+from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qcow2.header import Header
 from nbdstream.leaf.qcow2.header_file import store_fields
-from nbdstream.leaf.qcow2.layout import COMPRESSED, COPIED, OFFSET, store_words
+from nbdstream.leaf.qcow2.layout import (
+    COMPRESSED,
+    COPIED,
+    LOW_32,
+    OFFSET,
+    Geometry,
+    load_words,
+    store_words,
+)
 from nbdstream.leaf.qcow2.refcounts import (
     Refcounts,
     load_table,
@@ -30,7 +40,7 @@ from nbdstream.leaf.qcow2.space import Metadata, RefcountEvent, Space
 
 
 def check_image(
-    fd: int, header: Header, *, repair: bool, strict: bool = False
+    fd: int, header: Header, syncs: Syncs, *, repair: bool, strict: bool = False
 ) -> tuple[CheckResult, Header]:
     """Check, and with ``repair`` repair, an image that nobody uses meanwhile (may block).
 
@@ -38,7 +48,7 @@ def check_image(
     anything is written. Returns the header as well, since a repair may move the refcount
     table. Raises LeafFormatError where the image cannot even be walked through, OSError.
     """
-    check = _Check(fd, header)
+    check = _Check(fd, header, syncs)
     if strict and check.structural_errors:
         raise LeafFormatError(
             f"the image is damaged: {check.walk.messages[0]}; try: qemu-img check -r all"
@@ -52,11 +62,54 @@ def check_image(
     return check.result(), check.header
 
 
+def first_unallocated(fd: int, header: Header) -> int | None:
+    """The lowest guest offset that no table in the file has allocated; None: there is none.
+
+    Reads all tables (may block). Raises OSError.
+    """
+    geometry = header.geometry
+    size, bits = geometry.cluster_size, geometry.cluster_bits
+    clusters = geometry.clusters(geometry.size)
+    per_table = 1 << (geometry.table_bits - bits)
+    l1 = load_words(read_range(fd, header.l1_table_offset, geometry.l1_entries * 8))
+    for number, pointer in enumerate(l1):
+        first = number * per_table
+        if not pointer & OFFSET:
+            return first << bits
+        words = load_words(read_range(fd, pointer & OFFSET, size))
+        count = min(per_table, clusters - first)
+        index = _first_gap(geometry, words[: count * geometry.words], first + count == clusters)
+        if index is not None:
+            return (first << bits) + index
+    return None
+
+
+def _first_gap(geometry: Geometry, words: "array[int]", last: bool) -> int | None:
+    """The guest offset, from the range's start, of the first block that these entries lack;
+    ``last``: they are the disk's last ones, of which the end may be missing."""
+    if not geometry.extended:
+        return words.index(0) << geometry.cluster_bits if 0 in words else None
+    tail = geometry.clusters(geometry.size) - 1
+    blocks = -(-(geometry.size - (tail << geometry.cluster_bits)) // geometry.block_size)
+    whole = {bitmap for bitmap in set(words[1::2]) if (bitmap | bitmap >> 32) & LOW_32 == LOW_32}
+    for index, bitmap in enumerate(words[1::2]):
+        if bitmap in whole or words[2 * index] & COMPRESSED:
+            continue
+        have = (bitmap | bitmap >> 32) & LOW_32
+        if last and 2 * index + 2 == len(words):
+            have |= LOW_32 << blocks & LOW_32
+        if have != LOW_32:
+            block = (~have & (have + 1)).bit_length() - 1
+            return (index << geometry.cluster_bits) + block * geometry.block_size
+    return None
+
+
 class _Check:
     """One check: the walk, the comparison, the repair."""
 
-    def __init__(self, fd: int, header: Header) -> None:
+    def __init__(self, fd: int, header: Header, syncs: Syncs) -> None:
         self.header = header
+        self._syncs = syncs
         self._fd = fd
         self._geometry = header.geometry
         self.walk = Walk(fd, header)
@@ -158,7 +211,7 @@ class _Check:
         if self.header.version >= 3 and not self.header.dirty:
             self.header = self.header.marked(dirty=True)
             store_fields(self._fd, self.header)
-            os.fdatasync(self._fd)
+            self._syncs.sync(self._fd)
         for index, _ in self._bad:
             write_exactly(
                 self._fd, memoryview(bytes(8)), self.header.refcount_table_offset + 8 * index
@@ -169,11 +222,11 @@ class _Check:
         )
         space.events += self._events
         for plan in refcounts.take_plans(everything=True):
-            self.header = plan.apply(self._fd, self.header)
+            self.header = plan.apply(self._fd, self.header, self._syncs)
         if refcounts.lost:
             raise LeafFormatError("there is no room for the refcounts of this image")
         space.trim_file()
-        os.fdatasync(self._fd)
+        self._syncs.sync(self._fd)
         self._repaired += self._too_low + self._too_high + self._bad_errors
         self._table = load_table(self._fd, self.header)
         self._stored.cache_clear()
@@ -194,7 +247,7 @@ class _Check:
                 if not run.entry & COMPRESSED and run.entry & OFFSET:
                     self._check_copied_run(run, repair=repair)
         if repair:
-            os.fdatasync(self._fd)
+            self._syncs.sync(self._fd)
 
     def _check_copied_run(self, run: Run, *, repair: bool) -> None:
         cluster = (run.entry & OFFSET) >> self._geometry.cluster_bits

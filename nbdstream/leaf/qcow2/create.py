@@ -10,6 +10,7 @@ import os
 from nbdstream.errors import UsageError
 from nbdstream.extents import align_up
 from nbdstream.leaf.base import BackingReference, write_exactly
+from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qcow2.header import EXTENDED_L2, LAZY_REFCOUNTS, Header, feature_name_table
 from nbdstream.leaf.qcow2.layout import (
     MAX_CLUSTER_BITS,
@@ -94,6 +95,6 @@ def _write_image(path: str, header: Header, table: int, blocks: int, used: int) 
         write_exactly(fd, memoryview(pointers), 1 << bits)
         ones = memoryview(pack_entries([1] * used, header.refcount_order))
         write_exactly(fd, ones, first_block << bits)
-        os.fsync(fd)
+        Syncs(path).sync(fd)
     finally:
         os.close(fd)

@@ -26,6 +26,7 @@ from typing import Any
 from nbdstream.errors import LeafFormatError, LeafUnsupportedError
 from nbdstream.extents import align_up
 from nbdstream.leaf.base import write_exactly
+from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qcow2.header import (
     COMPRESSION_NAMES,
     COMPRESSION_TYPE,
@@ -212,7 +213,7 @@ def store_fields(fd: int, header: Header) -> None:
     write_exactly(fd, memoryview(header.encode_fields()), 0)
 
 
-def install(fd: int, old: Header, new: Header) -> Header:
+def install(fd: int, old: Header, new: Header, syncs: Syncs) -> Header:
     """Replace an image's header, durably; return the new one as it is in the file.
 
     See the module's docstring for the order. Where the header cluster has no room for a
@@ -227,26 +228,26 @@ def install(fd: int, old: Header, new: Header) -> Header:
     if plain[SECTOR:] != os.pread(fd, len(plain), 0)[SECTOR:]:
         # After a cut, what is in use may be the second copy of that time: the front is free.
         if old.area < len(plain):
-            end = _switch_to_copy(fd, new, end)
-        _write_synced(fd, plain[SECTOR:], SECTOR)
-    _write_synced(fd, plain[:SECTOR], 0)
-    _write_synced(fd, bytes(min(end, new.cluster_size) - len(plain)), len(plain))
+            end = _switch_to_copy(fd, new, end, syncs)
+        _write_synced(fd, plain[SECTOR:], SECTOR, syncs)
+    _write_synced(fd, plain[:SECTOR], 0, syncs)
+    _write_synced(fd, bytes(min(end, new.cluster_size) - len(plain)), len(plain), syncs)
     return _parse(os.pread(fd, new.cluster_size, 0))
 
 
-def _switch_to_copy(fd: int, new: Header, offset: int) -> int:
+def _switch_to_copy(fd: int, new: Header, offset: int, syncs: Syncs) -> int:
     """Put the extensions and the name at ``offset``, if there is room, and make the first
     sector refer to them; return where they end."""
     front, area = new.encode(offset)
     end = offset + len(area)
     if end > new.cluster_size:
         return offset
-    _write_synced(fd, area, offset)
-    _write_synced(fd, front.ljust(SECTOR, b"\0"), 0)
+    _write_synced(fd, area, offset, syncs)
+    _write_synced(fd, front.ljust(SECTOR, b"\0"), 0, syncs)
     return end
 
 
-def _write_synced(fd: int, data: bytes, offset: int) -> None:
+def _write_synced(fd: int, data: bytes, offset: int, syncs: Syncs) -> None:
     if data:
         write_exactly(fd, memoryview(data), offset)
-        os.fdatasync(fd)
+        syncs.sync(fd)

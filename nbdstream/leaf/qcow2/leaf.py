@@ -26,25 +26,25 @@ not be recorded in; and clears the bits that stand for whatever else we would no
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 
-from nbdstream.errors import LeafFormatError, UsageError
+from nbdstream.errors import LeafFormatError
 from nbdstream.leaf import files
 from nbdstream.leaf.base import (
     ALL_ZERO,
     SCATTERED,
     BackingReference,
     CheckResult,
-    Leaf,
     LeafExtent,
     State,
+    SyncError,
+    flushing,
     read_exactly,
-    sync,
     write_exactly,
 )
+from nbdstream.leaf.durability import DurableLeaf, Syncs
 from nbdstream.leaf.qcow2.changes import Changes
-from nbdstream.leaf.qcow2.check import check_image
+from nbdstream.leaf.qcow2.check import check_image, first_unallocated
 from nbdstream.leaf.qcow2.compressed import unpack
 from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, Header
 from nbdstream.leaf.qcow2.header_file import install, store_fields
@@ -59,20 +59,24 @@ log = logging.getLogger(__name__)
 FLAGGED = COMPRESSED | ZERO
 
 
-class Qcow2Leaf(Leaf):
+class Qcow2Leaf(DurableLeaf):
     """An open qcow2 image; see the module's docstring for what is durable when."""
 
     format = "qcow2"
 
-    def __init__(self, path: str, fd: int, header: Header, *, read_only: bool) -> None:
+    def __init__(
+        self, path: str, fd: int, header: Header, syncs: Syncs, *, read_only: bool
+    ) -> None:
         """Take over ``fd``. Raises LeafFormatError, OSError; then ``fd`` stays open."""
         self.path = path
         self.fd = fd
         self.read_only = read_only
         self.backing = header.backing
         self._header = header
-        self._in_flush: tuple[list[Dropped], list[RefcountPlan]] | None = None
+        self._syncs = syncs
+        self._in_flush: tuple[list[Dropped], list[RefcountPlan]] = ([], [])
         self._refcounts_ok = True
+        self._settling = False  # whether the next flush is to bring all refcounts to the file
         self._load()
 
     def _load(self) -> None:
@@ -209,22 +213,20 @@ class Qcow2Leaf(Leaf):
         """See `Leaf.dirty`."""
         return self._tables.dirty
 
-    def begin_flush(self) -> Callable[[], None]:
+    def _begin_flush(self) -> Callable[[], None]:
         """See `Leaf.begin_flush`, and the module's docstring for the order of things."""
-        return self._begin_flush(everything=False)
-
-    def _begin_flush(self, *, everything: bool) -> Callable[[], None]:
         assert self._refcounts is not None, "the image is read-only"
-        assert self._in_flush is None, "one flush at a time"
         self._refcounts_ok = True
-        tables = self._tables.begin_flush() if self._tables.dirty else None
+        # In this order each is undone by `end_flush`, wherever memory runs out.
+        plans = self._refcounts.take_plans(everything=self._settling)
+        self._in_flush = [], plans
         dropped = self._space.take_dropped()
-        plans = self._refcounts.take_plans(everything=everything)
         self._in_flush = dropped, plans
+        tables = self._tables.begin_flush() if self._tables.dirty else None
 
         def finish() -> None:
             if tables is None and not plans:
-                sync(self.fd)
+                self._syncs.sync(self.fd)
             else:
                 self._write_metadata(tables or TableSnapshot(), plans)
             self._punch(dropped)
@@ -236,9 +238,9 @@ class Qcow2Leaf(Leaf):
         header = self._header.marked(dirty=True)
         if header != self._header:
             store_fields(self.fd, header)
-        sync(self.fd)
+        self._syncs.sync(self.fd)
         self._header = header
-        write_tables(self.fd, tables, self._geometry, self._header.l1_table_offset)
+        write_tables(self.fd, tables, self._geometry, header.l1_table_offset, self._syncs)
         self._write_refcounts(plans)
 
     def _punch(self, dropped: list[Dropped]) -> None:
@@ -249,10 +251,13 @@ class Qcow2Leaf(Leaf):
                 files.punch_hole(self.fd, offset, length)
 
     def _write_refcounts(self, plans: list[RefcountPlan]) -> None:
-        """Worker: a failure costs no data, only a rebuild at the next open."""
+        """Worker: a failure costs no data, only a rebuild at the next open; unless it is a
+        sync that fails."""
         try:
             for plan in plans:
-                self._header = plan.apply(self.fd, self._header)
+                self._header = plan.apply(self.fd, self._header, self._syncs)
+        except SyncError:
+            raise
         except OSError as error:
             log.warning("%s: the refcounts could not be written: %s", self.path, error)
             self._refcounts_ok = False
@@ -260,9 +265,7 @@ class Qcow2Leaf(Leaf):
     def end_flush(self, *, ok: bool) -> None:
         """See `Leaf.end_flush`."""
         assert self._refcounts is not None
-        assert self._in_flush is not None
-        dropped, plans = self._in_flush
-        self._in_flush = None
+        (dropped, plans), self._in_flush = self._in_flush, ([], [])
         self._tables.end_flush(ok=ok)
         if ok:
             self._space.release(dropped)
@@ -274,62 +277,48 @@ class Qcow2Leaf(Leaf):
     def _settle(self) -> None:
         """Worker: bring everything to the file, refcounts too. Raises OSError."""
         assert self._refcounts is not None
-        while True:
-            finish = self._begin_flush(everything=True)
-            try:
-                finish()
-            except BaseException:
-                self.end_flush(ok=False)
-                raise
-            self.end_flush(ok=True)
-            # What became free at the end of one flush is written by the next.
-            if not self._tables.dirty and not self._refcounts.pending:
-                return
+        self._settling = True
+        try:
+            while True:
+                with flushing(self) as finish:
+                    finish()
+                # What became free at the end of one flush is written by the next.
+                if not self._tables.dirty and not self._refcounts.pending:
+                    return
+        finally:
+            self._settling = False
 
     def replace_header(self, header: Header) -> None:
         """Worker: install another header, durably. Raises LeafUnsupportedError, OSError."""
         if header != self._header:
-            self._header = install(self.fd, self._header, header)
-        self.backing = self._header.backing
+            self._header = install(self.fd, self._header, header, self._syncs)
 
-    def drop_backing(self) -> None:
-        """See `Leaf.drop_backing`."""
+    def _first_unallocated(self) -> int | None:
+        return first_unallocated(self.fd, self._header)
+
+    def _drop_backing(self) -> None:
         self.replace_header(self._header.with_backing(None))
 
-    def record_backing(self, backing: BackingReference) -> None:
-        """See `Leaf.record_backing`. Raises LeafUnsupportedError if it has no room."""
+    def _record_backing(self, backing: BackingReference) -> None:
         self.replace_header(self._header.with_backing(backing))
 
-    def close(self) -> None:
-        """See `Leaf.close`. Raises OSError; the file is closed even then."""
-        if self.fd < 0:
-            return
-        try:
-            if not self.read_only:
-                self._close_clean()
-        finally:
-            os.close(self.fd)
-            self.fd = -1
-
-    def _close_clean(self) -> None:
+    def _leave_clean(self) -> None:
         assert self._refcounts is not None
         self._settle()
         self._space.trim_file()
         if self._header.dirty and not self._refcounts.lost:
-            sync(self.fd)
+            self._syncs.sync(self.fd)
             self._header = self._header.marked(dirty=False)
             store_fields(self.fd, self._header)
-            sync(self.fd)
+            self._syncs.sync(self.fd)
+
+    def _files(self) -> list[int]:
+        return [self.fd]
 
     # -- looking at it -----------------------------------------------------------------
 
-    def check(self, *, repair: bool) -> CheckResult:
-        """See `Leaf.check`. Raises UsageError, OSError, LeafFormatError."""
-        if repair and self.read_only:
-            raise UsageError(f"{self.path} is open read-only: it cannot be repaired")
-        if not self.read_only:
-            self._settle()
-        result, self._header = check_image(self.fd, self._header, repair=repair)
+    def _check(self, *, repair: bool) -> CheckResult:
+        result, self._header = check_image(self.fd, self._header, self._syncs, repair=repair)
         if result.repaired:
             self._load()
         return result

@@ -15,6 +15,7 @@ import os
 from dataclasses import replace
 
 from nbdstream.errors import LeafFormatError, LeafUnsupportedError
+from nbdstream.leaf.durability import Syncs, reread
 from nbdstream.leaf.locking import open_locked
 from nbdstream.leaf.qcow2.check import check_image
 from nbdstream.leaf.qcow2.header import (
@@ -36,12 +37,13 @@ def open_image(path: str, *, read_only: bool) -> Qcow2Leaf:
     Raises LeafInUseError, LeafFormatError, LeafUnsupportedError, OSError.
     """
     fd = open_locked(path, read_only=read_only)
+    syncs = Syncs(path)
     try:
         header = read_header(fd, path)
         try:
             if not read_only:
-                header = _made_consistent(fd, path, header)
-            leaf = Qcow2Leaf(path, fd, header, read_only=read_only)
+                header = _made_consistent(fd, path, header, syncs)
+            leaf = Qcow2Leaf(path, fd, header, syncs, read_only=read_only)
             if not read_only:
                 leaf.replace_header(_writable(header))
         except LeafFormatError as error:
@@ -52,8 +54,8 @@ def open_image(path: str, *, read_only: bool) -> Qcow2Leaf:
     return leaf
 
 
-def _made_consistent(fd: int, path: str, header: Header) -> Header:
-    """Refuse what must not be written to; count anew what was not closed."""
+def _made_consistent(fd: int, path: str, header: Header, syncs: Syncs) -> Header:
+    """Refuse what must not be written to; count the references of what was not closed."""
     if header.corrupt:
         raise LeafUnsupportedError(
             f"{path} is marked corrupt: open it read-only, or try: qemu-img check -r all"
@@ -65,10 +67,12 @@ def _made_consistent(fd: int, path: str, header: Header) -> Header:
         )
     if header.extension(BITMAPS_EXTENSION) is not None:
         log.warning("%s: its persistent dirty bitmaps are dropped", path)
-        header = _without_bitmaps(fd, header)
+        header = _without_bitmaps(fd, header, syncs)
     if header.dirty:
-        log.warning("%s was not closed cleanly: counting its references anew", path)
-        result, header = check_image(fd, header, repair=True, strict=True)
+        log.warning("%s was not closed cleanly: its references are counted", path)
+        syncs.sync(fd)
+        reread(fd)
+        result, header = check_image(fd, header, syncs, repair=True, strict=True)
         left = result.errors + result.leaks - result.repaired
         if left:
             raise LeafFormatError(f"{left} of {result.messages} could not be repaired")
@@ -76,9 +80,9 @@ def _made_consistent(fd: int, path: str, header: Header) -> Header:
     return header
 
 
-def _without_bitmaps(fd: int, header: Header) -> Header:
+def _without_bitmaps(fd: int, header: Header, syncs: Syncs) -> Header:
     """Drop the bitmaps; the dirty bit makes sure that their space is found to be free."""
-    check_image(fd, header, repair=False, strict=True)
+    check_image(fd, header, syncs, repair=False, strict=True)
     extensions = tuple(e for e in header.extensions if e.type != BITMAPS_EXTENSION)
     new = replace(
         header,
@@ -86,7 +90,7 @@ def _without_bitmaps(fd: int, header: Header) -> Header:
         autoclear_features=0,
         incompatible_features=header.incompatible_features | DIRTY,
     )
-    return install(fd, header, new)
+    return install(fd, header, new, syncs)
 
 
 def _writable(header: Header) -> Header:

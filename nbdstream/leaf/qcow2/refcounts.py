@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from nbdstream.errors import LeafFormatError
-from nbdstream.leaf.base import sync, write_exactly
+from nbdstream.leaf.base import write_exactly
+from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.files import read_cached
 from nbdstream.leaf.qcow2.header import Header
 from nbdstream.leaf.qcow2.header_file import store_fields
@@ -76,8 +77,8 @@ class RefcountPlan:
     steps: list[Step] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
 
-    def apply(self, fd: int, header: Header) -> Header:
-        """Worker: write it all; return the header, changed if the table moved. OSError."""
+    def apply(self, fd: int, header: Header, syncs: Syncs) -> Header:
+        """Worker: write it all; return the header, changed if the table moved. Raises OSError."""
         empty = memoryview(bytes(self.geometry.cluster_size))
         for index, offset in self.new_blocks:
             write_exactly(fd, empty, offset)
@@ -89,14 +90,14 @@ class RefcountPlan:
         if self.moved_table is None:
             return header
         write_exactly(fd, memoryview(store_words(self.moved_table)), self.table_offset)
-        sync(fd)
+        syncs.sync(fd)
         header = replace(
             header,
             refcount_table_offset=self.table_offset,
             refcount_table_clusters=self.geometry.clusters(8 * len(self.moved_table)),
         )
         store_fields(fd, header)
-        sync(fd)
+        syncs.sync(fd)
         return header
 
     def _apply_step(self, fd: int, step: Step) -> None:
@@ -206,6 +207,9 @@ class Refcounts:
             except OSError as error:  # the file cannot grow
                 log.warning("refcounts cannot be written, the image stays dirty: %s", error)
                 self.lost = True
+            except BaseException:
+                self.lost = True  # some events may be in no plan
+                raise
         plans, self._plans = self._plans, []
         return plans
 

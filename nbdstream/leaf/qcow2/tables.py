@@ -25,7 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nbdstream.errors import LeafFormatError
-from nbdstream.leaf.base import sync, write_exactly
+from nbdstream.leaf.base import write_exactly
+from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.files import read_cached, zero_range
 from nbdstream.leaf.qcow2.layout import (
     COMPRESSED,
@@ -319,7 +320,9 @@ def load_l1(fd: int, geometry: Geometry, offset: int, metadata: Metadata, end: i
     return l1
 
 
-def write_tables(fd: int, snapshot: TableSnapshot, geometry: Geometry, l1_offset: int) -> None:
+def write_tables(
+    fd: int, snapshot: TableSnapshot, geometry: Geometry, l1_offset: int, syncs: Syncs
+) -> None:
     """Worker: write a snapshot and make it durable. Raises OSError.
 
     New tables come first and are synced before the L1 entries that make them visible:
@@ -333,10 +336,10 @@ def write_tables(fd: int, snapshot: TableSnapshot, geometry: Geometry, l1_offset
     ):
         write_exactly(fd, memoryview(data), offset)
     if snapshot.pointers:
-        sync(fd)
+        syncs.sync(fd)
         for offset, data in joined_runs(
             (l1_offset + 8 * index, store_words([entry]))
             for index, entry in sorted(snapshot.pointers)
         ):
             write_exactly(fd, memoryview(data), offset)
-    sync(fd)
+    syncs.sync(fd)

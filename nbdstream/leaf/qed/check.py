@@ -24,8 +24,9 @@ from nbdstream.extents import align_down, align_up
 from nbdstream.leaf import files
 from nbdstream.leaf.base import CheckResult, read_exactly, write_exactly
 from nbdstream.leaf.bits import bit_run, set_bits
+from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qed.header import Header
-from nbdstream.leaf.qed.tables import UNALLOCATED, ZERO, load_entries, store_entries
+from nbdstream.leaf.qed.tables import UNALLOCATED, ZERO, load_entries, rows, store_entries
 
 _CHUNK = 65536  # bytes of a table looked at in one go
 _SET_PAGE = 512  # bytes of a `ClusterSet` page: 4096 clusters
@@ -148,7 +149,7 @@ class _Scan:
         return doubled == 0
 
 
-def check_image(fd: int, header: Header, *, repair: bool) -> CheckResult:
+def check_image(fd: int, header: Header, syncs: Syncs, *, repair: bool) -> CheckResult:
     """Check all tables of an image that nobody else uses (blocks; reads every table).
 
     Raises LeafUnsupportedError where that would take unreasonable memory, OSError.
@@ -159,18 +160,18 @@ def check_image(fd: int, header: Header, *, repair: bool) -> CheckResult:
     leaks = total - scan.used.count
     messages = []
     if scan.invalid:
-        messages.append(f"{scan.invalid} table entries pointed to where nothing can be")
+        messages.append(f"table entries that point to where nothing can be: {scan.invalid}")
     if scan.doubled:
-        messages.append(f"{scan.doubled} clusters are referred to more than once")
+        messages.append(f"clusters that are referred to more than once: {scan.doubled}")
     if leaks:
-        messages.append(f"{leaks} clusters were leaked")
+        messages.append(f"leaked clusters: {leaks}")
     repaired = 0
     if repair:
         repaired = scan.invalid
         if scan.invalid:
-            os.fdatasync(fd)
+            syncs.sync(fd)
         if not scan.doubled:
-            repaired += leaks - _give_back(scan)
+            repaired += leaks - _give_back(scan, syncs)
     return CheckResult(scan.invalid + scan.doubled, leaks, repaired, tuple(messages))
 
 
@@ -209,25 +210,10 @@ def chunks(
         position += len(piece)
 
 
-def rows(entries: "array[int]", step: int) -> Iterator[tuple[int, int, int]]:
-    """Entries in rows (index, count, first entry): of zeroes, of ones, or of clusters that
-    follow each other."""
-    start, total = 0, len(entries)
-    while start < total:
-        entry = entries[start]
-        distance = step if entry > ZERO else 0
-        stop, expected = start + 1, entry + distance
-        while stop < total and entries[stop] == expected:
-            stop += 1
-            expected += distance
-        yield start, stop - start, entry
-        start = stop
-
-
 # -- giving leaked clusters back ----------------------------------------------------------
 
 
-def _give_back(scan: _Scan) -> int:
+def _give_back(scan: _Scan, syncs: Syncs) -> int:
     """Fill the holes with data clusters from the end and cut the file there; returns how
     many leaked clusters are left, because a table at the end cannot move."""
     header = scan.header
@@ -236,12 +222,12 @@ def _give_back(scan: _Scan) -> int:
     holes = list(scan.used.missing(header.header_size, end))
     movers = list(_entries_from(scan, end * size)) if holes else []
     if len(movers) == len(holes):
-        _move(scan.fd, movers, holes, size)
+        _move(scan.fd, movers, holes, size, syncs)
     else:
         end = scan.used.last() + 1
     if end * size < os.fstat(scan.fd).st_size:
         os.ftruncate(scan.fd, end * size)
-        os.fdatasync(scan.fd)
+        syncs.sync(scan.fd)
     return end - header.header_size - scan.used.count
 
 
@@ -259,12 +245,14 @@ def _entries_from(scan: _Scan, lowest: int) -> Iterator[tuple[int, int]]:
                             yield chunk_offset + index * 8, entries[index]
 
 
-def _move(fd: int, movers: list[tuple[int, int]], holes: list[int], size: int) -> None:
+def _move(
+    fd: int, movers: list[tuple[int, int]], holes: list[int], size: int, syncs: Syncs
+) -> None:
     buffer = memoryview(bytearray(size))
     for (_, source), hole in zip(movers, holes, strict=True):
         read_exactly(fd, buffer, source)
         write_exactly(fd, buffer, hole * size)
-    os.fdatasync(fd)
+    syncs.sync(fd)
     for (entry_offset, _), hole in zip(movers, holes, strict=True):
         write_exactly(fd, memoryview((hole * size).to_bytes(8, "little")), entry_offset)
-    os.fdatasync(fd)
+    syncs.sync(fd)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from nbdstream.errors import UsageError
 from nbdstream.extents import align_down, align_up
 from nbdstream.leaf.base import BackingReference
+from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qed.header import MAX_TABLE_SIZE, Header, install_backing, is_cluster_size
 
 DEFAULT_CLUSTER_SIZE = 65536  # QEMU's defaults
@@ -43,12 +44,13 @@ def create(
             f"a QED disk of {size} bytes: with clusters of {cluster_size} at most"
             f" {align_down(header.max_image_size, 512)}"
         )
+    syncs = Syncs(path)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(fd, align_up(header.header_bytes + header.table_bytes, cluster_size))
         header.write(fd)
         if backing is not None:
-            install_backing(fd, header, backing)
-        os.fsync(fd)
+            install_backing(fd, header, backing, syncs)
+        syncs.sync(fd)
     finally:
         os.close(fd)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from nbdstream.errors import LeafError, LeafFormatError, LeafUnsupportedError
 from nbdstream.extents import align_down
 from nbdstream.leaf.base import BackingReference, write_exactly
+from nbdstream.leaf.durability import Syncs
 
 MAGIC = b"QED\0"
 BACKING_FILE = 0x01
@@ -98,6 +99,11 @@ class Header:
             self.backing_filename_size,
         )
 
+    def with_mark(self, need_check: bool) -> "Header":
+        """This header with `NEED_CHECK` set or cleared."""
+        features = self.features & ~NEED_CHECK | (NEED_CHECK if need_check else 0)
+        return replace(self, features=features)
+
     def write(self, fd: int) -> None:
         """Write the header in place, and nothing behind it. Raises OSError."""
         write_exactly(fd, memoryview(self.pack()), 0)
@@ -150,7 +156,7 @@ def read_backing(fd: int, header: Header) -> BackingReference | None:
     return BackingReference(os.fsdecode(name), backing_format, size, identity)
 
 
-def install_backing(fd: int, header: Header, backing: BackingReference) -> Header:
+def install_backing(fd: int, header: Header, backing: BackingReference, syncs: Syncs) -> Header:
     """Write another reference, durably, in place of the one that ``header`` has, if any.
 
     Returns the new header, which is in the file. Raises LeafError if it does not fit in,
@@ -163,7 +169,7 @@ def install_backing(fd: int, header: Header, backing: BackingReference) -> Heade
     record = _pack_record(backing, name)
     write_exactly(fd, memoryview(name), _NAME_SLOTS[slot])
     write_exactly(fd, memoryview(record), _RECORD_SLOTS[slot])
-    os.fdatasync(fd)  # what the header is going to point at comes first
+    syncs.sync(fd)  # what the header is going to point at comes first
     features = header.features & ~BACKING_FORMAT_NO_PROBE | BACKING_FILE
     if backing.format == "raw":
         features |= BACKING_FORMAT_NO_PROBE
@@ -174,7 +180,7 @@ def install_backing(fd: int, header: Header, backing: BackingReference) -> Heade
         backing_filename_size=len(name),
     )
     header.write(fd)
-    os.fdatasync(fd)
+    syncs.sync(fd)
     return header
 
 

@@ -28,19 +28,18 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from nbdstream.errors import LeafError, LeafFormatError, LeafUnsupportedError
+from nbdstream.errors import LeafFormatError, LeafUnsupportedError
 from nbdstream.extents import align_down
 from nbdstream.leaf import files
 from nbdstream.leaf.base import (
     BackingReference,
     CheckResult,
     FlushNeeded,
-    Leaf,
     LeafExtent,
     State,
-    sync,
     write_exactly,
 )
+from nbdstream.leaf.durability import DurableLeaf, Syncs, reread
 from nbdstream.leaf.locking import open_locked
 from nbdstream.leaf.pages import write_pages
 from nbdstream.leaf.qed.check import check_image, first_unallocated
@@ -56,8 +55,8 @@ from nbdstream.leaf.qed.tables import UNALLOCATED, ZERO, Tables
 log = logging.getLogger(__name__)
 
 
-class QedLeaf(Leaf):
-    """See `nbdstream.leaf.base.Leaf`."""
+class QedLeaf(DurableLeaf):
+    """An open QED image; see the module's docstring for what is durable when."""
 
     format = "qed"
     may_compress = False
@@ -71,7 +70,7 @@ class QedLeaf(Leaf):
         self.path = path
         self.read_only = read_only
         self.fd = open_locked(path, read_only=read_only)
-        self._closed = False
+        self._syncs = Syncs(path)
         try:
             self._open()
         except LeafFormatError as error:
@@ -93,12 +92,13 @@ class QedLeaf(Leaf):
         if self._header.autoclear_features and not self.read_only:
             self._header = replace(self._header, autoclear_features=0)
             self._header.write(self.fd)
-            sync(self.fd)
+            self._syncs.sync(self.fd)
         self._marked = bool(self._header.features & NEED_CHECK)  # durably so
         self._mark_wanted = False
         self._marking = False
-        self._l1_snapshot: dict[int, bytes] = {}
         if self._marked and not self.read_only:
+            self._syncs.sync(self.fd)
+            reread(self.fd)
             self._repair()
         self._load()
 
@@ -107,8 +107,8 @@ class QedLeaf(Leaf):
         self._tables = Tables(self.fd, self._header, end)
 
     def _repair(self) -> None:
-        result = check_image(self.fd, self._header, repair=True)
-        if result.errors and check_image(self.fd, self._header, repair=False).errors:
+        result = check_image(self.fd, self._header, self._syncs, repair=True)
+        if result.errors and check_image(self.fd, self._header, self._syncs, repair=False).errors:
             raise LeafFormatError(f"is damaged beyond repair: {'; '.join(result.messages)}")
         found = "; ".join(result.messages) or "nothing was amiss"
         log.warning("%s was not closed clean: checked it, %s", self.path, found)
@@ -116,9 +116,11 @@ class QedLeaf(Leaf):
     # -- where things are ------------------------------------------------------------
 
     def locate(self, offset: int, length: int) -> int:
+        """See `Leaf.locate`; answers from the pages of tables that are in memory."""
         return self._tables.locate(offset, length)
 
     def extents(self, offset: int, length: int) -> Iterator[LeafExtent]:
+        """See `Leaf.extents`. Whole clusters that are holes in the file are ZERO."""
         bits = self._tables.cluster_bits
         end = offset + length
         hole = State.UNALLOCATED if self.backing is not None else State.ZERO
@@ -134,6 +136,7 @@ class QedLeaf(Leaf):
     # -- changes ---------------------------------------------------------------------
 
     def write(self, offset: int, view: memoryview) -> None:
+        """See `Leaf.write`. New clusters come from the file's end."""
         tables = self._tables
         host = tables.locate(offset, len(view))
         if host >= 0:
@@ -169,6 +172,7 @@ class QedLeaf(Leaf):
                 tables.end += count << bits
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """See `Leaf.zero`. A data cluster stays where it is, and is zeroed or punched."""
         tables = self._tables
         bits = tables.cluster_bits
         end = offset + length
@@ -205,85 +209,71 @@ class QedLeaf(Leaf):
 
     @property
     def dirty(self) -> bool:
+        """See `Leaf.dirty`: entries that the file lacks, or `NEED_CHECK` that is wanted."""
         tables = self._tables
         return tables.cache.dirty or bool(tables.dirty_l1) or self._mark_wanted
 
-    def begin_flush(self) -> Callable[[], None]:
+    def _begin_flush(self) -> Callable[[], None]:
         l2_pages, l1_pages = self._tables.begin_flush()
-        self._l1_snapshot = l1_pages
         marking = self._marking = self._mark_wanted
+        syncs = self._syncs
 
         def flush() -> None:
             if marking:
-                replace(self._header, features=self._header.features | NEED_CHECK).write(self.fd)
-            sync(self.fd)
+                self._header.with_mark(True).write(self.fd)
+            syncs.sync(self.fd)
             for pages in (l2_pages, l1_pages):
                 if pages:
                     write_pages(self.fd, pages.items())
-                    sync(self.fd)
+                    syncs.sync(self.fd)
 
         return flush
 
     def end_flush(self, *, ok: bool) -> None:
+        """See `Leaf.end_flush`."""
         # Only if it was this flush that did it: it may have been asked for in the meantime.
         if ok and self._marking:
-            self._header = replace(self._header, features=self._header.features | NEED_CHECK)
+            self._header = self._header.with_mark(True)
             self._marked = True
             self._mark_wanted = False
-        self._tables.end_flush(self._l1_snapshot, ok=ok)
+        self._marking = False
+        self._tables.end_flush(ok=ok)
 
-    def drop_backing(self) -> None:
-        if self.backing is None:
-            return
-        # The one step that cannot be undone, so it does not rely on anybody's word.
-        missing = first_unallocated(self.fd, self._header)
-        if missing is not None:
-            raise LeafError(f"{self.path} still needs its backing: nothing at {missing} yet")
+    def _first_unallocated(self) -> int | None:
+        return first_unallocated(self.fd, self._header)
+
+    def _drop_backing(self) -> None:
         header = without_backing(self._header)
         header.write(self.fd)  # within one sector: it happens, or it does not
-        sync(self.fd)
+        self._syncs.sync(self.fd)
         self._header = header
-        self.backing = None
 
-    def record_backing(self, backing: BackingReference) -> None:
-        if self.backing is None:
-            raise LeafError(f"{self.path} needs no backing, so it cannot have one recorded")
-        self._header = install_backing(self.fd, self._header, backing)
-        self.backing = backing
+    def _record_backing(self, backing: BackingReference) -> None:
+        self._header = install_backing(self.fd, self._header, backing, self._syncs)
 
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if not self.read_only:
-                self.begin_flush()()
-                self.end_flush(ok=True)
-                self._close_clean()
-        finally:
-            os.close(self.fd)
-
-    def _close_clean(self) -> None:
+    def _leave_clean(self) -> None:
+        self._settle()
         if not self._marked:
             return
         if os.fstat(self.fd).st_size != self._tables.end:
             os.ftruncate(self.fd, self._tables.end)
-            sync(self.fd)  # while the bit is set: what is cut off was a leak
-        replace(self._header, features=self._header.features & ~NEED_CHECK).write(self.fd)
-        sync(self.fd)
+            self._syncs.sync(self.fd)  # while the bit is set: what is cut off was a leak
+        self._header.with_mark(False).write(self.fd)
+        self._syncs.sync(self.fd)
+
+    def _files(self) -> list[int]:
+        return [self.fd]
 
     # -- looking at it ---------------------------------------------------------------
 
-    def check(self, *, repair: bool) -> CheckResult:
-        if not self.read_only:
-            self.begin_flush()()
-            self.end_flush(ok=True)
-        result = check_image(self.fd, self._header, repair=repair)
+    def _check(self, *, repair: bool) -> CheckResult:
+        result = check_image(self.fd, self._header, self._syncs, repair=repair)
         if repair and result.repaired:
             self._load()
         return result
 
     def describe(self) -> dict[str, object]:
+        """See `Leaf.describe`: the size of the tables in clusters, and `NEED_CHECK`."""
         return {
             "table-size": self._header.table_size,
             "need-check": bool(self._header.features & NEED_CHECK),

@@ -16,7 +16,7 @@ import struct
 import sys
 from array import array
 from bisect import bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from nbdstream.errors import LeafFormatError
 from nbdstream.extents import align_up
@@ -48,6 +48,21 @@ def store_entries(entries: "array[int]") -> bytes:
     return entries.tobytes()
 
 
+def rows(entries: Sequence[int], step: int) -> Iterator[tuple[int, int, int]]:
+    """Entries in rows (index, count, first entry): of zeroes, of ones, or of clusters that
+    follow each other."""
+    start, total = 0, len(entries)
+    while start < total:
+        entry = entries[start]
+        distance = step if entry > ZERO else 0
+        stop, expected = start + 1, entry + distance
+        while stop < total and entries[stop] == expected:
+            stop += 1
+            expected += distance
+        yield start, stop - start, entry
+        start = stop
+
+
 class Tables:
     """Where the guest's clusters are, and the end of the file, where new ones come from.
 
@@ -71,6 +86,7 @@ class Tables:
         data = os.pread(fd, length, header.l1_table_offset).ljust(length, b"\0")
         self.l1 = load_entries(data)
         self.dirty_l1: set[int] = set()
+        self._flushing_l1: set[int] = set()
         self.end = end
         self._starts = self._judge_l1()
         self.cache = PageCache(fd, self._judge_page)
@@ -171,24 +187,10 @@ class Tables:
                     continue
                 page = self.cache.load(number)
             count = min(PAGE_ENTRIES - byte // 8, table_stop - first)
-            for start, length, entry in self._runs_in(page, byte, count):
+            entries = struct.unpack_from(f"<{count}Q", page, byte)
+            for start, length, entry in rows(entries, self._header.cluster_size):
                 yield first + start, length, entry
             first += count
-
-    def _runs_in(
-        self, page: bytes | bytearray, byte: int, count: int
-    ) -> Iterator[tuple[int, int, int]]:
-        entries = struct.unpack_from(f"<{count}Q", page, byte)
-        start = 0
-        while start < count:
-            entry = entries[start]
-            step = self._header.cluster_size if entry > ZERO else 0
-            stop, expected = start + 1, entry + step
-            while stop < count and entries[stop] == expected:
-                stop += 1
-                expected += step
-            yield start, stop - start, entry
-            start = stop
 
     # -- changing ----------------------------------------------------------------------
 
@@ -238,12 +240,13 @@ class Tables:
             entries = self.l1[index * PAGE_ENTRIES : (index + 1) * PAGE_ENTRIES]
             # Entries behind the disk's end, in the last page, are none of ours: not written.
             l1_pages[first + index] = store_entries(entries)
-        self.dirty_l1 = set()
-        return self.cache.begin_flush(), l1_pages
+        l2_pages = self.cache.begin_flush()
+        self._flushing_l1, self.dirty_l1 = self.dirty_l1, set()
+        return l2_pages, l1_pages
 
-    def end_flush(self, l1_pages: dict[int, bytes], *, ok: bool) -> None:
-        """``l1_pages``: those of the snapshot."""
+    def end_flush(self, *, ok: bool) -> None:
+        """The snapshot is durable, or dirty again."""
         self.cache.end_flush(ok=ok)
         if not ok:
-            first = self._header.l1_table_offset // PAGE_SIZE
-            self.dirty_l1.update(number - first for number in l1_pages)
+            self.dirty_l1 |= self._flushing_l1
+        self._flushing_l1 = set()

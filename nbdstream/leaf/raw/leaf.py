@@ -23,19 +23,19 @@ of the two files.
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from nbdstream.errors import LeafError, LeafFormatError, UsageError
+from nbdstream.errors import LeafFormatError, UsageError
 from nbdstream.leaf import MAP_SUFFIX, files
 from nbdstream.leaf.base import (
     SCATTERED,
     BackingReference,
     CheckResult,
-    Leaf,
     LeafExtent,
     State,
-    sync,
     write_exactly,
 )
+from nbdstream.leaf.durability import DurableLeaf, Syncs
 from nbdstream.leaf.locking import open_locked
 from nbdstream.leaf.pages import write_pages
 from nbdstream.leaf.raw.map import (
@@ -50,8 +50,8 @@ from nbdstream.units import format_count
 DEFAULT_CLUSTER_SIZE = 65536
 
 
-class RawLeaf(Leaf):
-    """See `nbdstream.leaf.base.Leaf`."""
+class RawLeaf(DurableLeaf):
+    """A raw image; see the module's docstring for what is durable when."""
 
     format = "raw"
     may_compress = False
@@ -65,8 +65,8 @@ class RawLeaf(Leaf):
         self.path = path
         self.read_only = read_only
         self.fd = open_locked(path, read_only=read_only)
+        self._syncs = Syncs(path)
         self._map: AllocationMap | None = None
-        self._closed = False
         try:
             self.size = os.fstat(self.fd).st_size
             self._open_map()
@@ -93,12 +93,14 @@ class RawLeaf(Leaf):
     # -- where things are ------------------------------------------------------------
 
     def locate(self, offset: int, length: int) -> int:
+        """See `Leaf.locate`: the guest offset itself, where the map in memory allows it."""
         allocation = self._map
         if allocation is None or allocation.allocated(offset, length):
             return offset
         return SCATTERED
 
     def extents(self, offset: int, length: int) -> Iterator[LeafExtent]:
+        """See `Leaf.extents`. Whole blocks that are holes in the file are ZERO."""
         if self._map is None:
             yield from files.stored_extents(self.fd, offset, length, offset, BLOCK_SIZE)
             return
@@ -111,6 +113,7 @@ class RawLeaf(Leaf):
     # -- changes ---------------------------------------------------------------------
 
     def write(self, offset: int, view: memoryview) -> None:
+        """See `Leaf.write`."""
         allocation = self._map
         if allocation is None or allocation.allocated(offset, len(view)):
             write_exactly(self.fd, view, offset)
@@ -120,6 +123,7 @@ class RawLeaf(Leaf):
         allocation.mark(claims)
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """See `Leaf.zero`. With ``unmap`` a hole is punched."""
         allocation = self._map
         claims = None
         if allocation is not None and not allocation.allocated(offset, length):
@@ -132,59 +136,51 @@ class RawLeaf(Leaf):
 
     @property
     def dirty(self) -> bool:
+        """See `Leaf.dirty`: bits of the map that the file lacks."""
         return self._map is not None and self._map.cache.dirty
 
-    def begin_flush(self) -> Callable[[], None]:
-        allocation = self._map
+    def _begin_flush(self) -> Callable[[], None]:
+        allocation, syncs = self._map, self._syncs
         snapshot = allocation.cache.begin_flush() if allocation else {}
 
         def flush() -> None:
-            sync(self.fd)
+            syncs.sync(self.fd)
             if allocation is not None and snapshot:
                 write_pages(allocation.fd, snapshot.items())
-                sync(allocation.fd)
+                syncs.sync(allocation.fd)
 
         return flush
 
     def end_flush(self, *, ok: bool) -> None:
+        """See `Leaf.end_flush`."""
         if self._map is not None:
             self._map.cache.end_flush(ok=ok)
 
-    def drop_backing(self) -> None:
+    def _first_unallocated(self) -> int | None:
+        return self._map.first_unallocated() if self._map is not None else None
+
+    def _drop_backing(self) -> None:
         allocation = self._map
-        if allocation is None:
-            return
-        # The one step that cannot be undone, so it does not rely on anybody's word.
-        if not allocation.complete():
-            raise LeafError(f"{self.path} still needs its backing: not all of it is allocated")
+        assert allocation is not None
         os.unlink(self.path + MAP_SUFFIX)  # noqa: PTH108 - beside the other os calls
-        files.sync_directory(self.path)
+        directory = os.open(Path(self.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._syncs.sync_names(directory)
+        finally:
+            os.close(directory)
         self._map = None
-        self.backing = None
         allocation.close()
 
-    def record_backing(self, backing: BackingReference) -> None:
-        if self._map is None:
-            raise LeafError(f"{self.path} has no allocation map, so it cannot have a backing")
-        self._map.write_header(backing)
-        self.backing = backing
+    def _record_backing(self, backing: BackingReference) -> None:
+        assert self._map is not None
+        self._map.write_header(backing, self._syncs)
 
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if not self.read_only:
-                self.begin_flush()()
-                self.end_flush(ok=True)
-        finally:
-            if self._map is not None:
-                self._map.close()
-            os.close(self.fd)
+    def _files(self) -> list[int]:
+        return [self.fd] if self._map is None else [self._map.fd, self.fd]
 
     # -- looking at it ---------------------------------------------------------------
 
-    def check(self, *, repair: bool) -> CheckResult:
+    def _check(self, *, repair: bool) -> CheckResult:
         """Leaks are blocks that are stored but do not count, left by a crash; a repair punches
         them out. What could be an error is found when the leaf is opened."""
         leaks = 0
@@ -202,6 +198,7 @@ class RawLeaf(Leaf):
         return CheckResult(leaks=leaks, repaired=leaks if repair else 0, messages=messages)
 
     def describe(self) -> dict[str, object]:
+        """See `Leaf.describe`: the name of the map, if there is one."""
         return {"map": self.path + MAP_SUFFIX} if self._map is not None else {}
 
 
@@ -228,6 +225,6 @@ def create(
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(fd, size)
-        os.fsync(fd)
+        Syncs(path).sync(fd)
     finally:
         os.close(fd)

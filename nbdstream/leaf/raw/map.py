@@ -24,6 +24,7 @@ from nbdstream.errors import LeafError, LeafFormatError
 from nbdstream.extents import align_up
 from nbdstream.leaf.base import BackingReference, read_exactly, write_exactly
 from nbdstream.leaf.bits import bit_run, set_bits
+from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.pages import FULL_PAGE, PAGE_SIZE, ZERO_PAGE, PageCache
 
 BLOCK_SIZE = 4096
@@ -118,7 +119,7 @@ def create_map(path: str, header: MapHeader) -> None:
     try:
         os.ftruncate(fd, _file_length(header.size))
         write_exactly(fd, memoryview(page), 0)
-        os.fsync(fd)
+        Syncs(path).sync(fd)
     finally:
         os.close(fd)
 
@@ -215,27 +216,33 @@ class AllocationMap:
         for page, first, count in claims:
             set_bits(page, first, count)
 
-    def write_header(self, backing: BackingReference) -> None:
+    def write_header(self, backing: BackingReference, syncs: Syncs) -> None:
         """Worker: record another backing, durably. Raises LeafError, OSError."""
         header = replace(self.header, backing=backing, generation=self.header.generation + 1)
         slot = header.generation % _SLOTS  # the older one: a torn write costs nothing
         write_exactly(self.fd, memoryview(header.pack()), slot * PAGE_SIZE)
-        os.fdatasync(self.fd)
+        syncs.sync(self.fd)
         self.header = header
 
-    def complete(self) -> bool:
-        """Worker: whether the *file* has every block of the disk allocated."""
+    def first_unallocated(self) -> int | None:
+        """Worker: the lowest guest offset whose bit is not set in the *file*; None: all are.
+
+        Raises OSError.
+        """
         blocks = align_up(self.header.size, BLOCK_SIZE) // BLOCK_SIZE
+        length = -(-blocks // 8)
         buffer = memoryview(bytearray(256 * PAGE_SIZE))
-        ones = b"\xff" * len(buffer)
-        for position in range(0, blocks // 8, len(buffer)):
-            piece = buffer[: min(len(buffer), blocks // 8 - position)]
+        for position in range(0, length, len(buffer)):
+            piece = buffer[: min(len(buffer), length - position)]
             read_exactly(self.fd, piece, FIRST_PAGE * PAGE_SIZE + position)
-            if piece != ones[: len(piece)]:
-                return False
-        wanted = (1 << blocks % 8) - 1
-        last = os.pread(self.fd, 1, FIRST_PAGE * PAGE_SIZE + blocks // 8) or b"\0"
-        return last[0] & wanted == wanted
+            if blocks % 8 and position + len(piece) == length:
+                piece[-1] |= 0xFF << blocks % 8 & 0xFF  # bits behind the disk's end
+            run, value = bit_run(bytes(piece), 0)
+            if not value:
+                run = 0
+            if run < len(piece) * 8:
+                return (position * 8 + run) << BLOCK_SHIFT
+        return None
 
 
 def _read_header(fd: int, path: str) -> MapHeader:
