@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbd
@@ -102,6 +102,51 @@ def test_a_leaf_becomes_local_and_lets_go_of_its_backing(leaf: Path, image: Path
     assert "the whole image is local" in nbdstream("info", leaf).stdout
     with nbdstream_serve(leaf) as server:
         assert_same(server.uri, image)
+
+
+def test_what_is_complete_has_no_connection_and_no_helper(
+    leaf: Path, image: Path, tmp_path: Path
+) -> None:
+    """They used to stay, reconnect for ever, and log."""
+    control = tmp_path / "control"
+    with nbdkit("file", image, readonly=True) as backing:
+        with (
+            nbdstream_serve(leaf, backing.uri, "--control", control) as server,
+            Qmp(control) as qmp,
+        ):
+            wait_for(lambda: not connections_to(backing.process.pid), "hanging up")
+            assert "backing" not in qmp.execute("x-nbdstream-stats")
+            assert_same(server.uri, image)
+    other = leaf.with_name(f"other{leaf.suffix}")
+    with nbdstream_serve(other, str(image)) as server:  # a file: nbdkit is our helper
+        wait_for(lambda: not children(server.process.pid), "end of the helper")
+        assert_same(server.uri, image)
+
+
+def connections_to(pid: int) -> list[str]:
+    """The established connections of a process, by /proc."""
+    sockets = {link for link in links(pid) if link.startswith("socket:")}
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "unix")]
+    established = []
+    for line in "".join(tables).splitlines():
+        words = line.split()
+        if words[3:4] == ["01"]:  # TCP_ESTABLISHED
+            established += [words[9]] if f"socket:[{words[9]}]" in sockets else []
+        elif words[5:6] == ["03"]:  # SS_CONNECTED
+            established += [words[6]] if f"socket:[{words[6]}]" in sockets else []
+    return established
+
+
+def links(pid: int) -> list[str]:
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(fd.readlink()))
+    return found
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_a_backing_that_another_tool_recorded_is_used_once_the_user_has_named_it(

@@ -11,7 +11,12 @@ import trio.testing
 
 from nbdstream.backing.base import Priority
 from nbdstream.disk import StreamedDisk, open_disk
-from nbdstream.errors import BackingMismatchError, BackingReadError
+from nbdstream.errors import (
+    BackingMismatchError,
+    BackingReadError,
+    LeafError,
+    LeafFormatError,
+)
 from nbdstream.leaf.base import State
 from nbdstream.streamer.job import JobStatus, StreamJob
 from nbdstream.streamer.progress import Progress
@@ -207,6 +212,78 @@ async def test_another_backing_stops_the_job(autojump_clock: trio.testing.MockCl
         assert run.job.status is JobStatus.PAUSED
         assert run.job.io_status == "failed"
         assert State.DATA not in run.leaf.states
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LeafFormatError("entry 7 of the L2 table is damaged"),
+        OSError(errno.EIO, "input/output error"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=["damaged", "EIO", "bug"],
+)
+@pytest.mark.parametrize("where", ["next_unallocated", "next_unit", "fill_zero"])
+async def test_trouble_with_the_leaf_pauses_the_job_and_ends_nothing_else(
+    error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LeafError used to leave the scout, and with it the nursery of the whole server."""
+    async with running_job() as run:
+        run.backing.holes = [(2048, 2048)]
+        healthy = getattr(run.disk, where)
+        broken = True
+
+        async def fail(*args: object) -> object:
+            await trio.lowlevel.checkpoint()
+            if broken:
+                raise error
+            return await healthy(*args)
+
+        monkeypatch.setattr(run.disk, where, fail)
+        run.job.start()
+        await trio.testing.wait_all_tasks_blocked()
+        assert run.job.status is JobStatus.PAUSED
+        assert run.job.io_status == "failed"
+        assert str(error) in run.job.error
+        assert run.names().count("BLOCK_JOB_ERROR") == 1
+        await run.disk.write(memoryview(b"w" * 512), 0, fua=True)  # guests go on
+        broken = False
+        run.job.resume()
+        with trio.fail_after(5):
+            await run.job.completed.wait()
+
+
+async def test_a_job_that_is_paused_by_trouble_can_be_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running_job() as run:
+
+        async def fail(*_args: object) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(run.disk, "next_unallocated", fail)
+        run.job.start()
+        await trio.testing.wait_all_tasks_blocked()
+        assert run.job.status is JobStatus.PAUSED
+        run.job.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert run.names()[-1] == "null"
+
+
+async def test_a_disk_that_cannot_complete_ends_the_job_with_its_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running_job() as run:
+
+        def refuse() -> None:
+            raise LeafError("not all of it is allocated")
+
+        monkeypatch.setattr(run.leaf, "drop_backing", refuse)
+        run.job.start()
+        await trio.testing.wait_all_tasks_blocked()
+        assert run.job.status is JobStatus.NULL
+        assert "not all of it" in run.job.error
+        assert not run.job.completed.is_set() and run.disk.backing is not None
 
 
 async def test_one_step_by_hand() -> None:
