@@ -111,7 +111,7 @@ def test_what_is_complete_has_no_connection_and_no_helper(
     control = tmp_path / "control"
     with nbdkit("file", image, readonly=True) as backing:
         with (
-            nbdstream_serve(leaf, backing.uri, "--control", control) as server,
+            nbdstream_serve(leaf, backing.uri, "--control", str(control)) as server,
             Qmp(control) as qmp,
         ):
             wait_for(lambda: not connections_to(backing.process.pid), "hanging up")
