@@ -197,7 +197,8 @@ def recording(directory: Path) -> Iterator[Journal]:
 
     def unlink(path: Any, **more: Any) -> None:
         real["unlink"](path, **more)
-        if not more and Path(path).parent == directory:
+        within = watched(more["dir_fd"]) == 0 if more else Path(path).parent == directory
+        if within:
             journal.add(Name(Path(path).name, None))
 
     def link(source: Any, target: Any) -> None:

@@ -6,12 +6,13 @@ import random
 import struct
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from nbdstream.errors import LeafError, LeafFormatError, UsageError
 from nbdstream.leaf import create_leaf, open_leaf
-from nbdstream.leaf.base import BackingReference, State
+from nbdstream.leaf.base import BackingReference, Leaf, State
 from nbdstream.leaf.raw.map import MapHeader
 from testbed.peers import run
 from tests.leaf_conformance import LeafConformance, model_test
@@ -174,3 +175,65 @@ def test_cluster_sizes_that_make_no_sense(tmp_path: Path, cluster_size: int) -> 
             str(tmp_path / "x"), format="raw", size=SIZE, cluster_size=cluster_size, backing=None
         )
     assert list(tmp_path.iterdir()) == []
+
+
+# -- renamed while it is served ------------------------------------------------------------
+
+
+def complete(path: Path) -> Leaf:
+    """An open leaf that has everything, and another complete one's map in reach."""
+    leaf = open_leaf(str(path))
+    write(leaf, 0, pattern(0, SIZE + 512)[:SIZE])
+    flush(leaf)
+    return leaf
+
+
+def test_a_renamed_leaf_takes_its_own_map_away(path: Path, tmp_path: Path) -> None:
+    leaf = complete(path)
+    moved = tmp_path / "moved.raw"
+    path.rename(moved)
+    map_of(path).rename(map_of(moved))
+    ours("raw").make(path, SIZE, BACKING)  # another leaf has the name now
+    leaf.drop_backing()
+    leaf.close()
+    assert not map_of(moved).exists()
+    other = open_leaf(str(path))
+    assert other.backing == BACKING
+    assert [extent.state for extent in extents(other)] == [State.UNALLOCATED]
+    other.close()
+
+
+def test_a_map_in_another_directory_is_found(path: Path, tmp_path: Path) -> None:
+    leaf = complete(path)
+    (tmp_path / "there").mkdir()
+    moved = tmp_path / "there" / "disk.map"
+    map_of(path).rename(moved)
+    map_of(path).write_bytes(b"not ours")
+    leaf.drop_backing()
+    leaf.close()
+    assert not moved.exists()
+    assert map_of(path).read_bytes() == b"not ours"
+
+
+def test_a_map_that_was_deleted_is_no_obstacle(path: Path) -> None:
+    leaf = complete(path)
+    map_of(path).unlink()
+    map_of(path).write_bytes(b"not ours")
+    leaf.drop_backing()
+    assert leaf.backing is None
+    leaf.close()
+    assert map_of(path).read_bytes() == b"not ours"
+
+
+def test_a_map_that_cannot_be_found_stays(path: Path, tmp_path: Path) -> None:
+    """Without /proc there is only the old name, and it is not ours any more."""
+    leaf = complete(path)
+    moved = tmp_path / "moved.map"
+    map_of(path).rename(moved)
+    map_of(path).write_bytes(b"not ours")
+    with mock.patch.object(os, "readlink", side_effect=FileNotFoundError):
+        with pytest.raises(LeafError, match="was moved, and cannot be found"):
+            leaf.drop_backing()
+    assert leaf.backing == BACKING
+    leaf.close()
+    assert moved.exists() and map_of(path).read_bytes() == b"not ours"

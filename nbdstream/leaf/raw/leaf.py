@@ -17,13 +17,13 @@ of the two files.
   protection already: the first sync makes them durable.
 - *An unmarked block may hold anything* (a write that a crash kept from being flushed), so
   zeroing one always goes to the file, though it may look like a hole.
-- *The map goes last.* When nothing is unallocated any more it is unlinked and the
-  directory synced. Before that the leaf has map and backing; after it, neither is needed.
+- *The map goes last.* When nothing is unallocated any more it is unlinked, by the name that
+  it has then (`nbdstream.leaf.raw.names`), and the directory synced. Before that the leaf has
+  map and backing; after it, neither is needed.
 """
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from nbdstream.errors import LeafFormatError, UsageError
 from nbdstream.leaf import MAP_SUFFIX, files
@@ -38,6 +38,7 @@ from nbdstream.leaf.base import (
 from nbdstream.leaf.durability import DurableLeaf, Syncs
 from nbdstream.leaf.locking import open_locked
 from nbdstream.leaf.pages import write_pages
+from nbdstream.leaf.raw import names
 from nbdstream.leaf.raw.map import (
     BLOCK_SIZE,
     AllocationMap,
@@ -162,12 +163,7 @@ class RawLeaf(DurableLeaf):
     def _drop_backing(self) -> None:
         allocation = self._map
         assert allocation is not None
-        os.unlink(self.path + MAP_SUFFIX)  # noqa: PTH108 - beside the other os calls
-        directory = os.open(Path(self.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._syncs.sync_names(directory)
-        finally:
-            os.close(directory)
+        names.remove(allocation.fd, self.path + MAP_SUFFIX, self._syncs)
         self._map = None
         allocation.close()
 
