@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Least delay, rate and jitter of rows of replies."""
-
-import random
+"""Least delay and rate of rows of replies."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdstream.backing.measures import RATE_PERIOD, Jitter, Lowest, RateMeter
+from nbdstream.backing.measures import RATE_PERIOD, Lowest, RateMeter
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.floats(0, 1)), min_size=1, max_size=50))
@@ -48,21 +46,3 @@ def test_a_burst_shorter_than_the_span_is_no_rate() -> None:
     assert meter.rate == 0
     assert meter.add(0.1, 0, 0.1)
     assert meter.rate == pytest.approx(20 * (1 << 20))
-
-
-def test_jitter_is_what_delays_differ_by_whatever_the_queue() -> None:
-    rng = random.Random(1)
-    steady, rising = Jitter(), Jitter()
-    for number in range(1000):
-        noise = rng.random() * 0.09
-        steady.add(0.1 + noise)
-        rising.add(0.1 + number * 0.0001)
-    assert steady.mean == pytest.approx(0.03, rel=0.5)  # a third of the range
-    assert rising.mean < 0.0002
-
-
-def test_jitter_is_known_after_a_few_replies() -> None:
-    jitter = Jitter()
-    for delay in (0.1, 0.2, 0.1, 0.2):
-        jitter.add(delay)
-    assert jitter.mean > 0.05

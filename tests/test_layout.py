@@ -38,7 +38,6 @@ FLOORS = (
 # Modules over LINES_MOST that have neither been split nor say why they are one thing. The
 # list only gets shorter.
 OVER_LONG = {
-    "nbdstream.backing.window",
     "testbed.link.proxy",
     "testbed.migrations.faults",
     "tests.leaf_conformance",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row of replies says of a path: the least delay, the rate, the jitter.
+"""What a row of replies says of a path: the least delay, the rate.
 
 No clock: whoever uses these tells them the time, in seconds.
 """
@@ -8,7 +8,6 @@ from collections import deque
 
 # The best rate of the current and of the last period counts; a period is so many seconds.
 RATE_PERIOD = 1.0
-JITTER_GAIN = 1 / 16
 
 
 class Lowest:
@@ -66,25 +65,3 @@ class RateMeter:
         self.rate = max(self._last, self._this)
         self.spans += 1
         return True
-
-
-class Jitter:
-    """How much delays differ from one reply to the next, smoothed (RFC 3550, section 6.4.1).
-
-    Of a queue that grows or shrinks it shows next to nothing.
-
-    Attributes:
-        mean: seconds.
-    """
-
-    def __init__(self) -> None:
-        self.mean = 0.0
-        self._last: float | None = None
-        self._gain = 1.0
-
-    def add(self, delay: float) -> None:
-        """Take the next reply's delay."""
-        if self._last is not None:
-            self._gain = max(self._gain / (1 + self._gain), JITTER_GAIN)  # 1/2, 1/3, … at first
-            self.mean += self._gain * (abs(delay - self._last) - self.mean)
-        self._last = delay

@@ -24,7 +24,8 @@ import trio
 from nbdstream.backing.connection import Timing
 from nbdstream.backing.grant import Grant, Priority
 from nbdstream.backing.pacer import Pacer
-from nbdstream.backing.window import Sent, Window
+from nbdstream.backing.trial import Sent
+from nbdstream.backing.window import Window
 
 
 @dataclass(eq=False)
@@ -106,7 +107,8 @@ class Scheduler:
         """There is a connection, and the read goes out on it: its time counts from now."""
         if flight.sent is not None:
             self.window.lost(flight.sent)
-        flight.sent = self.window.sent(trio.current_time(), flight.length)
+        now = trio.current_time()
+        flight.sent = self.window.sent(now, flight.length, background=flight.background)
 
     def end(self, flight: Flight, timing: Timing | None) -> None:
         """It was answered; or not, or only after trouble, if ``timing`` is None."""
@@ -117,9 +119,7 @@ class Scheduler:
         if flight.sent is not None and timing is None:
             self.window.lost(flight.sent)
         elif flight.sent is not None and timing is not None:
-            self.window.delivered(
-                flight.sent, timing.done, background=flight.background, limited=self._limited
-            )
+            self.window.delivered(flight.sent, timing.done, limited=self._limited)
             self.requests[flight.priority] += 1
             self.bytes[flight.priority] += flight.length
             if self.trace is not None:
