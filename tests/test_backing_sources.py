@@ -17,7 +17,8 @@ import pytest
 import trio
 
 from nbdstream.backing import Backing, Priority, fingerprint, open_backing
-from nbdstream.backing.sources import PLUGINS, anchored
+from nbdstream.backing.plugins import PLUGINS
+from nbdstream.backing.sources import anchored
 from nbdstream.errors import BackingError, UsageError
 from testbed import peers
 

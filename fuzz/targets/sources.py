@@ -12,6 +12,8 @@ from fuzz.patches import patched
 from fuzz.source import Source
 from fuzz.target import Target
 from nbdstream.backing import sources
+from nbdstream.backing.formats import FORMATS
+from nbdstream.backing.plugins import PLUGINS
 from nbdstream.errors import BackingError, UsageError
 
 DIRECTORY = Path("/nowhere")
@@ -24,7 +26,7 @@ def run(data: bytes) -> object:
     uri = sources.anchored(text, DIRECTORY)
     assert sources.anchored(uri, Path("/elsewhere")) == uri
     named, kind = sources.recorded_by_image(text)
-    assert kind in ("raw", *sources.FORMATS.values()) and len(named) <= len(text)
+    assert kind in ("raw", *FORMATS.values()) and len(named) <= len(text)
     outcome = [uri, named, kind]
     try:
         outcome.append(sources.named_by_image("/images/disk.qcow2", text, image_format))
@@ -33,9 +35,9 @@ def run(data: bytes) -> object:
     # An unknown kind is answered with those that are known, which asks nbdkit for its plugins.
     with patched(sources, has_plugin=lambda _name: True):
         sources._serve(uri)
-    for plugin in sources.PLUGINS.values():
+    for plugin in PLUGINS.values():
         try:
-            outcome.extend(plugin.parameters(uri, urlsplit(uri)))
+            outcome.extend(plugin.told(uri, urlsplit(uri)).parameters)
         except (UsageError, BackingError) as error:
             outcome.append(str(error))
     return outcome

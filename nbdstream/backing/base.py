@@ -38,6 +38,7 @@ class BackingStatistics:
     rate: float
     base_rtt: float
     queue_delay: float = 0.0
+    sandbox: str = ""
 
 
 class Backing(abc.ABC):

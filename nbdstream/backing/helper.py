@@ -19,11 +19,15 @@ import socket
 import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
+from nbdstream.backing.confine import REPORT
 from nbdstream.backing.pool import BACKOFF_FIRST, BACKOFF_MOST, GOOD_LIFE, jittered
+from nbdstream.backing.sandbox import Policy
 from nbdstream.errors import BackingError
 from nbdstream.net.address import NbdUri, UnixAddress
 from nbdstream.tasks import open_background_nursery
@@ -35,8 +39,9 @@ LISTEN_FD = 3
 BACKLOG = 64
 # Of what a helper says on standard error, so many of the last lines are kept.
 LINES_KEPT = 8
-# LISTEN_PID has to be the helper's own, so a shell sets it and becomes the helper.
-LAUNCHER = 'export LISTEN_PID=$$; exec setpriv --pdeathsig KILL -- "$@"'
+# The image's and the secret's descriptors there.
+IMAGE_FD = 4
+SECRET_FD = 5
 
 
 class Helper:
@@ -47,14 +52,18 @@ class Helper:
         alive: whether it runs right now.
         died: set when it has died once.
         spoke: set when it has written to standard error.
+        sandbox: what confines it, in words; "" as long as it has not been started.
     """
 
-    def __init__(self, command: Sequence[str], path: str, listener: socket.socket) -> None:
+    def __init__(self, launch: "Launch", path: str, root: str, listener: socket.socket) -> None:
         self.uri = str(NbdUri(UnixAddress(path)))
         self.alive = False
         self.died = trio.Event()
         self.spoke = trio.Event()
-        self._command = list(command)
+        self.sandbox = ""
+        self._launch = launch
+        self._name = os.path.basename(launch.command[0])
+        self._root = root
         self._listener = listener
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
 
@@ -69,7 +78,7 @@ class Helper:
         while True:
             began = trio.current_time()
             status = await self._run_once()
-            log.warning("%s ended with status %d: %s", self._command[0], status, self.words)
+            log.warning("%s ended with status %d: %s", self._name, status, self.words)
             self.died.set()
             if trio.current_time() - began > GOOD_LIFE + delay:
                 delay = BACKOFF_FIRST
@@ -102,23 +111,23 @@ class Helper:
 
     def _spawn(self, stderr: int) -> int:
         # From this thread and not from a worker: PR_SET_PDEATHSIG is about the thread.
-        null = os.open(os.devnull, os.O_RDWR)
-        try:
+        policy = self._launch.policy
+        command = policy.command(self._launch.command, self._root, IMAGE_FD)
+        with ExitStack() as stack:
+            null = os.open(os.devnull, os.O_RDWR)
+            stack.callback(os.close, null)
+            passed = [null, null, stderr, self._listener.fileno(), policy.image]
+            if self._launch.secret:
+                passed.append(_in_memory(self._launch.secret))
+                stack.callback(os.close, passed[-1])
             return os.posix_spawn(
-                "/bin/sh",
-                ["sh", "-c", LAUNCHER, "sh", *self._command],
-                {**os.environ, "LISTEN_FDS": "1"},
-                file_actions=[
-                    (os.POSIX_SPAWN_DUP2, null, 0),
-                    (os.POSIX_SPAWN_DUP2, null, 1),
-                    (os.POSIX_SPAWN_DUP2, stderr, 2),
-                    (os.POSIX_SPAWN_DUP2, self._listener.fileno(), LISTEN_FD),
-                ],
+                command[0],
+                command,
+                policy.variables() | {"LISTEN_FDS": "1"},
+                file_actions=_placed(passed),
                 # A Ctrl-C on the terminal is for us; the helper goes when we let it go.
                 setpgroup=0,
             )
-        finally:
-            os.close(null)
 
     async def _listen_to(self, reader: int) -> None:
         """Keep the last lines that the helper writes, until it closes its end."""
@@ -128,25 +137,59 @@ class Helper:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     text = line.decode(errors="replace").strip()
-                    if text:
-                        log.debug("%s: %s", self._command[0], text)
+                    if text.startswith(REPORT):
+                        self.sandbox = text.removeprefix(REPORT)
+                    elif text:
+                        log.debug("%s: %s", self._name, text)
                         self._lines.append(text)
                         self.spoke.set()
                 rest = rest[-4096:]
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A program to be run: its command, what it may open, and a secret that it gets to read
+    by descriptor `SECRET_FD` instead of on its command line."""
+
+    command: Sequence[str]
+    policy: Policy
+    secret: str = field(default="", repr=False)
+
+
 @asynccontextmanager
-async def run_helper(command: Sequence[str]) -> AsyncIterator[Helper]:
+async def run_helper(launch: Launch) -> AsyncIterator[Helper]:
     """Run a helper for the length of the block."""
     with tempfile.TemporaryDirectory(prefix="nbdstream-") as directory:
-        path = os.path.join(directory, "nbd")
+        path, root = os.path.join(directory, "nbd"), os.path.join(directory, "root")
+        Path(root).mkdir()  # noqa: ASYNC240 - in memory, or nearly
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(path)
             listener.listen(BACKLOG)
-            helper = Helper(command, path, listener)
+            helper = Helper(launch, path, root, listener)
             async with open_background_nursery() as nursery:
                 nursery.start_soon(helper.run)
                 yield helper
+
+
+def _placed(descriptors: Sequence[int]) -> list[tuple[int, int, int] | tuple[int, int]]:
+    """Spawn actions that give the child these descriptors as 0, 1, 2 and so on; -1: none.
+
+    In two steps, because one of them may have the number that another gets.
+    """
+    wanted = [(fd, number) for number, fd in enumerate(descriptors) if fd >= 0]
+    away = max(*descriptors, len(descriptors)) + 1
+    moves: list[tuple[int, int, int] | tuple[int, int]] = []
+    moves += [(os.POSIX_SPAWN_DUP2, fd, away + number) for fd, number in wanted]
+    moves += [(os.POSIX_SPAWN_DUP2, away + number, number) for _, number in wanted]
+    moves += [(os.POSIX_SPAWN_CLOSE, away + number) for _, number in wanted]
+    return moves
+
+
+def _in_memory(secret: str) -> int:
+    """A file in memory with a secret, which can be read again each time that it is opened."""
+    fd = os.memfd_create("nbdstream-secret", os.MFD_CLOEXEC)
+    os.write(fd, secret.encode())
+    return fd
 
 
 def program(name: str, package: str) -> str:

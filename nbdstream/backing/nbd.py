@@ -51,6 +51,7 @@ class NbdBacking(Backing):
 
     Attributes:
         scheduler: for those who want to watch the window at work.
+        sandbox: says what confines the helper process, "" without one.
     """
 
     def __init__(self, endpoint: Endpoint, size: int, timeout: float | None) -> None:
@@ -63,6 +64,7 @@ class NbdBacking(Backing):
         self._extents = ExtentMap()
         self._status_length = STATUS_FIRST
         self._retries = 0
+        self.sandbox: Callable[[], str] = str
 
     # -- reads -------------------------------------------------------------------------
 
@@ -193,6 +195,7 @@ class NbdBacking(Backing):
             rate=scheduler.window.rate,
             base_rtt=scheduler.window.base_rtt,
             queue_delay=scheduler.window.queue_delay,
+            sandbox=self.sandbox(),
         )
 
     # -- life --------------------------------------------------------------------------

@@ -7,96 +7,31 @@ where an image is, qemu-nbd for what format it has, one on top of the other wher
 are asked for (``qcow2+https://…``). What can be named is what is installed.
 """
 
-import json
 import logging
 import os
-import subprocess
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import urlsplit
 
 import trio
 
 from nbdstream.backing.connect import Endpoint, connect
 from nbdstream.backing.connection import Connection
-from nbdstream.backing.helper import Helper, program, run_helper
+from nbdstream.backing.formats import FORMATS, Node, file_node, inspect, nbd_node
+from nbdstream.backing.helper import Helper, Launch, program, run_helper
 from nbdstream.backing.nbd import NbdBacking, open_nbd
-from nbdstream.backing.window import UNIT_LEAST
+from nbdstream.backing.plugins import PLUGINS, Plugin, has_plugin, local_path, script_of
+from nbdstream.backing.sandbox import Policy, open_image, source_policy
 from nbdstream.errors import BackingError, BackingGoneError, UsageError
+from nbdstream.net.address import NBD_SCHEMES
+from nbdstream.text import has_hidden, redacted
 
 log = logging.getLogger(__name__)
 
-NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
-# URI prefix and QEMU's name of each image format that a backing may have.
-FORMATS = {name: name for name in ("qcow2", "qed", "qcow", "vmdk", "vdi", "vhdx", "parallels")}
-FORMATS["vpc"] = FORMATS["vhd"] = "vpc"
-# These plugins do one request at a time on each connection, each a round trip of its own,
-# so it takes large requests on many connections to use a link.
-DEAR_UNIT = 256 << 10
-DEAR_CONNECTIONS = 8
 # How long a failed helper may take to say why.
 LAST_WORDS = 0.5
-
-
-@dataclass(frozen=True)
-class _Plugin:
-    """An nbdkit plugin: its name, the Debian package, how it is told of a URI.
-
-    ``script``: it is written in Python. nbdkit starts such a plugin by becoming
-    ``nbdkit python SCRIPT``, forgets the socket that it was given on the way, and listens on
-    all interfaces instead; so that is what we start.
-    ``filters``: nbdkit's filters above it. The ssh plugin never connects again by itself once
-    its connection is lost; the retry filter opens it again.
-    """
-
-    name: str
-    package: str
-    parameters: Callable[[str, SplitResult], list[str]]
-    script: bool = False
-    filters: tuple[str, ...] = ()
-    unit_least: int = DEAR_UNIT
-    connections: int = DEAR_CONNECTIONS
-
-
-def _curl(uri: str, _parts: SplitResult) -> list[str]:
-    return [f"url={uri}"]
-
-
-def _ssh(uri: str, parts: SplitResult) -> list[str]:
-    if not parts.hostname or not parts.path.strip("/"):
-        raise UsageError(f"{uri}: wanted: ssh://[USER@]HOST[:PORT]/PATH")
-    parameters = [f"host={parts.hostname}", f"path={unquote(parts.path)}"]
-    parameters += [f"user={unquote(parts.username)}"] if parts.username else []
-    parameters += [f"port={parts.port}"] if parts.port else []
-    return parameters
-
-
-def _s3(uri: str, parts: SplitResult) -> list[str]:
-    if not parts.netloc or not parts.path.strip("/"):
-        raise UsageError(f"{uri}: wanted: s3://BUCKET/KEY")
-    parameters = [f"bucket={parts.netloc}", f"key={unquote(parts.path[1:])}"]
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    return parameters + ([f"endpoint-url={endpoint}"] if endpoint else [])
-
-
-def _file(uri: str, parts: SplitResult) -> list[str]:
-    if parts.netloc not in ("", "localhost"):
-        raise UsageError(f"{uri}: a file of another host: wanted: file:///PATH")
-    return [f"file={_existing(unquote(parts.path))}"]
-
-
-PLUGINS = {
-    "file": _Plugin("file", "nbdkit", _file, unit_least=UNIT_LEAST, connections=3),
-    "http": _Plugin("curl", "nbdkit", _curl),
-    "https": _Plugin("curl", "nbdkit", _curl),
-    "ftp": _Plugin("curl", "nbdkit", _curl),
-    "ftps": _Plugin("curl", "nbdkit", _curl),
-    "ssh": _Plugin("ssh", "nbdkit", _ssh, filters=("retry",)),
-    "sftp": _Plugin("ssh", "nbdkit", _ssh, filters=("retry",)),
-    "s3": _Plugin("S3", "nbdkit-plugin-python python3-boto3", _s3, script=True),
-}
 
 
 @dataclass(frozen=True)
@@ -129,6 +64,8 @@ async def open_backing(
         BackingError: anything else that is wrong, in one line.
     """
     uri = anchored(uri, Path.cwd())  # the leaf will be opened from other directories
+    if has_hidden(uri):
+        raise UsageError(f"{uri}: a leaf does not record passwords and tokens: name it with -b")
     async with _serve(uri) as served:
         first: Connection | None = None
         try:
@@ -140,6 +77,9 @@ async def open_backing(
         async with open_nbd(
             served.endpoint, first, timeout=timeout, size=size, identity=identity
         ) as backing:
+            if served.helper is not None:
+                helper = served.helper
+                backing.sandbox = lambda: helper.sandbox
             yield backing
 
 
@@ -205,7 +145,7 @@ async def _first_connection(uri: str, served: _Served) -> Connection:
     if isinstance(outcome, Connection):
         return outcome
     words = helper.words or str(outcome or "the helper process ended")
-    raise BackingGoneError(f"{uri}: {words}")
+    raise BackingGoneError(f"{redacted(uri)}: {words}")
 
 
 def _serve(uri: str) -> AbstractAsyncContextManager[_Served]:
@@ -221,97 +161,85 @@ def _serve(uri: str) -> AbstractAsyncContextManager[_Served]:
         source, scheme = Path(uri).absolute().as_uri(), "file"
     plugin = PLUGINS.get(scheme)
     if plugin is None:
-        raise UsageError(f"{uri}: unknown kind of backing; known: {', '.join(known_kinds())}")
+        raise UsageError(
+            f"{redacted(uri)}: unknown kind of backing; known: {', '.join(known_kinds())}"
+        )
     return _serve_plugin(uri, source, plugin)
 
 
 @asynccontextmanager
 async def _serve_as_is(uri: str) -> AsyncIterator[_Served]:
-    yield _Served(Endpoint(uri, uri))
+    yield _Served(Endpoint(uri, redacted(uri)))
 
 
 @asynccontextmanager
-async def _serve_plugin(uri: str, source: str, plugin: _Plugin) -> AsyncIterator[_Served]:
+async def _serve_plugin(uri: str, source: str, plugin: Plugin) -> AsyncIterator[_Served]:
     """nbdkit with the plugin on ``source``. Raises BackingError if that is not installed."""
-    parameters = plugin.parameters(source, urlsplit(source))
+    told = plugin.told(source, urlsplit(source))
     nbdkit = program("nbdkit", "nbdkit")
     if not await trio.to_thread.run_sync(has_plugin, plugin.name):
         raise BackingError(
-            f"{uri}: nbdkit has no working {plugin.name} plugin (apt install {plugin.package})"
+            f"{redacted(uri)}: nbdkit has no working {plugin.name} plugin "
+            f"(apt install {plugin.package})"
         )
     kind = [plugin.name]
     if plugin.script:
-        kind = ["python", await trio.to_thread.run_sync(_script_of, plugin.name)]
+        kind = ["python", await trio.to_thread.run_sync(script_of, plugin.name)]
     filters = [f"--filter={name}" for name in plugin.filters]
-    command = [nbdkit, "--foreground", "--readonly", *filters, *kind, *parameters]
-    async with run_helper(command) as helper:
-        yield _Served(Endpoint(helper.uri, uri, plugin.unit_least, plugin.connections), helper)
+    command = [nbdkit, "--foreground", "--readonly", *filters, *kind, *told.parameters]
+    with _policy(plugin, source) as policy:
+        async with run_helper(Launch(command, policy, told.secret)) as helper:
+            endpoint = Endpoint(helper.uri, redacted(uri), plugin.unit_least, plugin.connections)
+            yield _Served(endpoint, helper)
+
+
+@contextmanager
+def _policy(plugin: Plugin, source: str) -> Iterator[Policy]:
+    """What a plugin may open. Raises BackingError if that is a file that cannot be."""
+    path = local_path(source)
+    if path is None:
+        yield source_policy(plugin.trees, plugin.environment)
+        return
+    with _opened(path) as fd:
+        yield Policy(image=fd, path=os.path.realpath(path))
 
 
 @asynccontextmanager
 async def _serve_format(uri: str, image_format: str, inner: str) -> AsyncIterator[_Served]:
     """qemu-nbd on what ``inner`` names: a file itself, anything else by way of NBD."""
-    qemu_nbd = program("qemu-nbd", "qemu-utils")
-    command = [qemu_nbd, "--read-only", "--persistent", "--shared=0", "--format", image_format]
-    path = _local_path(inner)
+    program("qemu-nbd", "qemu-utils")
+    path = local_path(inner)
     if path is not None:
-        async with run_helper([*command, _existing(path)]) as helper:
-            yield _Served(Endpoint(helper.uri, uri), helper)
+        with _opened(path) as fd:
+            node = file_node(image_format, path, fd)
+            async with _serve_node(uri, image_format, node) as helper:
+                yield _Served(Endpoint(helper.uri, redacted(uri)), helper)
         return
     async with _serve(inner) as served:
-        await _refuse_backing_file(uri, image_format, served.endpoint.uri)
-        async with run_helper([*command, served.endpoint.uri]) as helper:
-            yield _Served(replace(served.endpoint, uri=helper.uri, name=uri), helper)
+        node = await nbd_node(redacted(uri), image_format, served.endpoint.uri)
+        async with _serve_node(uri, image_format, node) as helper:
+            endpoint = replace(served.endpoint, uri=helper.uri, name=redacted(uri))
+            yield _Served(endpoint, helper)
 
 
-async def _refuse_backing_file(uri: str, image_format: str, nbd_uri: str) -> None:
-    """An image from elsewhere must not name files of this machine as parts of itself.
-
-    Raises BackingError if it does, or if it cannot be read.
-    """
-    qemu_img = program("qemu-img", "qemu-utils")
-    command = [qemu_img, "info", "--output=json", "-f", image_format, nbd_uri]
-    done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
-    if done.returncode != 0:
-        words = done.stderr.decode(errors="replace").strip().removeprefix("qemu-img: ")
-        raise BackingError(f"{uri}: {words.replace(nbd_uri, 'it')}")
-    named = json.loads(done.stdout).get("backing-filename")
-    if named:
-        raise BackingError(f"{uri}: the image has a backing file of its own ({named}): flatten it")
+@asynccontextmanager
+async def _serve_node(uri: str, image_format: str, node: Node) -> AsyncIterator[Helper]:
+    """qemu-nbd on an image, after a look at it. Raises BackingError if it is refused."""
+    await inspect(redacted(uri), image_format, node)
+    qemu_nbd = program("qemu-nbd", "qemu-utils")
+    command = [qemu_nbd, "--read-only", "--persistent", "--shared=0", node.graph]
+    async with run_helper(Launch(command, node.policy)) as helper:
+        yield helper
 
 
-def _local_path(uri: str) -> str | None:
-    """The path that a local source names, or None if it is not local."""
-    if "://" not in uri:
-        return uri
-    parts = urlsplit(uri)
-    return unquote(parts.path) if parts.scheme == "file" else None
-
-
-def _existing(path: str) -> str:
-    """The absolute path of a file that can be read. Raises BackingError if it cannot."""
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """An image of the user's, open for as long as the block. Raises BackingError."""
+    fd = open_image(path)
     try:
-        with open(path, "rb"):
-            return str(Path(path).absolute())
-    except OSError as error:
-        raise BackingError(f"{path}: {error.strerror}") from error
-
-
-def has_plugin(name: str) -> bool:
-    """Whether nbdkit can load a plugin (worker: runs nbdkit)."""
-    nbdkit = program("nbdkit", "nbdkit")
-    done = subprocess.run(
-        [nbdkit, name, "--dump-plugin"], stdin=subprocess.DEVNULL, capture_output=True, check=False
-    )
-    return done.returncode == 0
-
-
-def _script_of(name: str) -> str:
-    """Where a plugin that is a script lies (worker: runs nbdkit)."""
-    command = [program("nbdkit", "nbdkit"), "--dump-config"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    settings = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    return str(Path(settings["plugindir"]) / f"nbdkit-{name}-plugin")
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def known_kinds() -> list[str]:

@@ -11,11 +11,13 @@ import logging
 import os
 import signal
 import sys
+from typing import Any
 
 import click
 
 import nbdstream
 from nbdstream.errors import NbdstreamError, UsageError
+from nbdstream.text import shown
 
 # The commands, in the sections of `nbdstream --help`, each with its module. A module is
 # imported only when its command is used: `nbdstream info` should not wait for QEMU's or
@@ -46,6 +48,16 @@ _SECTIONS = {
 _COMMANDS = {name: module for section in _SECTIONS.values() for name, module in section.items()}
 # Summaries are wrapped at the terminal's width and never cut.
 _WHOLE_SUMMARY = 1000
+
+
+class _Formatter(logging.Formatter):
+    """Log records with no control characters and no secrets in them, wherever they are from."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return shown(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return shown(super().formatException(ei), keep="\n")
 
 
 class _LazyGroup(click.Group):
@@ -91,7 +103,9 @@ def cli(verbose: int) -> None:
     export. A background job streams the rest until the whole disk is local.
     """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(format="nbdstream: %(levelname)s: %(message)s", level=level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("nbdstream: %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level)
     for number, name in (
         (logging.WARNING, "warning"),
         (logging.ERROR, "error"),
@@ -125,8 +139,8 @@ def _report(error: BaseException) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """An error as one line for a person."""
+    """An error as one line for a person, whoever wrote what is in it."""
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return shown(f"{place}{error.strerror}")
+    return shown(" ".join(str(error).split())) or type(error).__name__

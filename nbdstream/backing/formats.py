@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image formats that strangers wrote: the one node that qemu-nbd may open, and a look at it first.
+
+An image can name other files as parts of itself: a backing file, an external data file, VMDK's
+extents. QEMU opens them by itself. Three things keep it from that:
+
+1. The node graph is explicit and whole: the format on top of one file or one NBD export, and
+   ``backing`` null. It is the same each time that the helper is started.
+2. qemu-nbd runs where there is nothing else to be opened (`nbdstream.backing.sandbox`). This is
+   what safety rests on: an image may show another header the second time that it is read.
+3. `inspect` looks at the image first and refuses, by name, what would be read wrongly or not at
+   all without its other files. It parses the image as well, so it is confined in the same way.
+"""
+
+import json
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from nbdstream.backing.confine import IMAGE, REPORT
+from nbdstream.backing.helper import program
+from nbdstream.backing.sandbox import Policy
+from nbdstream.errors import BackingError, BackingGoneError
+from nbdstream.net.address import NbdUri, TcpAddress, UnixAddress
+from nbdstream.net.connect import open_socket
+
+# URI prefix and QEMU's name of each image format that a backing may have.
+FORMATS = {name: name for name in ("qcow2", "qed", "qcow", "vmdk", "vdi", "vhdx", "parallels")}
+FORMATS["vpc"] = FORMATS["vhd"] = "vpc"
+# The kinds of VMDK that are one file.
+SINGLE_FILE_VMDK = ("monolithicSparse", "streamOptimized")
+# How long qemu-img may look at an image, and how much it may say.
+LOOK_TIMEOUT = 60.0
+LOOK_MOST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Node:
+    """An image as QEMU sees it: a node graph as JSON, and what opening it takes."""
+
+    graph: str
+    policy: Policy
+
+
+def file_node(image_format: str, path: str, fd: int) -> Node:
+    """An image in a file or block device that is open as ``fd``."""
+    driver = "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file"
+    node = {"driver": driver, "filename": IMAGE}
+    return Node(_graph(image_format, node), Policy(image=fd, path=os.path.realpath(path)))
+
+
+async def nbd_node(name: str, image_format: str, uri: str) -> Node:
+    """An image in an NBD export; ``name`` is what the user calls it.
+
+    The host's name is looked up here: what reads the image reaches one port, and asks nobody.
+    Raises BackingError.
+    """
+    export = NbdUri.parse(uri)
+    node: dict[str, Any] = {"driver": "nbd", "export": export.export}
+    match export.address:
+        case _ if export.tls:
+            raise BackingError(f"{name}: QEMU reads image formats over NBD without TLS only")
+        case UnixAddress(path):
+            absolute = str(Path.cwd() / path)
+            node["server"] = {"type": "unix", "path": absolute}
+            return Node(_graph(image_format, node), Policy(socket=absolute))
+        case TcpAddress(_, port) as address:
+            node["server"] = {"type": "inet", "host": await _resolved(name, address)}
+            node["server"]["port"] = str(port)
+            return Node(_graph(image_format, node), Policy(ports=(port,)))
+        case _:
+            raise BackingError(f"{name}: QEMU reads image formats over TCP and Unix sockets only")
+
+
+def _graph(image_format: str, file: dict[str, Any]) -> str:
+    return "json:" + json.dumps({"driver": image_format, "backing": None, "file": file})
+
+
+async def _resolved(name: str, address: TcpAddress) -> str:
+    """The numeric address at which a host answers. Raises BackingGoneError."""
+    try:
+        with trio.fail_after(LOOK_TIMEOUT):
+            sock = await open_socket(address)
+        with sock:
+            return str(sock.getpeername()[0])
+    except (OSError, trio.TooSlowError) as error:
+        words = getattr(error, "strerror", None) or "no answer"
+        raise BackingGoneError(f"{name}: {words}") from error
+
+
+async def inspect(name: str, image_format: str, node: Node) -> None:
+    """Refuse an image that is more than one file. ``name`` is what the user calls it.
+
+    Raises BackingError, also if it cannot be read.
+    """
+    qemu_img = program("qemu-img", "qemu-utils")
+    status, output, words = await _look([qemu_img, "info", "--output=json", node.graph], node)
+    try:
+        facts: dict[str, Any] = json.loads(output) if status == 0 else {}
+    except ValueError as error:
+        raise BackingError(f"{name}: qemu-img does not say what it is: {error}") from error
+    if not facts:
+        raise BackingError(f"{name}: {_plain(words, node)}{_hint(image_format)}")
+    named = facts.get("backing-filename")
+    if named:
+        raise BackingError(f"{name}: the image has a backing file of its own ({named}): flatten it")
+    details = facts.get("format-specific", {}).get("data", {})
+    if "data-file" in details:
+        raise BackingError(
+            f"{name}: the image has its data in another file ({details['data-file']}): convert it"
+        )
+    if image_format == "vmdk" and details.get("create-type") not in SINGLE_FILE_VMDK:
+        raise BackingError(f"{name}: a VMDK image of several files{_hint(image_format)}")
+
+
+def _hint(image_format: str) -> str:
+    return f" (VMDK: only {', '.join(SINGLE_FILE_VMDK)} is read)" if image_format == "vmdk" else ""
+
+
+def _plain(words: str, node: Node) -> str:
+    """A complaint of qemu-img without what we gave it to chew on."""
+    words = words.strip().splitlines()[-1] if words.strip() else "qemu-img failed"
+    words = words.removeprefix("qemu-img: ")
+    for internal in (node.graph, IMAGE, node.policy.path):
+        words = words.replace(f"Could not open '{internal}': ", "") if internal else words
+        words = words.replace(internal, "it") if internal else words
+    return words
+
+
+async def _look(command: list[str], node: Node) -> tuple[int, bytes, str]:
+    """Run a program on an image: status, standard output, standard error. Raises BackingError
+    if it takes too long or says too much."""
+    policy = node.policy
+    descriptors = [policy.image] if policy.image >= 0 else []
+    with tempfile.TemporaryDirectory(prefix="nbdstream-") as directory:
+        process = await trio.lowlevel.open_process(
+            policy.command(command, directory, image_fd=policy.image),
+            stdin=None,
+            stdout=-1,
+            stderr=-1,
+            env=policy.variables(),
+            pass_fds=descriptors,
+        )
+        assert process.stdout is not None and process.stderr is not None
+        output, words = bytearray(), bytearray()
+        try:
+            with trio.fail_after(LOOK_TIMEOUT):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_take, process.stdout, output)
+                    nursery.start_soon(_take, process.stderr, words)
+                status = await process.wait()
+        except trio.TooSlowError as error:
+            raise BackingError(f"qemu-img did not answer in {LOOK_TIMEOUT:g} s") from error
+        finally:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+    text = words.decode(errors="replace")
+    return (
+        status,
+        bytes(output),
+        "\n".join(line for line in text.splitlines() if not line.startswith(REPORT)),
+    )
+
+
+async def _take(stream: trio.abc.ReceiveStream, into: bytearray) -> None:
+    """Keep what a program says, up to a limit; beyond that it is not listened to."""
+    async for data in stream:
+        if len(into) < LOOK_MOST:
+            into += data

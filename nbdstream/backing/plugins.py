@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nbdkit's plugins: which one reads which kind of URI, and how it is told.
+
+What a plugin is told stands on its command line, which every user of the host can read. So
+passwords go by a descriptor of their own (`SECRET`), and a plugin that cannot take one so is
+not given any.
+"""
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from nbdstream.backing import confine
+from nbdstream.backing.helper import SECRET_FD, program
+from nbdstream.backing.window import UNIT_LEAST
+from nbdstream.errors import UsageError
+from nbdstream.text import redacted, without_userinfo
+
+# These plugins do one request at a time on each connection, each a round trip of its own,
+# so it takes large requests on many connections to use a link.
+DEAR_UNIT = 256 << 10
+DEAR_CONNECTIONS = 8
+# How nbdkit is told to read a password from the helper's secret.
+SECRET = f"+/dev/fd/{SECRET_FD}"
+
+_CERTIFICATES = ("CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+_PROXIES = tuple(
+    spelled
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+    for spelled in (name, name.upper())
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a plugin is told: ``parameters`` on its command line, ``secret`` by a descriptor."""
+
+    parameters: list[str]
+    secret: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An nbdkit plugin: its name, the Debian package, how it is told of a URI.
+
+    ``script``: it is written in Python. nbdkit starts such a plugin by becoming
+    ``nbdkit python SCRIPT``, forgets the socket that it was given on the way, and listens on
+    all interfaces instead; so that is what we start.
+    ``filters``: nbdkit's filters above it. The ssh plugin never connects again by itself once
+    its connection is lost; the retry filter opens it again.
+
+    ``trees`` and ``environment``: what it needs of the user's home and environment (names that
+    end in ``*``: all that begin so).
+    """
+
+    name: str
+    package: str
+    told: Callable[[str, SplitResult], Told]
+    script: bool = False
+    filters: tuple[str, ...] = ()
+    unit_least: int = DEAR_UNIT
+    connections: int = DEAR_CONNECTIONS
+    trees: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()
+
+
+def _curl(uri: str, parts: SplitResult) -> Told:
+    # A server may redirect (mirrors do), but to no other kind of source.
+    protocols = "http,https" if parts.scheme.startswith("http") else "ftp,ftps"
+    parameters = [f"url={without_userinfo(uri)}", f"protocols={protocols}"]
+    if parts.username:
+        parameters.append(f"user={unquote(parts.username)}")
+    return _with_password(parameters, parts)
+
+
+def _ssh(uri: str, parts: SplitResult) -> Told:
+    if not parts.hostname or not parts.path.strip("/"):
+        raise UsageError(f"{redacted(uri)}: wanted: ssh://[USER@]HOST[:PORT]/PATH")
+    parameters = [f"host={parts.hostname}", f"path={unquote(parts.path)}"]
+    parameters += [f"user={unquote(parts.username)}"] if parts.username else []
+    parameters += [f"port={parts.port}"] if parts.port else []
+    return _with_password(parameters, parts)
+
+
+def _with_password(parameters: list[str], parts: SplitResult) -> Told:
+    if not parts.password:
+        return Told(parameters)
+    return Told([*parameters, f"password={SECRET}"], unquote(parts.password))
+
+
+def _s3(uri: str, parts: SplitResult) -> Told:
+    if "@" in parts.netloc:
+        raise UsageError(
+            f"{redacted(uri)}: S3's keys come from the environment (AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY) or from ~/.aws, not from the URI"
+        )
+    if not parts.netloc or not parts.path.strip("/"):
+        raise UsageError(f"{redacted(uri)}: wanted: s3://BUCKET/KEY")
+    parameters = [f"bucket={parts.netloc}", f"key={unquote(parts.path[1:])}"]
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    return Told(parameters + ([f"endpoint-url={endpoint}"] if endpoint else []))
+
+
+def _file(uri: str, parts: SplitResult) -> Told:
+    if parts.netloc not in ("", "localhost"):
+        raise UsageError(f"{redacted(uri)}: a file of another host: wanted: file:///PATH")
+    return Told([f"file={confine.IMAGE}"])
+
+
+PLUGINS = {
+    "file": Plugin("file", "nbdkit", _file, unit_least=UNIT_LEAST, connections=3),
+    "ssh": Plugin(
+        "ssh",
+        "nbdkit",
+        _ssh,
+        filters=("retry",),
+        trees=("~/.ssh",),
+        environment=("SSH_AUTH_SOCK", "USER"),
+    ),
+    "s3": Plugin(
+        "S3",
+        "nbdkit-plugin-python python3-boto3",
+        _s3,
+        script=True,
+        trees=("~/.aws", "~/.local/lib"),
+        environment=("AWS_*", *_CERTIFICATES, *_PROXIES),
+    ),
+}
+PLUGINS["sftp"] = PLUGINS["ssh"]
+for _scheme in ("http", "https", "ftp", "ftps"):
+    PLUGINS[_scheme] = Plugin("curl", "nbdkit", _curl, environment=(*_CERTIFICATES, *_PROXIES))
+
+
+def has_plugin(name: str) -> bool:
+    """Whether nbdkit can load a plugin (worker: runs nbdkit)."""
+    nbdkit = program("nbdkit", "nbdkit")
+    done = subprocess.run(
+        [nbdkit, name, "--dump-plugin"], stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def script_of(name: str) -> str:
+    """Where a plugin that is a script lies (worker: runs nbdkit)."""
+    command = [program("nbdkit", "nbdkit"), "--dump-config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    settings = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return str(Path(settings["plugindir"]) / f"nbdkit-{name}-plugin")
+
+
+def local_path(uri: str) -> str | None:
+    """The path that a local source names, or None if it is not local."""
+    if "://" not in uri:
+        return uri
+    parts = urlsplit(uri)
+    return unquote(parts.path) if parts.scheme == "file" else None
