@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backings that are not NBD: web servers, files and image formats, by way of helpers."""
 
+import base64
 import http.server
+import logging
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import trio
@@ -20,6 +23,7 @@ from nbdstream.backing import Backing, Priority, fingerprint, open_backing
 from nbdstream.backing.plugins import PLUGINS
 from nbdstream.backing.sources import anchored
 from nbdstream.errors import BackingError, UsageError
+from nbdstream.service import ServeOptions, open_stream
 from testbed import peers
 
 MIB = 1 << 20
@@ -181,8 +185,10 @@ async def test_a_helper_does_not_outlive_us(image: Path) -> None:
 
 
 @contextmanager
-def web_server(content: bytes, *, broken: list[int]) -> Iterator[str]:
-    """An HTTP server with ranges; while ``broken`` has a status, requests get that."""
+def web_server(content: bytes, *, broken: list[int], password: str | None = None) -> Iterator[str]:
+    """An HTTP server with ranges; while ``broken`` has a status, requests get that. With a
+    ``password`` it is for the user "me" only."""
+    expected = "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -194,6 +200,9 @@ def web_server(content: bytes, *, broken: list[int]) -> Iterator[str]:
             self._answer(body=True)
 
         def _answer(self, *, body: bool) -> None:
+            if password is not None and self.headers.get("Authorization") != expected:
+                self.send_error(401)
+                return
             if broken or self.path != "/image":
                 self.send_error(broken[0] if broken else 404)
                 return
@@ -239,6 +248,36 @@ async def test_a_web_server(content: bytes) -> None:
                 broken.clear()
                 await until(lambda: got)
             assert got == [content]
+
+
+async def test_a_password_reaches_the_server_and_nobody_else(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is in no command line, no environment, no log, no message, and not in the leaf."""
+    caplog.set_level(logging.DEBUG)
+    secret = "correct-horse:b@ttery"
+    leaf = tmp_path / "leaf.qcow2"
+    with web_server(content, broken=[], password=secret) as uri:
+        named = uri.replace("http://", f"http://me:{quote(secret)}@")
+        before = helpers()
+        async with open_backing(named) as backing:
+            assert await read(backing, 0, SIZE) == content
+            (pid,) = helpers() - before
+            for name in ("cmdline", "environ"):
+                told = Path(f"/proc/{pid}/{name}").read_bytes()  # noqa: ASYNC240
+                assert b"horse" not in told and b"ttery" not in told
+            assert backing.uri == uri.replace("http://", "http://me:***@")
+        wrong = named.replace("horse", "house")
+        assert "house" not in await opens_with(wrong)
+        async with open_stream(ServeOptions(leaf=str(leaf), backing=named, stream="off")):
+            pass
+        with pytest.raises(UsageError, match="name it with -b"):
+            async with open_stream(ServeOptions(leaf=str(leaf))):
+                pass
+        async with open_stream(ServeOptions(leaf=str(leaf), backing=named, stream="off")):
+            pass
+    for text in (leaf.read_bytes(), caplog.text.encode()):
+        assert b"horse" not in text and b"house" not in text
 
 
 async def test_an_image_format_on_a_web_server(image: Path, content: bytes, tmp_path: Path) -> None:

@@ -287,3 +287,10 @@ def test_the_changelog_has_the_version_and_says_what_is_about_security() -> None
     latest = re.split(r"^## ", (TOP / "CHANGELOG.md").read_text(), flags=re.M)[1]
     assert nbdstream.__version__ in latest.splitlines()[0]
     assert "\n### Security\n" in latest
+
+
+def test_the_tests_that_the_security_page_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (TOP / "docs" / "security.md").read_text()))
+    code = "".join(path.read_text() for path in (TOP / "tests").glob("test_*.py"))
+    assert named
+    assert not {name for name in named if f"def {name}(" not in code}

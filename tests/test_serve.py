@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbd
 import pytest
@@ -617,3 +618,29 @@ def test_qemu_reads_a_leaf_whose_backing_is_no_raw_image(tmp_path: Path, image: 
         assert f"backing file: {backing.uri}\n" in found
         assert "backing file format: qcow2" in found
         assert_same(leaf, image, "qcow2")
+
+
+@pytest.mark.parametrize("runtime", [True, False])
+def test_the_default_socket_is_for_this_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: bool
+) -> None:
+    leaf = tmp_path / "a disk.raw"
+    assert nbdstream("create", leaf, "--size", "1M").returncode == 0
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    with temporary_directory() as directory:
+        directory.chmod(0o700)
+        if runtime:
+            monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
+        command = [binary("NBDSTREAM"), "serve", str(leaf)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            uri = process.stdout.readline().strip()
+            with client(uri) as guest:
+                assert guest.get_size() == MIB
+            socket = Path(unquote(uri.partition("socket=")[2]))
+            assert socket.stat().st_mode & 0o777 == 0o600
+            assert socket.parent.stat().st_mode & 0o777 == 0o700
+            if runtime:
+                assert socket == directory / "nbdstream" / "a disk.raw.sock"
+            process.terminate()
+        assert process.returncode == 0

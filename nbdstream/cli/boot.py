@@ -14,6 +14,7 @@ import click
 import trio
 
 from nbdstream.cli.params import FORMAT, FORMAT_HELP, LEAF, ON_OFF, RATE, SIZE
+from nbdstream.cli.places import roomy_directory, warn_if_tight
 from nbdstream.cli.progress import REDRAW_INTERVAL, Snapshot
 from nbdstream.cli.run import SIGNALLED, end_on_signals
 from nbdstream.control.report import statistics
@@ -24,7 +25,7 @@ from nbdstream.net.listeners import Listener, close_all, listen_unix
 from nbdstream.service import ServeOptions, Service, open_service
 
 DEFAULT_MEMORY = 1 << 30
-TEMPORARY_LEAF = "leaf.qcow2"
+TEMPORARY_LEAF = "temporary-leaf.qcow2"
 
 
 @click.command()
@@ -105,8 +106,11 @@ def _images(image: str, leaf: str | None) -> Iterator[tuple[str, str | None, Pat
             yield image, None, socket
         elif ":" not in image:
             raise UsageError(f"{image} is neither an existing file nor a URI")
+        elif leaf is not None:
+            yield leaf, image, socket
         else:
-            yield leaf or str(Path(directory) / TEMPORARY_LEAF), image, socket
+            with roomy_directory() as place:
+                yield str(place / TEMPORARY_LEAF), image, socket
 
 
 @contextmanager
@@ -125,6 +129,8 @@ def _terminal_restored() -> Iterator[None]:
 async def _boot(options: ServeOptions, listener: Listener, machine: Machine) -> int:
     """Serve, run the guest until it ends, stop serving; the exit status."""
     async with open_service(options, [listener]) as service, trio.open_nursery() as nursery:
+        if Path(options.leaf).name == TEMPORARY_LEAF:
+            warn_if_tight(Path(options.leaf), service.opened.leaf.size)
         with trio.CancelScope() as guest_scope:
             # The guest goes first: QEMU flushes what it has before we stop serving.
             await nursery.start(end_on_signals, guest_scope.cancel)

@@ -19,6 +19,7 @@ from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import Leaf, LeafExtent, State
 from nbdstream.leaf.map import image_info, map_entry, shares, walk
 from nbdstream.service import describe_backing
+from nbdstream.text import shown
 from nbdstream.units import format_count, format_size
 
 _NAMES = {
@@ -119,7 +120,7 @@ def info(leaf: str, image_format: str | None, as_json: bool) -> None:
         if name not in facts:
             lines.append((name.replace("-", " "), value))
     for name, value in lines:
-        click.echo(f"{name}: {value}")
+        click.echo(shown(f"{name}: {value}"))
 
 
 def _facts(image: Leaf) -> dict[str, object]:
@@ -216,7 +217,7 @@ def check(leaf: str, image_format: str | None, repair: bool, as_json: bool) -> N
         click.echo(json.dumps(facts, indent=4))
     else:
         for message in result.messages:
-            click.echo(message)
+            click.echo(shown(message))
         if not (result.errors or result.leaks):
             click.echo("No errors were found on the image.")
         else:

@@ -19,6 +19,7 @@ from nbdstream.migrate.run import Migration, Summary
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.tasks import open_background_nursery
+from nbdstream.text import shown
 from nbdstream.units import format_duration, format_size
 
 # Exit status when the migration was cancelled: as of a program that SIGINT has ended.
@@ -110,12 +111,12 @@ def migrate(
         downtime_limit=downtime_limit,
     )
     if cancel:
-        click.echo(trio.run(take_back, plan))
+        click.echo(shown(trio.run(take_back, plan)))
         return
     plan.check()
     if dry_run:
         for step in plan.describe():
-            click.echo(step)
+            click.echo(shown(str(step)))
         return
     with Phases() as phases:
         summary = trio.run(_run, Migration(plan, phases.show), not no_follow)
@@ -126,7 +127,7 @@ def migrate(
         click.echo(json.dumps(asdict(summary)))
     else:
         for line in _words(summary, follow=not no_follow):
-            click.echo(line)
+            click.echo(shown(line))
 
 
 async def _run(migration: Migration, follow: bool) -> Summary | None:

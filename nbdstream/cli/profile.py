@@ -19,6 +19,7 @@ from nbdstream.streamer.profile import (
     read_profile,
     write_profile,
 )
+from nbdstream.text import shown
 from nbdstream.units import format_count, format_duration, format_size
 
 _PROFILE = click.Path(dir_okay=False)
@@ -72,7 +73,7 @@ def _print(found: Profile, limit: int | None) -> None:
     share = 100 * found.bytes / (found.backing_size or 1)
     cut = "" if found.complete else ", cut short when the server was stopped"
     click.echo(f"backing size: {format_size(found.backing_size)} ({found.backing_size} bytes)")
-    click.echo(f"backing identity: {found.backing_identity or 'unknown'}")
+    click.echo(shown(f"backing identity: {found.backing_identity or 'unknown'}"))
     click.echo(f"unit: {format_size(found.unit)}")
     click.echo(f"recorded over: {format_duration(found.seconds)}{cut}")
     ranges = format_count(len(found.ranges), "range")

@@ -5,13 +5,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import click
 import trio
 
 from nbdstream.cli.params import DURATION, FORMAT, FORMAT_HELP, LEAF, ON_OFF, RATE
+from nbdstream.cli.places import SOCKET_MODE, private_socket
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
 from nbdstream.control import control_server, listen_control
 from nbdstream.control.report import statistics
@@ -22,9 +23,6 @@ from nbdstream.net.address import parse_tcp
 from nbdstream.net.listeners import Listener, close_all, from_systemd, listen_tcp, listen_unix
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.service import ServeOptions, Service, device_name, open_service
-
-# NBD's port as IANA assigned it, reachable from this host only.
-DEFAULT_ADDRESS = "localhost:10809"
 
 
 @click.command()
@@ -43,7 +41,9 @@ DEFAULT_ADDRESS = "localhost:10809"
     metavar="SOCKET",
     help="Listen on a Unix socket ('-': a new private one).",
 )
-@click.option("--listen", metavar="HOST:PORT", help=f"Listen on TCP.  [default: {DEFAULT_ADDRESS}]")
+@click.option(
+    "--listen", metavar="HOST:PORT", help="Listen on TCP.  [default: a private Unix socket]"
+)
 @click.option("-e", "--export", default="", metavar="NAME", help="The export's name.")
 @click.option("--read-only", is_flag=True, help="Refuse writes and do not change the leaf.")
 @click.option(
@@ -158,7 +158,7 @@ def serve(
         keep_backing=keep_backing,
         standby=standby,
     )
-    with listening(socket, listen, private=command is not None) as listeners:
+    with listening(leaf, socket, listen, private=command is not None) as listeners:
         with steering(control, metrics) as (control_listener, metrics_listeners):
             status = trio.run(
                 lambda: serve_until_done(
@@ -174,22 +174,29 @@ def serve(
 
 
 @contextmanager
-def listening(socket: str | None, listen: str | None, *, private: bool) -> Iterator[list[Listener]]:
-    """The listeners that the options ask for. ``private``: where they ask for none, a Unix
-    socket that only our own child will use."""
+def listening(
+    leaf: str, socket: str | None, listen: str | None, *, private: bool
+) -> Iterator[list[Listener]]:
+    """The listeners that the options ask for. Where they ask for none: a Unix socket for this
+    user alone. ``private``: one that only our own child will use."""
     inherited = from_systemd(os.environ)
     if sum(map(bool, (inherited, socket, listen))) > 1:
         raise UsageError("give one of -U, --listen, or sockets by systemd's socket activation")
-    with tempfile.TemporaryDirectory(prefix="nbdstream-") as directory:
+    with ExitStack() as stack:
         if inherited:
             listeners = inherited
-        elif socket == "-" or (private and not socket and not listen):
-            listeners = [listen_unix(Path(directory) / "nbd.sock")]
-        elif socket:
-            listeners = [listen_unix(Path(socket))]
-        else:
-            where = parse_tcp(listen or DEFAULT_ADDRESS)
+        elif listen:
+            where = parse_tcp(listen)
             listeners = listen_tcp(where.host, where.port)
+        elif socket and socket != "-":
+            listeners = [listen_unix(Path(socket))]
+        elif socket or private:
+            temporary = tempfile.TemporaryDirectory(prefix="nbdstream-")
+            directory = stack.enter_context(temporary)
+            listeners = [listen_unix(Path(directory) / "nbd.sock", mode=SOCKET_MODE)]
+        else:
+            place = stack.enter_context(private_socket(leaf))
+            listeners = [listen_unix(place, mode=SOCKET_MODE)]
         try:
             yield listeners
         finally:

@@ -22,6 +22,7 @@ from nbdstream.cli.progress import ProgressLine, Snapshot
 from nbdstream.errors import NbdstreamError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import Event, JSONObject, QMPConnectionError
+from nbdstream.text import shown
 from nbdstream.units import format_count, format_duration, format_rate, format_size
 
 T = TypeVar("T")
@@ -86,7 +87,7 @@ def status(control: str, as_json: bool) -> None:
         click.echo(json.dumps({"block": block, "stats": report}, indent=4))
         return
     for name, value in _facts(block["inserted"], report):
-        click.echo(f"{name + ':':<13} {value}")
+        click.echo(shown(f"{name + ':':<13} {value}"))
 
 
 def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:

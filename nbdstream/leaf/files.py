@@ -72,12 +72,13 @@ def hot_read_flags(fd: int) -> int:
     try:
         os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
     except OSError as error:
-        if error.errno == errno.EOPNOTSUPP and _is_in_memory(fd):
+        if error.errno == errno.EOPNOTSUPP and is_in_memory(fd):
             return 0
     return os.RWF_NOWAIT
 
 
-def _is_in_memory(fd: int) -> bool:
+def is_in_memory(fd: int) -> bool:
+    """Whether a file or directory is on a tmpfs."""
     statfs = ctypes.create_string_buffer(_STATFS_SIZE)
     return _libc.fstatfs(fd, statfs) == 0 and (
         ctypes.c_long.from_buffer(statfs).value == _TMPFS_MAGIC

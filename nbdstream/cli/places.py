@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things go that the user did not place: sockets, and the leaf of a passing guest.
+
+A socket that anybody could connect to would let every user of the host write the disk, so it
+is in a directory that only its owner can enter. A leaf grows as large as its disk, so it does
+not go where a file system in memory is usual (``/tmp``).
+"""
+
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nbdstream.leaf.files import is_in_memory
+from nbdstream.units import format_size
+
+log = logging.getLogger(__name__)
+
+SOCKET_MODE = 0o600
+# A Unix socket's path may have 107 bytes; what is longer than this is cut.
+_NAME_MOST = 48
+
+
+@contextmanager
+def private_socket(leaf: str) -> Iterator[Path]:
+    """Where a leaf is served if nothing else is said: ``$XDG_RUNTIME_DIR/nbdstream/LEAF.sock``,
+    or a name in a private directory that goes away afterwards."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime and _is_private(Path(runtime)):
+        directory = Path(runtime) / "nbdstream"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if _is_private(directory):
+            yield directory / f"{os.path.basename(leaf)[:_NAME_MOST]}.sock"
+            return
+    with tempfile.TemporaryDirectory(prefix="nbdstream-") as temporary:
+        yield Path(temporary) / "nbd.sock"
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether a directory is ours, and nobody else's to enter."""
+    try:
+        status = directory.lstat()
+    except OSError:
+        return False
+    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    return mine and not status.st_mode & 0o077
+
+
+@contextmanager
+def roomy_directory() -> Iterator[Path]:
+    """A temporary directory for a leaf: in ``$TMPDIR``, else in ``$XDG_CACHE_HOME``, else in
+    ``/var/tmp``."""
+    places = [os.environ.get("TMPDIR"), os.environ.get("XDG_CACHE_HOME"), "/var/tmp"]
+    place = next(name for name in places if name)
+    with tempfile.TemporaryDirectory(prefix="nbdstream-", dir=place) as directory:
+        yield Path(directory)
+
+
+def warn_if_tight(leaf: Path, size: int) -> None:
+    """Warn if a disk of ``size`` bytes may not fit where its temporary leaf is."""
+    free = shutil.disk_usage(leaf.parent).free
+    fd = os.open(leaf.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        in_memory = is_in_memory(fd)
+    finally:
+        os.close(fd)
+    room = f"{format_size(free)} free for a disk of {format_size(size)}"
+    if in_memory:
+        log.warning("the temporary leaf is in memory (%s, %s): set TMPDIR", leaf.parent, room)
+    elif free < size:
+        log.warning("the temporary leaf may not fit in %s (%s): set TMPDIR", leaf.parent, room)
