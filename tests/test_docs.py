@@ -137,6 +137,18 @@ def _is_module_or_attribute(name: str) -> bool:
     )
 
 
+def test_the_durability_page_names_tests_that_exist() -> None:
+    text = (TOP / "docs" / "durability.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", text))
+    defined = {
+        name
+        for path in (TOP / "tests").glob("*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 15
+    assert named <= defined, named - defined
+
+
 def test_the_architecture_page_names_every_module() -> None:
     text = (TOP / "docs" / "architecture.md").read_text()
     modules = [

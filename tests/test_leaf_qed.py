@@ -4,6 +4,7 @@
 import logging
 import os
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -295,9 +296,11 @@ def test_damage_is_noticed_and_left_alone(path: Path, damage: Callable[[Path], N
     else:
         try:
             extents(leaf)
-        except LeafFormatError:
+        except LeafFormatError as error:
+            named = re.search(r"guest offsets? (?:from )?(0x[0-9a-f]+)", str(error))
+            assert named is not None
             with pytest.raises(LeafFormatError):
-                write(leaf, CLUSTER, pattern(0, CLUSTER, 1))
+                write(leaf, int(named[1], 16), pattern(0, CLUSTER, 1))
         leaf.close()
     assert path.read_bytes() == before
 

@@ -10,6 +10,8 @@ when a flush writes its snapshot.
 - Only a page in ``_dirty`` is ever changed in place. A flush takes the dirty pages as
   they are and empties the set; whoever changes such a page afterwards changes a copy.
   So a snapshot costs nothing, and never shows what came after it.
+- Damaged parts of a page are zeroes in memory, and go to the file as they were there. Such a
+  page stays in memory, so that it is not judged again when the file has grown.
 - Dirty pages, and those of a flush under way, stay in memory; the others go in the order
   in which they came (the kernel's page cache has them still: fetching one back costs
   two system calls, less than what a precise LRU order would cost every request).
@@ -17,6 +19,7 @@ when a flush writes its snapshot.
 
 from collections.abc import Callable, Iterable
 
+from nbdstream.errors import LeafFormatError
 from nbdstream.leaf import files
 from nbdstream.leaf.base import FlushNeeded, write_exactly
 
@@ -27,6 +30,8 @@ FULL_PAGE = b"\xff" * PAGE_SIZE
 PRIVATE_PAGES = 8192  # pages with content of their own: 32 MiB
 KNOWN_PAGES = 131072  # with the shared ones, which cost only their place in the table
 DIRTY_PAGES = 2048  # more than that need a flush first
+DAMAGED_PAGES = 1024  # that are lived with
+WRITTEN_PAGES = 131072  # that are told apart from others
 
 
 class PageCache:
@@ -34,11 +39,16 @@ class PageCache:
 
     Attributes:
         pages: what is in memory. The hot path looks here by itself.
+        damaged: of pages with damaged parts, the place of each in the page and its bytes.
     """
 
-    def __init__(self, fd: int, judge: Callable[[bytes], None] | None = None) -> None:
-        """``judge`` sees each page that comes from the file, before anybody else does, and
-        may raise LeafFormatError."""
+    def __init__(
+        self, fd: int, judge: Callable[[int, bytes], dict[int, bytes]] | None = None
+    ) -> None:
+        """``judge`` sees each page that comes from the file first, with its number, and
+        returns its damaged parts: place and bytes."""
+        self.damaged: dict[int, dict[int, bytes]] = {}
+        self._written: set[int] = set()
         self._judge = judge
         self.pages: dict[int, bytes | bytearray] = {}
         self._fd = fd
@@ -69,7 +79,13 @@ class PageCache:
         copy = bytearray(page)
         self._put(number, copy)
         self._dirty.add(number)
+        if len(self._written) < WRITTEN_PAGES:
+            self._written.add(number)
         return copy
+
+    def written(self, number: int) -> bool:
+        """Whether the page may have been changed since the file was opened."""
+        return number in self._written or len(self._written) >= WRITTEN_PAGES
 
     def next_used(self, number: int, limit: int) -> int:
         """The first page from ``number`` on that may be other than zeroes; at most ``limit``."""
@@ -86,7 +102,7 @@ class PageCache:
 
     def begin_flush(self) -> dict[int, bytes | bytearray]:
         """The snapshot: pages that no longer change, by number."""
-        self._flushing = {number: self.pages[number] for number in self._dirty}
+        self._flushing = {number: self._stored(number) for number in self._dirty}
         self._dirty = set()
         return self._flushing
 
@@ -107,8 +123,23 @@ class PageCache:
         if data is None or data >= offset + PAGE_SIZE:
             return ZERO_PAGE
         page = _shared(files.read_cached(self._fd, offset, PAGE_SIZE))
-        if self._judge is not None:
-            self._judge(page)
+        if self._judge is not None and (damaged := self._judge(number, page)):
+            if len(self.damaged) >= DAMAGED_PAGES:
+                raise LeafFormatError(f"too many tables are damaged, that at {offset:#x} too")
+            masked = bytearray(page)
+            for at, content in damaged.items():
+                masked[at : at + len(content)] = bytes(len(content))
+            self.damaged[number] = damaged
+            page = bytes(masked)
+        return page
+
+    def _stored(self, number: int) -> bytes | bytearray:
+        """A page as it goes to the file."""
+        page = self.pages[number]
+        if number in self.damaged:
+            page = bytearray(page)
+            for at, content in self.damaged[number].items():
+                page[at : at + len(content)] = content
         return page
 
     def _put(self, number: int, page: bytes | bytearray) -> None:
@@ -121,7 +152,7 @@ class PageCache:
         while self._private >= PRIVATE_PAGES or len(self.pages) >= KNOWN_PAGES:
             number = next(iter(self.pages))
             page = self.pages.pop(number)
-            if number in self._dirty or number in self._flushing:
+            if number in self._dirty or number in self._flushing or number in self.damaged:
                 self.pages[number] = page  # to the end of the queue
             else:
                 self._private -= _is_private(page)

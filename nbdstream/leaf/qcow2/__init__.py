@@ -3,6 +3,7 @@
 
 header      the header, and how it is rewritten
 layout      sizes, L1 and L2 entries
+entries     whether L2 entries lead to where data may be
 tables      the L1 table and the cache of L2 slices
 space       free space; refcount changes to come
 refcounts   refcounts in the file

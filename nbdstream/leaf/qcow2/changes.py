@@ -21,7 +21,7 @@ from nbdstream.leaf.base import FlushNeeded, write_exactly
 from nbdstream.leaf.files import zero_range
 from nbdstream.leaf.qcow2.layout import Cluster, Geometry
 from nbdstream.leaf.qcow2.space import Space
-from nbdstream.leaf.qcow2.tables import Tables
+from nbdstream.leaf.qcow2.tables import DAMAGED, Tables
 
 
 @dataclass(slots=True)
@@ -143,6 +143,8 @@ class Changes:
             index = ((offset >> bits) & entry_mask) * words
             old = NOTHING
             if entries is not None:
+                if entries[index] == DAMAGED:
+                    raise self._tables.damage(offset)
                 old = geometry.decode(entries[index], entries[index + 1] if words == 2 else 0)
             mask = geometry.full
             if stop - offset != size:
@@ -217,7 +219,7 @@ class Changes:
             if part.entries is None:
                 part.entries = self._tables.load(part.start)
             if part.entries is None:
-                host = self._space.allocate(1)
+                host = self._space.allocate_table(1)
                 self._space.use(host, 1)
                 self._tables.add_table(part.start >> geometry.table_bits, host)
                 part.entries = self._tables.load(part.start)

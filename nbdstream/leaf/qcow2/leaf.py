@@ -52,11 +52,12 @@ from nbdstream.leaf.qcow2.layout import COMPRESSED, OFFSET, ZERO
 from nbdstream.leaf.qcow2.refcounts import RefcountPlan, Refcounts
 from nbdstream.leaf.qcow2.slices import slice_extents
 from nbdstream.leaf.qcow2.space import Dropped, Metadata, Space
-from nbdstream.leaf.qcow2.tables import Tables, TableSnapshot, load_l1, write_tables
+from nbdstream.leaf.qcow2.tables import DAMAGED, Tables, TableSnapshot, load_l1, write_tables
 
 log = logging.getLogger(__name__)
 
 FLAGGED = COMPRESSED | ZERO
+DAMAGED_PLACE = DAMAGED & ~COMPRESSED  # what an extent of a damaged entry has for a place
 
 
 class Qcow2Leaf(DurableLeaf):
@@ -95,7 +96,7 @@ class Qcow2Leaf(DurableLeaf):
         if header.l1_size:
             metadata.add(header.l1_table_offset, header.l1_size * 8)
         self._space = space = Space(fd, geometry)
-        l1 = load_l1(fd, geometry, header.l1_table_offset, metadata, space.end)
+        l1, damaged = load_l1(fd, geometry, header.l1_table_offset, metadata, space.end)
         self._refcounts: Refcounts | None = None
         if not self.read_only:
             self._refcounts = Refcounts(fd, geometry, header, space, metadata)
@@ -113,6 +114,7 @@ class Qcow2Leaf(DurableLeaf):
             metadata,
             lambda: space.end,
             self._refcounts.get if self._refcounts is not None else None,
+            damaged,
         )
         self._changes = Changes(fd, geometry, self._tables, space)
         # What `locate` needs, within reach.
@@ -167,7 +169,7 @@ class Qcow2Leaf(DurableLeaf):
         return host
 
     def extents(self, offset: int, length: int) -> Iterator[LeafExtent]:
-        """See `Leaf.extents`. Raises LeafFormatError where an L2 table is damaged."""
+        """See `Leaf.extents`. Raises LeafFormatError at a damaged entry of an L1 or L2 table."""
         end = offset + length
         hole = State.ZERO if self.backing is None else State.UNALLOCATED
         while offset < end:
@@ -177,7 +179,10 @@ class Qcow2Leaf(DurableLeaf):
                 yield LeafExtent(offset, stop - offset, hole)
             else:
                 stop = min(end, ((offset >> self._slice_bits) + 1) << self._slice_bits)
-                yield from slice_extents(self._geometry, entries, offset, stop, hole)
+                for extent in slice_extents(self._geometry, entries, offset, stop, hole):
+                    if extent.host == DAMAGED_PLACE:
+                        raise self._tables.damage(extent.offset)
+                    yield extent
             offset = stop
 
     def read(self, extent: LeafExtent, view: memoryview) -> None:

@@ -253,7 +253,7 @@ class Refcounts:
     def _add_block(self, plan: RefcountPlan, index: int) -> int:
         if index >= len(self.table):
             self._move_table(plan, index + 1)
-        block = self._space.allocate(1)
+        block = self._space.allocate_table(1)
         self._space.use(block, 1)
         self._metadata.add(block, self._geometry.cluster_size)
         self.table[index] = block
@@ -271,7 +271,7 @@ class Refcounts:
         # Half as much again, so that it seldom happens.
         wanted = 8 * max(entries + 1, len(self.table) * 3 // 2)
         clusters = geometry.clusters(min(wanted, MAX_REFCOUNT_TABLE_BYTES))
-        place = self._space.allocate(clusters)
+        place = self._space.allocate_table(clusters)
         self._space.use(place, clusters)
         self._metadata.remove(self._table_offset, old_clusters << geometry.cluster_bits)
         self._metadata.add(place, clusters << geometry.cluster_bits)

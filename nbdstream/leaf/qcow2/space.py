@@ -141,6 +141,15 @@ class Space:
         self._grow(offset + (clusters << self._geometry.cluster_bits))
         return offset
 
+    def allocate_table(self, clusters: int) -> int:
+        """Reserve a run for metadata, as `allocate`, but always at the file's end: where
+        refcounts are damaged, free space may have guest data, which a table in memory
+        leads writes to. Raises OSError.
+        """
+        offset = self.end
+        self._grow(offset + (clusters << self._geometry.cluster_bits))
+        return offset
+
     def _grow(self, end: int) -> None:
         if end > self._geometry.file_limit:
             raise OSError(errno.EFBIG, "the image cannot grow further with its cluster size")

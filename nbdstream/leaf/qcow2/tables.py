@@ -8,45 +8,54 @@ not asked for again is forgotten. That makes a hit one dictionary lookup. Slices
 were changed stay (in ``_dirty``, or in ``_flushing`` while a flush writes a copy of them)
 until they are in the file.
 
-A slice is checked when it comes in, as a whole, so that nobody has to check entries
-again: every data cluster that it refers to is aligned, within the file, no metadata and,
-unless the image is read-only, ours to change (refcount one).
+A slice is checked when it comes in, as a whole, so that entries need no check later:
+every data cluster that it refers to is aligned, within the file, no metadata and, unless
+the image is read-only, ours to change (refcount one).
+
+**Damage is contained.** An entry that fails the check is replaced by `DAMAGED` in memory, which
+no range is ever found at; what it was is kept, and goes to the file with the slice. A
+slice with such entries stays in memory: judged again, when the file has grown, a pointer
+beyond its former end would seem right, and lead to another guest cluster's data. For the same
+reason nothing but a slice that was changed since the open may refer to what lies behind the
+end that the file had then.
 
 A new L2 table is known to the tables in memory at once, but until a flush has written
 it, what the file has in its place means nothing: slices of it that are not cached are
 empty.
 """
 
-import functools
-import operator
-import os
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nbdstream.errors import LeafFormatError
-from nbdstream.leaf.base import write_exactly
+from nbdstream.leaf.base import read_range, write_exactly
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.files import read_cached, zero_range
+from nbdstream.leaf.qcow2.entries import EntryCheck
 from nbdstream.leaf.qcow2.layout import (
     COMPRESSED,
     COPIED,
-    LOW_32,
     OFFSET,
     RESERVED_L1,
-    RESERVED_L2,
-    ZERO,
     Geometry,
-    is_run,
     joined_runs,
     load_words,
     store_words,
 )
 from nbdstream.leaf.qcow2.space import Metadata
 
+_REMEDY = "try: qemu-img check -r all"
+
 # Bounds in bytes of table content, for each generation, and for the changed slices.
 CACHE_BYTES = 12 << 20
 DIRTY_BYTES = 16 << 20
+# An entry that is damaged: marked as compressed data, at a place that no file reaches.
+DAMAGED = COMPRESSED | (COMPRESSED - 1)
+# Damaged L1 entries, and slices with damaged entries, that are lived with.
+MAX_DAMAGED = 1024
+# From so many changed slices on, what they may refer to is not told apart any more.
+MAX_WRITTEN = 1 << 17
 # A piece of the L1 table that is skipped at a time when nothing is allocated.
 SKIP = 1024
 
@@ -80,16 +89,22 @@ class Tables:
         metadata: Metadata,
         file_end: Callable[[], int],
         refcount: Callable[[int], int] | None,
+        damaged: set[int],
     ) -> None:
         """``file_end`` says where the file's used part ends; ``refcount`` reads a host
-        cluster's refcount by its offset, None for an image that is read-only."""
+        cluster's refcount by its offset, None for an image that is read-only. ``damaged``:
+        indexes of L1 entries that lead nowhere."""
         self._fd = fd
         self._geometry = geometry
         self.l1 = l1
         self._metadata = metadata
         self._file_end = file_end
-        self._refcount = refcount
-        self._reserved = RESERVED_L2 | (ZERO if geometry.extended else 0)
+        self._entries = EntryCheck(geometry, metadata, refcount)
+        self._damaged_l1 = damaged
+        # Slices with damaged entries: as they are in memory, and as they are in the file.
+        self._contained: dict[int, tuple[array[int], array[int]]] = {}
+        self._first_end = file_end()
+        self._written: set[int] = set()
         self._per_table = geometry.table_bits - geometry.slice_bits
         self._capacity = max(1, CACHE_BYTES // geometry.slice_bytes)
         self._dirty_limit = max(1, DIRTY_BYTES // geometry.slice_bytes)
@@ -110,9 +125,15 @@ class Tables:
         key = offset >> self._geometry.slice_bits
         entries = self.young.get(key)
         if entries is None:
-            pointer = self.l1[offset >> self._geometry.table_bits]
+            index = offset >> self._geometry.table_bits
+            pointer = self.l1[index]
             if not pointer:
                 return None
+            if index in self._damaged_l1:
+                raise LeafFormatError(
+                    f"entry {index} of the L1 table is {pointer:#x}, which is no L2 table: guest"
+                    f" offsets from {index << self._geometry.table_bits:#x} are lost; {_REMEDY}"
+                )
             entries = self._find(key)
             if entries is None:
                 entries = self._read(key, pointer & OFFSET)
@@ -137,6 +158,8 @@ class Tables:
             entries = generation.get(key)
             if entries is not None:
                 return entries
+        if key in self._contained:
+            return self._contained[key][0]
         index = key >> self._per_table
         if index in self._new or index in self._flushing_new:
             return array("Q", bytes(self._geometry.slice_bytes))
@@ -157,100 +180,61 @@ class Tables:
         size = self._geometry.slice_bytes
         data = read_cached(self._fd, at, size)
         entries = load_words(data)
-        if any(data) and not self._is_sound_run(entries):
-            self._check(key, entries)
+        end = self._limit(key)
+        if any(data) and not self._entries.is_sound_run(entries, end):
+            try:
+                self._entries.check(entries, end)
+            except LeafFormatError:
+                self._contain(key, entries, end)
         return entries
 
-    # -- checking ----------------------------------------------------------------------
+    # -- damage ------------------------------------------------------------------------
 
-    def _is_sound_run(self, entries: "array[int]") -> bool:
-        """Whether the slice has data clusters in a row, nothing else, and no fault: what a
-        guest or a stream that writes in sequence leaves behind, quickly recognised."""
-        geometry = self._geometry
-        firsts = entries[:: geometry.words]
-        host = firsts[0] & OFFSET
-        length = len(firsts) << geometry.cluster_bits
-        return bool(
-            host
-            and firsts[0] == host | COPIED
-            and not host % geometry.cluster_size
-            and host + length <= self._file_end()
-            and is_run(firsts, geometry.cluster_size)
-            and (geometry.words == 1 or set(entries[1::2]) == {geometry.full})
-            and not self._metadata.within(host, length)
-        )
+    def _limit(self, key: int) -> int:
+        """Where the data that a slice in the file refers to has to end."""
+        if key in self._written or len(self._written) >= MAX_WRITTEN:
+            return self._file_end()
+        return self._first_end
 
-    def _check(self, key: int, entries: "array[int]") -> None:
-        """Refuse a slice whose data clusters are not where data may be."""
+    def _contain(self, key: int, entries: "array[int]", end: int) -> None:
+        """Replace those entries that are damaged. Raises LeafFormatError if there are too many
+        slices with such entries: then the slice cannot be used at all."""
+        if len(self._contained) >= MAX_DAMAGED:
+            raise LeafFormatError(
+                f"too many L2 tables are damaged, that for {self._guest(key, 0):#x} too; {_REMEDY}"
+            )
         words = self._geometry.words
-        first_words = entries[::words]
-        seen = functools.reduce(operator.or_, first_words)
-        if words == 2:
-            self._check_bitmaps(key, entries)
-        if seen & COMPRESSED:
-            self._check_compressed(key, first_words)
-            first_words = array("Q", (e for e in first_words if not e & COMPRESSED))
-            seen = functools.reduce(operator.or_, first_words, 0)
-        if seen & self._reserved or COPIED in first_words:
-            raise self._damaged(key, "has entries that mean nothing")
-        offsets = {entry & OFFSET for entry in first_words}
-        offsets.discard(0)
-        if not offsets:
-            return
-        if functools.reduce(operator.or_, offsets) & (self._geometry.cluster_size - 1):
-            raise self._damaged(key, "refers to a cluster that is not aligned")
-        if max(offsets) >= self._file_end():
-            raise self._damaged(key, f"refers to {max(offsets):#x}, beyond the file's end")
-        overlap = self._metadata.overlap(offsets)
-        if overlap is not None:
-            raise self._damaged(key, f"has data at {overlap:#x}, where a table lies")
-        if self._refcount is not None and _count(COPIED, first_words) != _count(
-            OFFSET, first_words
-        ):
-            self._claim(key, entries)
+        original = entries[:]
+        for at in range(0, len(entries), words):
+            entry = original[at : at + words]
+            try:
+                if any(entry):
+                    self._entries.check(entry, end)
+            except LeafFormatError:
+                entry = array("Q", (DAMAGED, 0)[:words])
+            entries[at : at + words] = entry
+        self._contained[key] = entries, original
 
-    def _check_bitmaps(self, key: int, entries: "array[int]") -> None:
-        for index in range(0, len(entries), 2):
-            entry, bitmap = entries[index], entries[index + 1]
-            if not bitmap:
-                continue
-            if entry & COMPRESSED:
-                entries[index + 1] = 0  # "not used"; so that `locate` need not look twice
-            elif bitmap & (bitmap >> 32):
-                raise self._damaged(key, "has subclusters that are both data and zero")
-            elif bitmap & LOW_32 and not entry & OFFSET:
-                raise self._damaged(key, "has allocated subclusters in no cluster")
-
-    def _check_compressed(self, key: int, entries: "array[int]") -> None:
-        for entry in entries:
-            if entry & COMPRESSED:
-                offset, length = self._geometry.packed_range(entry & (COMPRESSED - 1))
-                # The last sector may be cut short by the file's end.
-                if offset < self._geometry.cluster_size or offset >= self._file_end():
-                    raise self._damaged(key, f"has compressed data at {offset:#x} (+{length})")
-
-    def _claim(self, key: int, entries: "array[int]") -> None:
-        """Make sure that what the slice refers to may be changed in place.
-
-        Without internal snapshots (which are refused on write) all clusters have a
-        refcount of one; entries that do not say so get the flag that does.
-        """
-        assert self._refcount is not None
-        for index in range(0, len(entries), self._geometry.words):
-            entry = entries[index]
-            if entry and not entry & (COPIED | COMPRESSED) and entry & OFFSET:
-                count = self._refcount(entry & OFFSET)
-                if count != 1:
-                    raise self._damaged(
-                        key, f"refers to {entry & OFFSET:#x}, which has {count} references"
-                    )
-                entries[index] = entry | COPIED
-
-    def _damaged(self, key: int, what: str) -> LeafFormatError:
-        offset = key << self._geometry.slice_bits
+    def damage(self, offset: int) -> LeafFormatError:
+        """What is wrong with the damaged entry for a guest offset."""
+        geometry = self._geometry
+        key = offset >> geometry.slice_bits
+        index = (offset >> geometry.cluster_bits) & (geometry.slice_entries - 1)
+        at = index * geometry.words
+        entry = self._contained[key][1][at : at + geometry.words]
+        what = f"is {entry[0]:#x}"
+        try:
+            self._entries.check(entry, self._first_end)
+        except LeafFormatError as error:
+            what = str(error)
+        table = self._place(key, self.l1[offset >> geometry.table_bits] & OFFSET)
         return LeafFormatError(
-            f"the L2 table for offset {offset:#x} {what}; try: qemu-img check -r all"
+            f"the L2 entry at {table + 8 * at:#x}, for guest offset {self._guest(key, index):#x},"
+            f" {what}; {_REMEDY}"
         )
+
+    def _guest(self, key: int, index: int) -> int:
+        return (key << self._geometry.slice_bits) + (index << self._geometry.cluster_bits)
 
     # -- changing ----------------------------------------------------------------------
 
@@ -273,6 +257,8 @@ class Tables:
     def mark_dirty(self, key: int, entries: "array[int]") -> None:
         """This slice was changed."""
         self._dirty[key] = entries
+        if len(self._written) < MAX_WRITTEN:
+            self._written.add(key)
 
     # -- flushing ----------------------------------------------------------------------
 
@@ -284,7 +270,7 @@ class Tables:
         snapshot = TableSnapshot()
         for key, entries in self._flushing.items():
             table = self.l1[key >> self._per_table] & OFFSET
-            snapshot.slices.append((self._place(key, table), entries[:]))
+            snapshot.slices.append((self._place(key, table), self._stored(key, entries)))
         for index in self._flushing_new:
             snapshot.new_tables.append(self.l1[index] & OFFSET)
             snapshot.pointers.append((index, self.l1[index]))
@@ -298,26 +284,44 @@ class Tables:
         self._flushing = {}
         self._flushing_new = set()
 
+    def _stored(self, key: int, entries: "array[int]") -> "array[int]":
+        """A copy of a slice as it goes to the file: damaged entries as they were there."""
+        copy = entries[:]
+        if key in self._contained:
+            original = self._contained[key][1]
+            for at in range(0, len(copy), self._geometry.words):
+                if copy[at] == DAMAGED:
+                    copy[at : at + self._geometry.words] = original[at : at + self._geometry.words]
+        return copy
 
-def _count(bits: int, words: "array[int]") -> int:
-    """How many words have any of these bits."""
-    return len(list(filter(bits.__and__, words)))
 
+def load_l1(
+    fd: int, geometry: Geometry, offset: int, metadata: Metadata, end: int
+) -> tuple["array[int]", set[int]]:
+    """Read the L1 table as far as the disk needs it, and note its tables (may block).
 
-def load_l1(fd: int, geometry: Geometry, offset: int, metadata: Metadata, end: int) -> "array[int]":
-    """Read the L1 table as far as the disk needs it, check it, note its tables (may block).
-
-    Raises LeafFormatError, OSError.
+    Returns the table, and the indexes of its damaged entries: those that lead to where no
+    table can be, to where another structure is, or to the same place as others.
+    Raises LeafFormatError if there are many of them, OSError.
     """
-    size = geometry.l1_entries * 8
-    l1 = load_words(os.pread(fd, size, offset).ljust(size, b"\0"))
-    tables = [entry & OFFSET for entry in l1 if entry]
-    for entry in filter(None, l1):
+    l1 = load_words(read_range(fd, offset, geometry.l1_entries * 8))
+    owners: dict[int, int] = {}
+    damaged: set[int] = set()
+    for index, entry in enumerate(l1):
+        if not entry:
+            continue
         table = entry & OFFSET
-        if entry & RESERVED_L1 or table % geometry.cluster_size or not 0 < table < end:
-            raise LeafFormatError(f"the L1 table has an entry {entry:#x}, which is no L2 table")
-    metadata.add_all(tables)
-    return l1
+        bad = entry & RESERVED_L1 or table % geometry.cluster_size or not 0 < table < end
+        if bad or metadata.within(table, geometry.cluster_size):
+            damaged.add(index)
+        elif owners.setdefault(table, index) != index:
+            damaged |= {index, owners[table]}
+        if len(damaged) > MAX_DAMAGED:
+            raise LeafFormatError(
+                f"the L1 table has many entries like {entry:#x}, which is no L2 table; {_REMEDY}"
+            )
+    metadata.add_all(owners)
+    return l1, damaged
 
 
 def write_tables(

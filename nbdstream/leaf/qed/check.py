@@ -28,6 +28,7 @@ from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qed.header import Header
 from nbdstream.leaf.qed.tables import UNALLOCATED, ZERO, load_entries, rows, store_entries
 
+MAX_OFFSET = 1 << 62  # no file reaches it
 _CHUNK = 65536  # bytes of a table looked at in one go
 _SET_PAGE = 512  # bytes of a `ClusterSet` page: 4096 clusters
 _SET_BITS = _SET_PAGE * 8
@@ -182,7 +183,7 @@ def first_unallocated(fd: int, header: Header) -> int | None:
     l1 = load_entries(os.pread(fd, 8 * tables, header.l1_table_offset))
     for number, table in enumerate(l1):
         first = number * header.table_entries
-        if table == UNALLOCATED:
+        if table == UNALLOCATED or table % header.cluster_size or table >= MAX_OFFSET:
             return first * header.cluster_size
         needed = min(header.table_entries, clusters - first)
         for offset, entries in chunks(fd, table, needed * 8, holes=True):

@@ -4,7 +4,8 @@
 The L1 table is in memory as far as the disk reaches; of the L2 tables a bounded number of
 4 KiB pages is, 512 entries each. An entry is 0 (unallocated), 1 (zeroes), or the
 offset of a data cluster. Whatever comes from the file is judged once, when it enters
-memory; what is in memory is trusted.
+memory; what is in memory is trusted. Entries that are damaged fail what lies under them
+and nothing else (`nbdstream.leaf.pages`).
 
 Clusters are only ever taken from the end of the file, and stay with their guest cluster
 for good: zeroing one punches a hole into it. So no cluster ever changes hands, and no
@@ -17,6 +18,7 @@ import sys
 from array import array
 from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from nbdstream.errors import LeafFormatError
 from nbdstream.extents import align_up
@@ -27,6 +29,8 @@ from nbdstream.leaf.qed.header import Header
 PAGE_ENTRIES = PAGE_SIZE // 8
 UNALLOCATED = 0
 ZERO = 1
+MAX_DAMAGED = 1024  # damaged L1 entries that are lived with
+_REMEDY = "try: nbdstream check --repair"
 
 _ENTRY = struct.Struct("<Q")
 _PAGE = struct.Struct(f"<{PAGE_ENTRIES}Q")
@@ -69,12 +73,13 @@ class Tables:
     Attributes:
         cache: pages of L2 tables, by page number in the file.
         l1: the L1 entries that the disk's size needs.
+        damaged_l1: L1 entries that lead to no table, by index; they are 0 in ``l1``.
         dirty_l1: pages of the L1 table that only memory has.
         end: where the next cluster will be; a multiple of the cluster size.
     """
 
     def __init__(self, fd: int, header: Header, end: int) -> None:
-        """Load the L1 table (may block). Raises LeafFormatError, without the path."""
+        """Load the L1 table (may block). Raises LeafFormatError, without the path, OSError."""
         self._fd = fd
         self._header = header
         self.cluster_bits = header.cluster_size.bit_length() - 1
@@ -88,36 +93,74 @@ class Tables:
         self.dirty_l1: set[int] = set()
         self._flushing_l1: set[int] = set()
         self.end = end
+        self._first_end = end
+        self.damaged_l1: dict[int, int] = {}
         self._starts = self._judge_l1()
         self.cache = PageCache(fd, self._judge_page)
 
     # -- what is in the file -----------------------------------------------------------
 
     def _judge_l1(self) -> "array[int]":
-        """Sorted offsets of all tables. Raises LeafFormatError unless they are in the file
-        and apart from each other."""
+        """Sorted offsets of all tables. L1 entries of tables that are not in the file, or not
+        apart from each other, are damaged."""
         header = self._header
-        starts = array("Q", sorted([header.l1_table_offset, *filter(None, self.l1)]))
-        previous_end = header.header_bytes
-        for start in starts:
-            if start % header.cluster_size or start + header.table_bytes > self.end:
-                raise LeafFormatError(f"a QED table at {start} is not within the file")
-            if start < previous_end:
-                raise LeafFormatError(f"a QED table at {start} overlaps what is before it")
-            previous_end = start + header.table_bytes
-        return starts
-
-    def _judge_page(self, page: bytes) -> None:
-        """Raises LeafFormatError unless all entries point to places where data may be."""
-        lowest, highest = self._header.header_bytes, self.end - self._header.cluster_size
-        for entry in _PAGE.unpack(page):
-            if entry <= ZERO:
+        limit = self.end - header.table_bytes
+        first = header.l1_table_offset
+        starts = [(first, -1)]
+        for index, start in enumerate(self.l1):
+            if not start:
                 continue
-            if entry & self._cluster_mask or not lowest <= entry <= highest:
-                raise LeafFormatError(f"a QED data cluster at {entry} is not within the file")
-            table = bisect_right(self._starts, entry) - 1
-            if table >= 0 and entry < self._starts[table] + self._header.table_bytes:
-                raise LeafFormatError(f"a QED data cluster at {entry} lies within a table")
+            if (
+                start % header.cluster_size
+                or not header.header_bytes <= start <= limit
+                or first - header.table_bytes < start < first + header.table_bytes
+            ):
+                self._damage_l1(index)
+            else:
+                starts.append((start, index))
+        starts.sort()
+        for (start, index), (after, other) in pairwise(starts):
+            if after < start + header.table_bytes:
+                self._damage_l1(index)
+                self._damage_l1(other)
+        return array("Q", (start for start, index in starts if index not in self.damaged_l1))
+
+    def _damage_l1(self, index: int) -> None:
+        if len(self.damaged_l1) >= MAX_DAMAGED:
+            raise LeafFormatError("the L1 table has many entries that lead to no table")
+        self.damaged_l1.setdefault(index, self.l1[index])
+        self.l1[index] = UNALLOCATED
+
+    def _judge_page(self, number: int, page: bytes) -> dict[int, bytes]:
+        """The entries that do not point to places where data may be. Only a page that was
+        changed since the open may refer to what lies behind the end that the file had then."""
+        end = self.end if self.cache.written(number) else self._first_end
+        damaged = {}
+        for index, entry in enumerate(_PAGE.unpack(page)):
+            if entry > ZERO and self._wrong(entry, end):
+                damaged[index * 8] = page[index * 8 : index * 8 + 8]
+        return damaged
+
+    def _wrong(self, entry: int, end: int) -> str:
+        """What is wrong with the entry of a data cluster, or ""."""
+        header = self._header
+        if entry & self._cluster_mask:
+            return "is not aligned"
+        if not header.header_bytes <= entry <= end - header.cluster_size:
+            return "is not within the file"
+        table = bisect_right(self._starts, entry) - 1
+        if table >= 0 and entry < self._starts[table] + header.table_bytes:
+            return "lies within a table"
+        return ""
+
+    def _damage(self, number: int, index: int, cluster: int) -> LeafFormatError:
+        """What is wrong with a damaged entry."""
+        entry: int = _ENTRY.unpack(self.cache.damaged[number][index * 8])[0]
+        return LeafFormatError(
+            f"the QED L2 entry at {number * PAGE_SIZE + index * 8:#x}, for guest offset"
+            f" {cluster << self.cluster_bits:#x}: a data cluster at {entry:#x}"
+            f" {self._wrong(entry, self._first_end)}; {_REMEDY}"
+        )
 
     # -- looking up --------------------------------------------------------------------
 
@@ -167,8 +210,16 @@ class Tables:
             where = self.place(first)
             if where is None:
                 last = first >> self._table_bits
+                if last in self.damaged_l1:
+                    raise LeafFormatError(
+                        f"entry {last} of the QED L1 table is {self.damaged_l1[last]:#x}, which is"
+                        f" no table: guest offsets from {first << self.cluster_bits:#x} are lost;"
+                        f" {_REMEDY}"
+                    )
                 limit = ((stop - 1) >> self._table_bits) + 1
                 while last < limit and self.l1[last] == UNALLOCATED:
+                    if last in self.damaged_l1:
+                        break
                     last += 1
                 table_stop = min(last << self._table_bits, stop)
                 yield first, table_stop - first, UNALLOCATED
@@ -187,10 +238,20 @@ class Tables:
                     continue
                 page = self.cache.load(number)
             count = min(PAGE_ENTRIES - byte // 8, table_stop - first)
-            entries = struct.unpack_from(f"<{count}Q", page, byte)
+            good = self._good(number, byte, count)
+            entries = struct.unpack_from(f"<{good}Q", page, byte)
             for start, length, entry in rows(entries, self._header.cluster_size):
                 yield first + start, length, entry
+            if good < count:
+                raise self._damage(number, byte // 8 + good, first + good)
             first += count
+
+    def _good(self, number: int, byte: int, count: int) -> int:
+        """How many of the entries at a place of a page come before one that is damaged."""
+        damaged = self.cache.damaged.get(number)
+        if damaged is None:
+            return count
+        return min((at - byte) // 8 for at in (byte + count * 8, *damaged) if at >= byte)
 
     # -- changing ----------------------------------------------------------------------
 
@@ -237,7 +298,11 @@ class Tables:
         first = self._header.l1_table_offset // PAGE_SIZE
         l1_pages = {}
         for index in self.dirty_l1:
-            entries = self.l1[index * PAGE_ENTRIES : (index + 1) * PAGE_ENTRIES]
+            start = index * PAGE_ENTRIES
+            entries = self.l1[start : start + PAGE_ENTRIES]
+            for damaged, entry in self.damaged_l1.items():
+                if start <= damaged < start + len(entries):
+                    entries[damaged - start] = entry
             # Entries behind the disk's end, in the last page, are none of ours: not written.
             l1_pages[first + index] = store_entries(entries)
         l2_pages = self.cache.begin_flush()
