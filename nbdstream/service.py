@@ -25,6 +25,7 @@ from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk, round_off
 from nbdstream.disk.readonly import ReadOnlyExport
 from nbdstream.errors import BackingMismatchError, UsageError
 from nbdstream.export import Export
+from nbdstream.handover.custody import Custody
 from nbdstream.handover.generation import STANDBY, generation_of
 from nbdstream.handover.seal import Seal, read_seal
 from nbdstream.health import Health
@@ -89,6 +90,7 @@ class Service:
     listeners: Sequence[Listener]
     clients_changed: trio.lowlevel.ParkingLot
     finished: trio.Event
+    custody: Custody
 
     @property
     def uris(self) -> list[str]:
@@ -181,11 +183,12 @@ async def open_service(
         def clients_changed(_count: int) -> None:
             clients.unpark_all()
 
-        export: Export = opened.disk
+        custody = Custody(opened.disk, nursery)
+        export: Export = custody
         if opened.seal is not None:
             export = ReadOnlyExport(export, export.name, opened.seal.reason)
         server = Server([export], clients_changed=clients_changed)
-        service = Service(opened, server, listeners, clients, trio.Event())
+        service = Service(opened, server, listeners, clients, trio.Event(), custody)
         nursery.start_soon(_serve, service)
         yield service
         nursery.cancel_scope.cancel()

@@ -39,5 +39,5 @@ def test_a_port_that_is_none_is_refused() -> None:
 
 
 def test_reconnection_is_asked_for_only_where_wanted() -> None:
-    assert "reconnect-delay" not in Disk.nbd("nbd://host").blockdev
-    assert Disk.nbd("nbd://host", reconnect_delay=30).blockdev["reconnect-delay"] == 30
+    assert "reconnect-delay" not in Disk.nbd("nbd://host").blockdev["file"]
+    assert Disk.nbd("nbd://host", reconnect_delay=30).blockdev["file"]["reconnect-delay"] == 30

@@ -30,7 +30,7 @@ FLOORS = (
     {"control"},
     {"handover"},
     {"service"},
-    {"migrate"},
+    {"migrate", "pivot"},
     {"cli"},
     {"__main__"},
 )

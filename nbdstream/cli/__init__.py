@@ -27,6 +27,7 @@ _SECTIONS = {
         "serve": "nbdstream.cli.serve",
         "boot": "nbdstream.cli.boot",
         "migrate": "nbdstream.cli.migrate",
+        "pivot": "nbdstream.cli.pivot",
     },
     "Control a running server": {
         "status": "nbdstream.cli.steer",

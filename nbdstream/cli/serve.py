@@ -264,7 +264,14 @@ def start_steering(
     """Serve the control socket and the metrics until the nursery is cancelled."""
     disk, job = service.opened.disk, service.opened.job
     hand_over = hand_over_commands(
-        disk, job, nursery, device=device_name(disk), stream=stream, seal=service.opened.seal
+        disk,
+        job,
+        nursery,
+        device=device_name(disk),
+        stream=stream,
+        seal=service.opened.seal,
+        custody=service.custody,
+        uris=service.uris,
     )
     if control is not None:
         server = control_server(

@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import trio
 
+from nbdstream.disk.gate import Gate
 from nbdstream.leaf.base import ColdMetadata, FlushNeeded
 
 P = ParamSpec("P")
@@ -20,16 +21,20 @@ T = TypeVar("T")
 class Atomically:
     """Runs steps on one leaf."""
 
-    def __init__(self, flush: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, flush: Callable[[], Awaitable[None]], gate: Gate) -> None:
         """``flush`` makes the leaf's metadata durable, which makes room for more."""
         self._flush = flush
+        self._gate = gate
 
     async def __call__(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a step until it goes through; there is no await between its end and the return.
 
-        Raises what the step raises, and OSError if metadata cannot be read.
+        Raises what the step raises, and OSError if metadata cannot be read, or if the leaf was
+        let go of.
         """
         while True:
+            if self._gate.let_go:
+                self._gate.check()
             try:
                 return step(*args, **kwargs)
             except ColdMetadata as cold:

@@ -39,6 +39,7 @@ from nbdstream.export import Hit, StatusExtent
 from nbdstream.health import Health
 from nbdstream.leaf.base import (
     ALL_ZERO,
+    SCATTERED,
     BackingReference,
     ColdMetadata,
     FlushNeeded,
@@ -132,11 +133,11 @@ class StreamedDisk:
         self.health = health
         self.completed = trio.Event()
         self.writeback = writeback
-        self._locate = leaf.locate
+        self._locate: Callable[[int, int], int] = leaf.locate
         self._hot = hot_read_flags(leaf.fd)
         self._flusher = Flusher(leaf)
         self._lookup = Lookup(leaf, backing)
-        self._atomically = Atomically(self.flush)
+        self._atomically = Atomically(self.flush, self.gate)
         self._reader = Reader(leaf, self._lookup, self._atomically, self._demand, self._hot)
         changes = Changer(
             leaf,
@@ -253,8 +254,24 @@ class StreamedDisk:
 
     async def flush(self) -> None:
         """See `Export.flush`. Raises OSError."""
-        if not self.read_only:
+        # A leaf that was let go of was flushed, and nothing was completed since.
+        if not self.read_only and not self.gate.let_go:
             await self._flusher.flush()
+
+    async def let_go(self, reason: str) -> None:
+        """Make everything durable, then close the leaf and unlock it, for good: from now on
+        flushes succeed, and nothing else does. No request and no job is under way.
+
+        Raises:
+            OSError, LeafError: the leaf could not be left clean; it is closed all the same.
+        """
+        self.gate.close(GateState.LET_GO, reason)
+        self._locate = _nowhere
+        try:
+            await self._flusher.flush_then(lambda: None)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.leaf.close)
 
     # -- whose copy counts (migration) -------------------------------------------------
 
@@ -370,3 +387,8 @@ class StreamedDisk:
             "store_failures": fetcher.store_failures if fetcher else 0,
             "readahead_bytes": self._readahead.bytes if self._readahead else 0,
         }
+
+
+def _nowhere(_offset: int, _length: int) -> int:
+    """`Leaf.locate` of a leaf that was let go of."""
+    return SCATTERED

@@ -17,6 +17,7 @@ class GateState(enum.Enum):
     OPEN = "open"
     FROZEN = "frozen"  # the disk was given away: no changes by guests
     STANDING_BY = "standing by"  # it was not yet taken over: no changes, and nothing is kept
+    LET_GO = "let go"  # the leaf is closed, and another process may have it
 
 
 class Gate:
@@ -35,6 +36,11 @@ class Gate:
     def standing_by(self) -> bool:
         """Whether nothing of the backing may be kept."""
         return self.state is GateState.STANDING_BY
+
+    @property
+    def let_go(self) -> bool:
+        """Whether the leaf may not be touched at all."""
+        return self.state is GateState.LET_GO
 
     def close(self, state: GateState, reason: str, *, hold: float = 0.0) -> None:
         """Let no change through from now on. Each waits for ``hold`` seconds before it is

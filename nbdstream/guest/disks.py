@@ -28,7 +28,8 @@ class Disk:
 
     @classmethod
     def nbd(cls, uri: str, reconnect_delay: int = 0) -> "Disk":
-        """The export that *uri* names.
+        """The export that *uri* names, below a node of the format ``raw``: what that node has
+        as its file can be replaced while the guest runs (`nbdstream pivot`).
 
         While the server is away, requests wait for up to *reconnect_delay* seconds before
         the guest sees an error. Raises UsageError as ``nbd_options`` does.
@@ -36,7 +37,7 @@ class Disk:
         node = {**nbd_options(uri), "discard": "unmap"}
         if reconnect_delay:
             node["reconnect-delay"] = reconnect_delay
-        return cls(node)
+        return cls({"driver": "raw", "discard": "unmap", "file": node})
 
 
 def nbd_options(uri: str) -> JSONObject:

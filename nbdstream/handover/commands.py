@@ -4,6 +4,8 @@
 import trio
 
 from nbdstream.disk import StreamedDisk
+from nbdstream.handover.custody import Custody
+from nbdstream.handover.let_go import LetGo
 from nbdstream.handover.offer import Offering
 from nbdstream.handover.seal import Seal
 from nbdstream.handover.standby import Standby
@@ -18,6 +20,8 @@ def hand_over_commands(
     device: str,
     stream: str,
     seal: Seal | None,
+    custody: Custody,
+    uris: list[str],
 ) -> tuple[object, ...]:
     """The groups of commands (see `nbdstream.control.table`) by which a disk changes hands.
 
@@ -27,6 +31,8 @@ def hand_over_commands(
         stream: what becomes of the job once the disk is activated: "on", "off" or "paused".
         seal: the seal on the leaf, if it has one. The sealed content is offered again at once,
             whether or not there is a control socket.
+        custody: what clients are served.
+        uris: where they are.
 
     Raises:
         UsageError, OSError: the address that the seal names cannot be listened at.
@@ -34,4 +40,4 @@ def hand_over_commands(
     offering = Offering(disk, device, nursery)
     if seal is not None:
         offering.resume(seal)
-    return offering, Standby(disk, job, stream)
+    return offering, Standby(disk, job, stream), LetGo(custody, uris)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pivot: the running guest goes on from the leaf itself."""
+
+import click
+import trio
+
+from nbdstream.errors import UsageError
+from nbdstream.pivot.run import PivotDisk
+from nbdstream.pivot.run import pivot as run_pivot
+
+
+@click.command()
+@click.argument("controls", nargs=-1, required=True, type=click.Path(), metavar="CONTROL...")
+@click.option("--qmp", required=True, metavar="SOCKET", help="QMP socket of the guest's QEMU.")
+@click.option(
+    "--leaf-path",
+    "leaf_paths",
+    multiple=True,
+    metavar="PATH",
+    help="Path of the leaf as QEMU sees it, if that differs. Once per CONTROL, in order.",
+)
+def pivot(controls: tuple[str, ...], qmp: str, leaf_paths: tuple[str, ...]) -> None:
+    """Let a running guest go on from its leaf, without nbdstream.
+
+    CONTROL is the control socket of the server of a disk that is completely local; name those
+    of all disks of the guest to pivot them in one pause. The guest is stopped for some
+    milliseconds, QEMU opens the leaf, and the server ends. If anything fails, the guest goes
+    on through the server as before.
+    """
+    if leaf_paths and len(leaf_paths) != len(controls):
+        raise UsageError("give --leaf-path once per CONTROL, or not at all")
+    paths = leaf_paths or ("",) * len(controls)
+    disks = [PivotDisk(*pair) for pair in zip(controls, paths, strict=True)]
+    pause = trio.run(run_pivot, qmp, disks)
+    click.echo(f"pivoted: QEMU uses the leaf itself; the guest was stopped for {pause:.3f} s")

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who has the leaf: the disk that clients are served, or another process for now.
+
+Clients are served a `Custody`, which passes their requests on to the disk. When it lets go of
+the leaf, the leaf is flushed, closed and unlocked; flushes are still answered (QEMU flushes
+the export while it replaces it), and all other requests are held, not failed. Taken back, the
+leaf is opened again and the requests go on.
+
+What must hold: the leaf's lock says who has it. It is closed before this says that it was let
+go of, and it is taken back only if the lock can be had, and only if it is the same file.
+"""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from nbdstream.disk import StreamedDisk, open_disk
+from nbdstream.errors import LeafError, UsageError
+from nbdstream.export import StatusExtent
+from nbdstream.leaf import open_leaf
+from nbdstream.leaf.base import Leaf
+
+_REASON = "the leaf was let go of: another process may have it"
+# Seconds that requests under way get to end before the leaf is closed.
+DRAIN_SECONDS = 5.0
+
+
+class Custody:
+    """Implements `nbdstream.export.Export` over a disk whose leaf may be let go of.
+
+    Attributes:
+        disk: the disk over the leaf; another one after each time that it was taken back.
+        let_go: whether the leaf is closed, and requests are held.
+    """
+
+    def __init__(self, disk: StreamedDisk, nursery: trio.Nursery) -> None:
+        """``nursery`` keeps a leaf that was taken back; cancelled, the leaf is closed clean."""
+        self.disk = disk
+        self.let_go = False
+        self.name = disk.name
+        self.description = disk.description
+        self.size = disk.size
+        self.read_only = disk.read_only
+        self.preferred_block_size = disk.preferred_block_size
+        # Connections keep these two. Once the leaf was let go of, the disk's only say MISS.
+        self.read_nowait = disk.read_nowait
+        self.write_nowait = disk.write_nowait
+        self._nursery = nursery
+        self._identity = _identity(disk.leaf.fd)
+        self._turn = trio.Lock()
+        self._busy = 0
+        self._changed = trio.lowlevel.ParkingLot()
+
+    # -- requests ------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _request(self) -> AsyncIterator[StreamedDisk]:
+        while self.let_go:
+            await self._changed.park()
+        self._busy += 1
+        try:
+            yield self.disk
+        finally:
+            self._busy -= 1
+            if self.let_go and not self._busy:
+                self._changed.unpark_all()
+
+    async def read(self, view: memoryview, offset: int) -> list[tuple[int, int]]:
+        """See `Export.read`."""
+        async with self._request() as disk:
+            return await disk.read(view, offset)
+
+    async def write(self, view: memoryview, offset: int, *, fua: bool) -> None:
+        """See `Export.write`."""
+        async with self._request() as disk:
+            await disk.write(view, offset, fua=fua)
+
+    async def zero(
+        self, offset: int, length: int, *, may_trim: bool, fast_only: bool, fua: bool
+    ) -> None:
+        """See `Export.zero`."""
+        async with self._request() as disk:
+            await disk.zero(offset, length, may_trim=may_trim, fast_only=fast_only, fua=fua)
+
+    async def trim(self, offset: int, length: int, *, fua: bool) -> None:
+        """See `Export.trim`."""
+        async with self._request() as disk:
+            await disk.trim(offset, length, fua=fua)
+
+    async def cache(self, offset: int, length: int) -> None:
+        """See `Export.cache`."""
+        async with self._request() as disk:
+            await disk.cache(offset, length)
+
+    async def block_status(self, offset: int, length: int, limit: int) -> list[StatusExtent]:
+        """See `Export.block_status`."""
+        async with self._request() as disk:
+            return await disk.block_status(offset, length, limit)
+
+    async def flush(self) -> None:
+        """See `Export.flush`. Never held: a leaf that was let go of is durable."""
+        await self.disk.flush()
+
+    # -- letting go ------------------------------------------------------------------------
+
+    def refusal(self) -> str:
+        """Why the leaf may not be let go of now, or ""."""
+        if self.disk.read_only:
+            return "the leaf is served read-only"
+        if self.disk.backing is not None:
+            return "the leaf is not complete: it still depends on its backing"
+        return self.disk.gate.reason
+
+    async def release(self) -> None:
+        """Let go of the leaf. Does nothing if that was done before.
+
+        Raises:
+            UsageError: `refusal` says why not, or requests do not end.
+            OSError, LeafError: the leaf could not be flushed and left clean. It was closed, and
+                should be taken back.
+        """
+        async with self._turn:
+            if self.let_go:
+                return
+            if reason := self.refusal():
+                raise UsageError(reason)
+            self.let_go = True
+            with trio.move_on_after(DRAIN_SECONDS):
+                while self._busy:
+                    await self._changed.park()
+            if self._busy:
+                self._go_on()
+                raise UsageError("requests are under way that do not end: try again")
+            with trio.CancelScope(shield=True):
+                await self.disk.let_go(_REASON)
+
+    async def take_back(self) -> None:
+        """Open the leaf again and go on with the requests that were held. Does nothing if the
+        leaf was not let go of.
+
+        Raises:
+            LeafInUseError: another process has it; requests go on being held.
+            LeafError, OSError: it is not the leaf any more, or cannot be opened; likewise.
+        """
+        async with self._turn:
+            if self.let_go:
+                with trio.CancelScope(shield=True):
+                    self.disk = await self._nursery.start(self._keep_open)
+                self._go_on()
+
+    async def _keep_open(
+        self, *, task_status: trio.TaskStatus[StreamedDisk] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """A task: a disk over the leaf, opened again, until cancelled."""
+        leaf = await trio.to_thread.run_sync(self._open)
+        try:
+            async with open_disk(
+                leaf, None, detect_zeroes=self.disk.detect_zeroes, health=self.disk.health
+            ) as disk:
+                disk.name = self.name
+                task_status.started(disk)
+                await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(leaf.close)
+
+    def _open(self) -> Leaf:
+        old = self.disk.leaf
+        if _identity_of(old.path) != self._identity:
+            raise LeafError(f"{old.path} is another file than the leaf that was let go of")
+        leaf = open_leaf(old.path, format=old.format)
+        if leaf.size != self.size:
+            leaf.close()
+            raise LeafError(f"{old.path}: now a disk of {leaf.size} bytes, it had {self.size}")
+        return leaf
+
+    def _go_on(self) -> None:
+        self.let_go = False
+        self._changed.unpark_all()
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _identity_of(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_dev, status.st_ino
