@@ -5,17 +5,20 @@ A *canary* is a file of the host that nobody named but the image. Whatever an im
 canary's words never reach a client, the log, or an error message.
 """
 
+import contextlib
 import os
 import re
+import signal
 import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from nbdstream.backing import Priority, open_backing
+from nbdstream.backing import Priority, confine, formats, open_backing
 from nbdstream.errors import BackingError, LeafError, NbdstreamError, UsageError
 from nbdstream.leaf import open_leaf
 from testbed import peers
@@ -339,6 +342,67 @@ async def test_the_sandbox_alone_keeps_the_canary(
             pass
 
 
+NAMING = ["qcow2: absolute backing file", "qcow2: raw external data file", "qcow2: json: data file"]
+
+
+async def _first_mebibyte(uri: str) -> bytes:
+    """What a client would get of an image, or nothing if it is refused or never answers."""
+    data = bytearray(MIB)
+    try:
+        with trio.fail_after(SECONDS):
+            async with open_backing(uri, timeout=0.1) as backing:
+                await backing.read(memoryview(data), 0, Priority.DEMAND)
+    except NbdstreamError:
+        return b""
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", NAMING)
+async def test_an_image_that_shows_another_header_the_second_time(
+    name: str, canary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Harmless while it is inspected; hostile when qemu-nbd opens it."""
+    image = tmp_path / "image"
+    image.write_bytes(qcow2())
+
+    async def inspect_and_swap(*arguments: Any) -> None:
+        await formats.inspect(*arguments)
+        image.write_bytes(HOSTILE[name](os.fsencode(canary))[1])
+
+    monkeypatch.setattr("nbdstream.backing.sources.inspect", inspect_and_swap)
+    with peers.nbdkit("file", image) as peer:
+        assert WORDS not in await _first_mebibyte(f"qcow2+{peer.uri}")
+    assert image.read_bytes() != qcow2()
+
+
+@pytest.mark.parametrize("name", NAMING)
+async def test_an_image_that_turns_hostile_before_a_helper_is_started_again(
+    name: str, canary: Path, tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(qcow2())
+    before = children()
+    with peers.nbdkit("file", image) as peer, trio.fail_after(SECONDS):
+        async with open_backing(f"qcow2+{peer.uri}", timeout=0.1) as backing:
+            confined = backing.statistics().sandbox
+            assert "Landlock" in confined or "namespaces" in confined
+            image.write_bytes(HOSTILE[name](os.fsencode(canary))[1])
+            (helper,) = children() - before - {peer.pid}
+            os.kill(helper, signal.SIGKILL)
+            while not children() - before - {peer.pid, helper}:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            data = bytearray(MIB)
+            with contextlib.suppress(NbdstreamError):
+                await backing.read(memoryview(data), 0, Priority.DEMAND)
+            assert WORDS not in data
+
+
+def children() -> set[int]:
+    """The processes that this one has started."""
+    task = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    return set(map(int, task.read_text().split()))
+
+
 @pytest.mark.parametrize(
     "name",
     ["qcow2: absolute backing file", "vmdk: absolute flat extent", "qcow2: raw external data file"],
@@ -355,6 +419,35 @@ def test_the_canary_sings_where_nothing_is_confined(
         [*command, "-c", "read 0 512", str(image)], capture_output=True, text=True, check=False
     )
     assert str(canary) in done.stderr
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["directory", "fifo"])
+@pytest.mark.parametrize("prefix", ["", "qcow2+"])
+async def test_what_is_no_file_is_refused_and_not_waited_for(
+    tmp_path: Path, prefix: str, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "image")
+    assert "neither a file nor a block device" in await refusal(f"{prefix}{tmp_path}/image")
+
+
+@pytest.mark.parametrize("prefix", ["", "qcow2+"])
+async def test_a_device_is_refused(prefix: str) -> None:
+    assert "neither a file" in await refusal(f"{prefix}/dev/zero")
+
+
+async def test_without_any_confinement_a_foreign_format_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(qcow2())
+    script = Path(confine.__file__).read_text()  # noqa: ASYNC240
+    for name in ("_landlock_version() -> int:", "_succeeds(step: Callable[[], None]) -> bool:"):
+        assert name in script
+        script = script.replace(f"def {name}\n", f"def {name}\n    return 0\n")
+    poor = tmp_path / "confine.py"
+    poor.write_text(script)
+    monkeypatch.setattr(confine, "__file__", str(poor))
+    assert "neither Landlock nor user namespaces" in await refusal(f"qcow2+{image}")
 
 
 # -- as a leaf -----------------------------------------------------------------------------

@@ -102,6 +102,7 @@ def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
         ),
         ("owner", "this server" if report["owner"] else f"not this server: {report['frozen']}"),
         ("backing", _backing_fact(backing)),
+        *([("sandbox", backing["sandbox"])] if backing and backing.get("sandbox") else []),
         ("stream", str(Snapshot.of(report))),
     ]
     if backing is not None and job.get("speed"):
