@@ -12,7 +12,17 @@ from benchmarks.report import Options, Report, describe_machine, versions
 from testbed.peers import MissingPeer, PeerError
 
 # Each is a module with `run(options: Options) -> Report`.
-NAMES = ("hotpath", "misses", "memory", "stream", "contention", "writes", "boot", "migration")
+NAMES = (
+    "hotpath",
+    "misses",
+    "memory",
+    "stream",
+    "contention",
+    "writes",
+    "boot",
+    "migration",
+    "crowd",
+)
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """No client keeps the event loop to itself: what a flood does in one turn is bounded."""
 
+import os
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,13 +12,13 @@ import trio
 from nbdstream.export import Hit, StatusExtent
 from nbdstream.server import execute as execute_module
 from nbdstream.server import transmission as transmission_module
-from nbdstream.server.constants import Command
+from nbdstream.server.constants import Command, Option
 from nbdstream.server.contexts import CONTEXTS, Descriptors
-from nbdstream.server.handshake import Agreement
+from nbdstream.server.handshake import Agreement, Handshake
 from nbdstream.server.replies import MAX_DESCRIPTORS
 from nbdstream.server.transmission import BUDGET, COST_OF_OTHERS, Transmission
 from tests.memory_export import MemoryExport
-from tests.server_support import RawClient, request, serving
+from tests.server_support import RawClient, info_data, option, request, serving
 
 SIZE = 64 << 20
 READ, WRITE = Command.READ, Command.WRITE
@@ -198,3 +200,41 @@ def test_the_budget_is_for_floods_and_not_for_guests() -> None:
     assert BUDGET > 128
     assert transmission_module.MAX_SLOW_REQUESTS > 128
     assert execute_module._EXTENTS_AT_ONCE * 16 == MAX_DESCRIPTORS
+
+
+async def test_a_crowd_of_newcomers_takes_one_step_of_a_handshake_in_a_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many have something to say, the clients that are served come between."""
+    turn = 0
+    steps: Counter[int] = Counter()
+    receive = Handshake.receive
+
+    def counted(handshake: Handshake, data: bytes) -> bytes:
+        steps[turn] += 1
+        return receive(handshake, data)
+
+    monkeypatch.setattr(Handshake, "receive", counted)
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            await trio.lowlevel.checkpoint()
+            turn += 1
+
+    async with serving([MemoryExport(SIZE)]) as (server, path):
+        newcomers = [await RawClient.connect(path) for _ in range(40)]
+        while server.clients < len(newcomers):
+            await trio.lowlevel.checkpoint()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count_turns)
+            hello = (3).to_bytes(4, "big") + option(Option.GO, info_data(b""))
+            for each in newcomers:  # all in one turn of ours
+                assert os.write(each.stream.socket.fileno(), hello) == len(hello)
+            for each in newcomers:
+                await each.take(100)
+            nursery.cancel_scope.cancel()
+        for each in newcomers:
+            await each.aclose()
+    assert steps.total() >= len(newcomers)
+    assert max(steps.values()) <= 2

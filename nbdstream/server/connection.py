@@ -46,7 +46,10 @@ class Connection:
     """Serves one client.
 
     ``peer`` names it in the log. ``admit`` is called when the client has chosen an export;
-    it returns why the client is not served, or "" if it is.
+    it returns why the client is not served, or "" if it is. ``turn`` is shared by all
+    connections: a step of a handshake is taken with it held. A trio lock is passed on once
+    in each pass of the event loop, so a crowd of newcomers delays the clients that are
+    served by one step at a time, not by all steps in a row.
     """
 
     def __init__(
@@ -54,12 +57,14 @@ class Connection:
         wire: Wire,
         peer: str,
         exports: Sequence[Export],
-        admit: Callable[[], str] = lambda: "",
+        admit: Callable[[], str],
+        turn: trio.Lock,
     ) -> None:
         self._wire = wire
         self._peer = peer
         self._exports = exports
         self._admit = admit
+        self._turn = turn
         self._stopping = False
         self._finished = trio.lowlevel.ParkingLot()  # unparked by every slow request's end
         self._changes = trio.CancelScope()
@@ -97,14 +102,16 @@ class Connection:
             if length is None:
                 await self._wire.readable()
             elif length:
-                await self._wire.send(handshake.receive(bytes(room[:length])))
-                await trio.lowlevel.checkpoint()  # however fast the options come
+                async with self._turn:
+                    replies = handshake.receive(bytes(room[:length]))
+                await self._wire.send(replies)
             else:
                 break
         return handshake
 
     async def _serve(self, agreement: Agreement, unconsumed: bytes) -> None:
-        transmission = Transmission(agreement, unconsumed)
+        async with self._turn:
+            transmission = Transmission(agreement, unconsumed)
         with self._changes:
             async with trio.open_nursery() as changes, trio.open_nursery() as queries:
 

@@ -62,6 +62,7 @@ class Server:
         self._acceptor = Acceptor(
             "client", self._serve, limit=MAX_HANDSHAKES, grace=HANDSHAKE_GRACE
         )
+        self._handshake_turn = trio.Lock()
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
 
@@ -101,7 +102,9 @@ class Server:
                 self._acceptor.settle(client)
             return refusal
 
-        connection = Connection(Wire(client.socket), client.peer, self._exports, admit)
+        connection = Connection(
+            Wire(client.socket), client.peer, self._exports, admit, self._handshake_turn
+        )
         self._connections.add(connection)
         self._report_clients()
         try:
