@@ -20,7 +20,7 @@ LINES_MOST = 400
 # The product's floors, lowest first. A room is a folder of nbdstream/ or a module of its
 # top level. Rooms of one floor do not import each other.
 FLOORS = (
-    {"errors", "extents"},
+    {"errors", "extents", "text"},
     {"tasks", "health"},
     {"units", "export", "qmp"},
     {"net"},
@@ -42,6 +42,7 @@ OVER_LONG = {
     "testbed.migrations.faults",
     "tests.leaf_conformance",
     "tests.leaf_powercut",
+    "tests.powercut",
     "tests.test_backing_nbd",
     "tests.test_control_cli",
     "tests.test_control_commands",
@@ -49,6 +50,7 @@ OVER_LONG = {
     "tests.test_disk_races",
     "tests.test_leaf_qcow2_qemu",
     "tests.test_leaf_qed",
+    "tests.test_hostile_images",
     "tests.test_linkemu",
     "tests.test_serve",
     "tests.test_server_robustness",

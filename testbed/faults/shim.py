@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""System calls that fail on demand, inside this process.
+
+The calls of the product to the kernel are replaced where it finds them: functions of `os`
+and `fcntl`, and `fallocate` of the C library. While armed, each call of a kind that can fail
+so is counted, and the one with the wanted number fails, once. EINTR is injected where the
+product has to handle it itself: Python repeats all other interrupted calls.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from nbdstream.leaf import files
+
+SHORT = "short"
+FAULTS = {
+    "open": ("EMFILE", "ENOMEM", "EIO"),
+    "pread": ("EIO", "ENOMEM", SHORT),
+    "preadv": ("EIO", "ENOMEM", SHORT),
+    "pwrite": ("ENOSPC", "EIO", "ENOMEM", SHORT),
+    "fdatasync": ("EIO", "ENOSPC"),
+    "fsync": ("EIO", "ENOSPC"),
+    "lseek": ("EIO",),
+    "ftruncate": ("ENOSPC", "EIO"),
+    "unlink": ("EIO",),
+    "fcntl": ("ENOMEM", "EIO"),
+    "fallocate": ("ENOSPC", "EIO", "EINTR"),
+}
+SYNCS = ("fdatasync", "fsync")
+
+
+@dataclass
+class Shim:
+    """Counts calls while `armed`, and lets the call `number` of `call` fail with `fault`."""
+
+    call: str = ""
+    fault: str = ""
+    number: int = -1
+    armed: bool = False
+    fired: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def due(self, call: str) -> str:
+        """The fault that this call has to show; "" for none."""
+        if not self.armed:
+            return ""
+        number = self.counts[call]
+        self.counts[call] += 1
+        if call != self.call or number != self.number:
+            return ""
+        self.fired = True
+        return self.fault
+
+    def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            fault = self.due(name)
+            if not fault:
+                return real(*arguments, **named)
+            if fault == SHORT:
+                return real(*_shortened(name, arguments), **named)
+            number = getattr(errno, fault)
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace the calls for the length of the block."""
+        with contextlib.ExitStack() as stack:
+            for name in FAULTS:
+                if name == "fallocate":
+                    stack.enter_context(mock.patch.object(files, "_libc", _Libc(self)))
+                    continue
+                module: Any = fcntl if name == "fcntl" else os
+                wrapped = self._wrapped(name, getattr(module, name))
+                stack.enter_context(mock.patch.object(module, name, wrapped))
+            yield
+
+
+def _shortened(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a call that moves fewer bytes than it was asked to."""
+    fd, what, *rest = arguments
+    if name == "pread":
+        return (fd, max(1, what // 2), *rest)
+    if name == "preadv":
+        first = memoryview(what[0])
+        return (fd, [first[: max(1, len(first) // 2)]], *rest)
+    return (fd, memoryview(what)[: max(1, len(what) // 2)], *rest)
+
+
+class _Libc:
+    """The C library as `nbdstream.leaf.files` calls it: errors are -1 and errno."""
+
+    def __init__(self, shim: Shim) -> None:
+        self._shim = shim
+        self._real = files._libc
+
+    def fallocate(self, *arguments: int) -> int:
+        fault = self._shim.due("fallocate")
+        if fault:
+            ctypes.set_errno(getattr(errno, fault))
+            return -1
+        result: int = self._real.fallocate(*arguments)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One point: where it is, the life that has it, and whether the rules held afterwards.
+
+A point is written FORMAT/SEED/KIND/FAULT/NUMBER: the call KIND fails with FAULT at its call
+NUMBER, or, with the fault `cancel`, KIND (a client, the job, the service) is cancelled at its
+step NUMBER. The rules:
+
+- no acknowledged and flushed change is lost, and after a clean stop without a failed sync no
+  acknowledged one; nothing else than the guests' and the backing's bytes is ever seen;
+- a fault fails the few requests that meet it; every guest is served to the end;
+- nothing but an error that says so leaves the disk, the job or the leaf;
+- the image opens again, and our check and `qemu-img check` find it clean.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdstream.leaf import create_leaf, open_leaf
+from nbdstream.leaf.base import BackingReference, ColdMetadata, Leaf, State
+from testbed.faults.oracle import CELL
+from testbed.faults.scenario import CELLS, CONTENT, FAILED_MOST, SIZE, Canceller, Life
+from testbed.faults.shim import FAULTS, SYNCS, Shim
+from testbed.peers import PeerError, run
+
+MEMORY = Path("/dev/shm")
+CANCEL = "cancel"
+FORMATS = {
+    "raw": ("raw", True),
+    "qcow2": ("qcow2", True),
+    "qcow2-plain": ("qcow2", False),
+    "qed": ("qed", True),
+}
+CLUSTER = 8192
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a fault is injected; see the module."""
+
+    format: str
+    seed: int
+    kind: str
+    fault: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.format}/{self.seed}/{self.kind}/{self.fault}/{self.number}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Point":
+        """Raises ValueError."""
+        image_format, seed, kind, fault, number = text.split("/")
+        if image_format not in FORMATS:
+            raise ValueError(f"{image_format} is no format: {', '.join(FORMATS)}")
+        return cls(image_format, int(seed), kind, fault, int(number))
+
+
+def points(image_format: str, seed: int) -> Iterator[Point]:
+    """Every point of the scenario, found by a life without faults."""
+    shim, canceller = Shim(), Canceller()
+    broken = _judged(image_format, seed, shim, canceller)
+    if broken:
+        raise RuntimeError(f"without any fault: {broken}")
+    for call, faults in FAULTS.items():
+        for fault in faults:
+            for number in range(shim.counts[call]):
+                yield Point(image_format, seed, call, fault, number)
+    for victim, steps in canceller.counts.items():
+        for number in range(steps):
+            yield Point(image_format, seed, victim, CANCEL, number)
+
+
+def broken_rules(point: Point) -> list[str]:
+    """Run one point; the rules that did not hold."""
+    if point.fault == CANCEL:
+        canceller = Canceller(point.kind, point.number)
+        return _judged(point.format, point.seed, Shim(), canceller)
+    shim = Shim(point.kind, point.fault, point.number)
+    return _judged(point.format, point.seed, shim, Canceller())
+
+
+def _judged(image_format: str, seed: int, shim: Shim, canceller: Canceller) -> list[str]:
+    name, extended = FORMATS[image_format]
+    directory = MEMORY if MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="faults-", dir=directory) as place:
+        path = Path(place) / f"leaf.{name}"
+        far = Path(place) / "far"  # for qemu-img, which opens what the image names
+        far.write_bytes(CONTENT)
+        create_leaf(
+            str(path),
+            format=name,
+            size=SIZE,
+            cluster_size=CLUSTER,
+            backing=BackingReference(str(far), "raw", SIZE, "x"),
+            extended_l2=extended,
+        )
+        life = Life(path, name, shim, canceller, seed)
+        life.run()
+        broken = life.oracle.broken
+        if len(life.failed) > FAILED_MOST:
+            broken.append(f"{len(life.failed)} requests failed: {life.failed[:3]}")
+        _inspect(life, certain=life.stopped_clean and shim.call not in SYNCS)
+        return broken
+
+
+def _inspect(life: Life, *, certain: bool) -> None:
+    """Open the image as its next user does, look at all of it, and check it."""
+    broken = life.oracle.broken
+    try:
+        leaf = open_leaf(str(life.path), format=life.format)
+        data = _content(leaf)
+        found = leaf.check(repair=False)
+        leaf.close()
+    except Exception as error:
+        broken.append(f"the image does not open: {error!r}")
+        return
+    life.oracle.check(data, 0, "the image afterwards", durable=not certain)
+    if found.errors:
+        broken.append(f"our check: {found}")
+    if life.format != "raw":
+        try:
+            run(["qemu-img", "check", "-q", "-f", life.format, life.path])
+        except PeerError as error:
+            if "exited with 3" not in str(error):  # leaked clusters: harmless
+                broken.append(f"qemu-img check: {error}")
+
+
+def _content(leaf: Leaf) -> bytes:
+    """All that a guest sees, with the backing below."""
+    data = bytearray(CELLS * CELL)
+    while True:
+        try:
+            extents = list(leaf.extents(0, leaf.size))
+            break
+        except ColdMetadata as cold:
+            cold.warm()
+    for extent in extents:
+        view = memoryview(data)[extent.offset : extent.end]
+        if extent.state is State.UNALLOCATED:
+            view[:] = CONTENT[extent.offset : extent.end]
+        elif extent.state is not State.ZERO:
+            leaf.read(extent, view)
+    return bytes(data)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sample of all injected faults; `./dev soak` runs every one, with fresh seeds.
+
+Each failure prints the command that repeats it.
+"""
+
+import os
+
+import pytest
+
+from nbdstream.leaf.raw import leaf as raw_leaf
+from testbed.faults.__main__ import drawn
+from testbed.faults.oracle import CELL, Oracle, backing_cell, written_cell
+from testbed.faults.scenario import CELLS
+from testbed.faults.shim import FAULTS
+from testbed.faults.trial import CANCEL, FORMATS, Point, broken_rules, points
+
+SAMPLE = 40
+SEED = int(os.environ.get("NBDSTREAM_SEED", "1"))
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_sample_of_all_faults_breaks_no_rule(image_format: str) -> None:
+    broken = {
+        f"python -m testbed.faults {point}": found
+        for point in drawn([image_format], SEED, SAMPLE)
+        if (found := broken_rules(point))
+    }
+    assert broken == {}
+
+
+def test_points_are_of_every_kind_and_the_same_each_time() -> None:
+    every = list(points("qcow2", 3))
+    assert every == list(points("qcow2", 3))
+    assert len(every) > 500
+    kinds = {point.kind for point in every}
+    assert {"pread", "pwrite", "fdatasync", "ftruncate", "fcntl", "open"} <= kinds
+    assert kinds - set(FAULTS) == {"client0", "client1", "client2", "job", "service"}
+    assert all(Point.parse(str(point)) == point for point in every)
+    assert any(point.fault == CANCEL for point in every)
+
+
+def test_the_oracle_tells_what_was_lost_and_what_is_foreign() -> None:
+    oracle = Oracle.of_backing(CELLS)
+    oracle.begin(range(2, 4), written_cell(1, 1))
+    oracle.check(backing_cell(2) + written_cell(1, 1), 2, "either")
+    oracle.acknowledge(range(2, 4), written_cell(1, 1))
+    oracle.check(backing_cell(2), 2, "not flushed", durable=True)
+    assert oracle.broken == []
+    oracle.flushed([2])
+    oracle.check(backing_cell(2), 2, "flushed", durable=True)
+    oracle.check(backing_cell(4), 3, "of another place")
+    oracle.check(bytes(CELL), 5, "never written")
+    assert [line.split(":")[0] for line in oracle.broken] == [
+        "flushed",
+        "of another place",
+        "never written",
+    ]
+
+
+def test_a_product_that_ignores_short_writes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(fd: int, view: memoryview, offset: int) -> None:
+        os.pwrite(fd, view, offset)
+
+    monkeypatch.setattr(raw_leaf, "write_exactly", careless)
+    short = [p for p in points("raw", 1) if (p.kind, p.fault) == ("pwrite", "short")]
+    assert any("shows" in line for point in short for line in broken_rules(point))
