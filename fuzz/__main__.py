@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -44,6 +45,7 @@ class Outcome:
 
 def main() -> int:
     arguments = _arguments()
+    logging.getLogger().setLevel(logging.CRITICAL)
     outcomes = []
     for name in arguments.targets or NAMES:
         target = load(name)

@@ -44,6 +44,8 @@ NAMES = (
     "qcow2",
     "qed",
     "raw",
+    "disk",
+    "backing",
 )
 
 

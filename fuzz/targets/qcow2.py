@@ -58,4 +58,4 @@ def seeds() -> Iterator[bytes]:
     return seeds_of("qcow2")
 
 
-TARGET = Target("qcow2", run, (), seeds, seconds=10.0, memory=192 << 20, longest=256, examples=60)
+TARGET = Target("qcow2", run, (), seeds, seconds=10.0, memory=192 << 20, longest=256, examples=40)

@@ -18,4 +18,4 @@ def seeds() -> Iterator[bytes]:
     return seeds_of("qed")
 
 
-TARGET = Target("qed", run, (), seeds, seconds=10.0, memory=192 << 20, longest=256, examples=60)
+TARGET = Target("qed", run, (), seeds, seconds=10.0, memory=192 << 20, longest=256, examples=40)

@@ -18,4 +18,4 @@ def seeds() -> Iterator[bytes]:
     return seeds_of("raw")
 
 
-TARGET = Target("raw", run, (), seeds, seconds=10.0, memory=192 << 20, longest=256, examples=60)
+TARGET = Target("raw", run, (), seeds, seconds=10.0, memory=192 << 20, longest=256, examples=40)

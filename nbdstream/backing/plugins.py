@@ -151,9 +151,19 @@ def script_of(name: str) -> str:
     return str(Path(settings["plugindir"]) / f"nbdkit-{name}-plugin")
 
 
+def split(uri: str) -> SplitResult:
+    """A source's URI, taken apart. Raises UsageError where host or port make no sense."""
+    try:
+        parts = urlsplit(uri)
+        _ = parts.port  # judged when it is asked for
+    except ValueError as error:
+        raise UsageError(f"{redacted(uri)}: its host or port makes no sense") from error
+    return parts
+
+
 def local_path(uri: str) -> str | None:
     """The path that a local source names, or None if it is not local."""
     if "://" not in uri:
         return uri
-    parts = urlsplit(uri)
+    parts = split(uri)
     return unquote(parts.path) if parts.scheme == "file" else None

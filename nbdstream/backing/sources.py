@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import trio
 
@@ -22,7 +21,7 @@ from nbdstream.backing.connection import Connection
 from nbdstream.backing.formats import FORMATS, Node, file_node, inspect, nbd_node
 from nbdstream.backing.helper import Helper, Launch, program, run_helper
 from nbdstream.backing.nbd import NbdBacking, open_nbd
-from nbdstream.backing.plugins import PLUGINS, Plugin, has_plugin, local_path, script_of
+from nbdstream.backing.plugins import PLUGINS, Plugin, has_plugin, local_path, script_of, split
 from nbdstream.backing.sandbox import Policy, open_image, source_policy
 from nbdstream.errors import BackingError, BackingGoneError, UsageError
 from nbdstream.net.address import NBD_SCHEMES
@@ -88,7 +87,7 @@ def anchored(uri: str, directory: Path) -> str:
     prefix, _, rest = uri.partition("+")
     if rest and prefix in FORMATS:
         return f"{prefix}+{anchored(rest, directory)}"
-    if "://" in uri or urlsplit(uri).scheme in NBD_SCHEMES:
+    if "://" in uri or split(uri).scheme in NBD_SCHEMES:
         return uri
     return str(directory.absolute() / uri)
 
@@ -150,7 +149,7 @@ async def _first_connection(uri: str, served: _Served) -> Connection:
 
 def _serve(uri: str) -> AbstractAsyncContextManager[_Served]:
     """Have a source served over NBD for the length of the block."""
-    scheme = urlsplit(uri).scheme
+    scheme = split(uri).scheme
     if scheme in NBD_SCHEMES:
         return _serve_as_is(uri)
     prefix, _, rest = uri.partition("+")
@@ -175,7 +174,7 @@ async def _serve_as_is(uri: str) -> AsyncIterator[_Served]:
 @asynccontextmanager
 async def _serve_plugin(uri: str, source: str, plugin: Plugin) -> AsyncIterator[_Served]:
     """nbdkit with the plugin on ``source``. Raises BackingError if that is not installed."""
-    told = plugin.told(source, urlsplit(source))
+    told = plugin.told(source, split(source))
     nbdkit = program("nbdkit", "nbdkit")
     if not await trio.to_thread.run_sync(has_plugin, plugin.name):
         raise BackingError(
