@@ -78,7 +78,7 @@ def test_the_header_means_one_or_the_other(options: str, memory: Path) -> None:
     room = 250 if "cluster_size=1k" in options or "=512" in options else 1023
     names = [BACKING.uri, "nbd://a/b", "nbd://" + "c" * (room - 6), "nbd://d", BACKING.uri, None]
     with recording(memory / "life") as journal:
-        leaf = open_leaf(str(path))
+        leaf = open_leaf(str(path), format="qcow2")
         marks = [len(journal.operations)]
         for name in names[1:]:
             if name is None:
