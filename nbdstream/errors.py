@@ -65,3 +65,13 @@ class BackingGoneError(BackingError):
 
 # What a piece of background work may fail with, and has to deal with; all else is a bug.
 TROUBLE = (NbdstreamError, OSError)
+
+
+def sole_error(error: BaseException) -> BaseException:
+    """The first error of a group, through groups of groups; of anything else itself.
+
+    trio's nurseries wrap even a single error in a group.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

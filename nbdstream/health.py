@@ -17,7 +17,7 @@ class Health:
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def report(self, name: str, error: Exception) -> None:
+    def report(self, name: str, error: BaseException) -> None:
         """A part that others do not depend on has failed with this error."""
         problem = f"{name}: {error or type(error).__name__}"
         if problem not in self.problems and len(self.problems) < KEPT:

@@ -23,7 +23,7 @@ from nbdstream.backing.nbd import NbdBacking
 from nbdstream.backing.padded import PaddedBacking
 from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk, round_off
 from nbdstream.disk.readonly import ReadOnlyExport
-from nbdstream.errors import BackingMismatchError, UsageError
+from nbdstream.errors import BackingMismatchError, UsageError, sole_error
 from nbdstream.export import Export
 from nbdstream.handover.custody import Custody
 from nbdstream.handover.generation import STANDBY, generation_of
@@ -38,7 +38,7 @@ from nbdstream.streamer.job import StreamJob
 from nbdstream.streamer.prefetch import Prefetcher
 from nbdstream.streamer.profile import read_profile
 from nbdstream.streamer.recorder import record_boot
-from nbdstream.tasks import log_failure, open_background_nursery, sole_error, start_contained
+from nbdstream.tasks import log_failure, open_background_nursery, start_contained
 
 log = logging.getLogger(__name__)
 

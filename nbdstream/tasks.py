@@ -8,8 +8,8 @@ that is started beside others: the task deals with the errors that it expects, a
 and what Python raises to end the process, gets through. docs/architecture.md has the table of who
 turns which error into what.
 
-A nursery wraps even a single exception in a group. `open_background_nursery` and `sole_error`
-undo that for callers who do not see the nursery.
+A nursery wraps even a single exception in a group. `open_background_nursery` undoes that for
+callers who do not see the nursery.
 """
 
 import logging
@@ -19,12 +19,12 @@ from typing import TypeVarTuple
 
 import trio
 
-from nbdstream.errors import NbdstreamError
+from nbdstream.errors import NbdstreamError, sole_error
 
 log = logging.getLogger(__name__)
 
 Ts = TypeVarTuple("Ts")
-Report = Callable[[str, Exception], None]
+Report = Callable[[str, BaseException], None]
 
 
 def start_contained(
@@ -42,7 +42,7 @@ def start_contained(
     """
 
     async def contained() -> None:
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             await task(*args)
         except* Exception as group:
@@ -54,21 +54,12 @@ def start_contained(
     nursery.start_soon(contained, name=name)
 
 
-def log_failure(name: str, error: Exception) -> None:
+def log_failure(name: str, error: BaseException) -> None:
     """Log why a task failed: one line for an error of ours or of the system, else all there is."""
     if isinstance(error, (NbdstreamError, OSError)):
         log.error("%s: %s", name, error)
     else:
         log.error("%s: unexpected error", name, exc_info=error)
-
-
-def sole_error(group: BaseExceptionGroup[BaseException] | BaseException) -> Exception:
-    """The first error in (groups of) groups; ``group`` itself if it is none."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception), error
-    return error
 
 
 @asynccontextmanager

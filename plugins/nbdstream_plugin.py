@@ -40,7 +40,7 @@ except ImportError:
 import trio
 
 from nbdstream.disk import DetectZeroes, StreamedDisk
-from nbdstream.errors import NbdstreamError
+from nbdstream.errors import NbdstreamError, sole_error
 from nbdstream.export import Hit
 from nbdstream.leaf import FORMATS
 from nbdstream.service import ServeOptions
@@ -95,12 +95,9 @@ class _Loop:
         try:
             trio.run(self._serve)
         except* (NbdstreamError, OSError) as group:
-            failure: BaseException = group
-            while isinstance(failure, BaseExceptionGroup):
-                failure = failure.exceptions[0]
-            self._failure = failure
+            self._failure = sole_error(group)
             if self._ready.is_set():
-                nbdkit.debug(f"nbdstream: {failure}")
+                nbdkit.debug(f"nbdstream: {self._failure}")
         finally:
             self._ready.set()
 

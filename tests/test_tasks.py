@@ -7,9 +7,9 @@ import pytest
 import trio
 import trio.testing
 
-from nbdstream.errors import LeafFormatError
+from nbdstream.errors import LeafFormatError, sole_error
 from nbdstream.health import KEPT, Health
-from nbdstream.tasks import open_background_nursery, sole_error, start_contained
+from nbdstream.tasks import open_background_nursery, start_contained
 
 
 async def fail(error: Exception) -> None:

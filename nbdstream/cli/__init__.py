@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 import nbdstream
-from nbdstream.errors import NbdstreamError, UsageError
+from nbdstream.errors import TROUBLE, NbdstreamError, UsageError, sole_error
 from nbdstream.text import shown
 
 # The commands, in the sections of `nbdstream --help`, each with its module. A module is
@@ -119,17 +119,15 @@ def main() -> None:
     """The ``nbdstream`` program."""
     try:
         cli(prog_name="nbdstream")
-    except (NbdstreamError, OSError, BaseExceptionGroup) as error:
+    except (NbdstreamError, OSError, ExceptionGroup) as error:
         sys.exit(_report(error))
 
 
 def _report(error: BaseException) -> int:
     """Tell of an error of ours in one line; return the exit status. Others are raised."""
-    if isinstance(error, BaseExceptionGroup):  # trio wraps errors in groups: tell the first
-        if error.split((NbdstreamError, OSError))[1] is not None:
-            raise error
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+    if isinstance(error, ExceptionGroup) and error.split(TROUBLE)[1] is not None:
+        raise error
+    error = sole_error(error)
     if isinstance(error, BrokenPipeError):
         # Whoever read our output has gone (`nbdstream map … | head`): end as quietly as
         # other programs do. Python would complain once more while it flushes stdout.

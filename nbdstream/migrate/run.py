@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from nbdstream.errors import NbdstreamError
+from nbdstream.errors import NbdstreamError, sole_error
 from nbdstream.migrate.destination import (
     DestinationDisk,
     Spawned,
@@ -128,7 +128,7 @@ class Migration:
             # On connections of its own: these went with whatever has happened.
             with trio.CancelScope(shield=True):
                 troubles = await self._take_back()
-            cause = _lone(error)
+            cause = sole_error(error)
             if isinstance(cause, NbdstreamError | OSError):
                 raise MigrationError(self._verdict(cause, troubles)) from error
             for trouble in troubles:
@@ -355,10 +355,3 @@ class Migration:
             where = "; ".join(troubles) or "the destination was told to run"
             where += ": its disks are the guest's now"
         return f"{error}; {where}"
-
-
-def _lone(error: BaseException) -> BaseException:
-    """The first exception of a group, of anything else itself."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -24,11 +24,17 @@ import trio
 
 from nbdstream.backing.base import Backing, Priority
 from nbdstream.disk import StreamedDisk, Unit
-from nbdstream.errors import TROUBLE, BackingError, BackingMismatchError, LeafError
+from nbdstream.errors import (
+    TROUBLE,
+    BackingError,
+    BackingMismatchError,
+    LeafError,
+    sole_error,
+)
 from nbdstream.extents import align_down, align_up
 from nbdstream.streamer.deadline import Deadline
 from nbdstream.streamer.progress import Progress
-from nbdstream.tasks import log_failure, sole_error
+from nbdstream.tasks import log_failure
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +214,7 @@ class StreamJob:
 
     async def _attempt(self, backing: Backing) -> bool:
         """Do all of the work; False if a bug ended it: the job is paused then."""
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             await self._stream_all(backing)
             await self._finish()
@@ -342,7 +348,7 @@ class StreamJob:
         self._changed.unpark_all()
         self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": status.value})
 
-    def _stop(self, io_status: str, operation: str, error: Exception) -> None:
+    def _stop(self, io_status: str, operation: str, error: BaseException) -> None:
         """Pause for an error that only an operator can mend."""
         if self._status is not JobStatus.RUNNING:
             return  # another unit has met the same error before
