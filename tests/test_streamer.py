@@ -278,10 +278,17 @@ async def test_a_disk_that_cannot_complete_ends_the_job_with_its_error(
         def refuse() -> None:
             raise LeafError("not all of it is allocated")
 
+        ended = trio.Event()
+
+        def note_the_end(_name: str, data: Mapping[str, object]) -> None:
+            if data.get("status") == JobStatus.NULL.value:
+                ended.set()
+
         monkeypatch.setattr(run.leaf, "drop_backing", refuse)
+        run.job.on_event(note_the_end)
         run.job.start()
-        await trio.testing.wait_all_tasks_blocked()
-        assert run.job.status is JobStatus.NULL
+        with trio.fail_after(10):
+            await ended.wait()
         assert "not all of it" in run.job.error
         assert not run.job.completed.is_set() and run.disk.backing is not None
 
