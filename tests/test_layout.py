@@ -51,7 +51,6 @@ OVER_LONG = {
     "tests.test_hostile_images",
     "tests.test_leaf_qcow2_qemu",
     "tests.test_leaf_qed",
-    "tests.test_hostile_images",
     "tests.test_linkemu",
     "tests.test_serve",
     "tests.test_server_robustness",
