@@ -280,6 +280,14 @@ async def test_a_password_reaches_the_server_and_nobody_else(
         assert b"horse" not in text and b"house" not in text
 
 
+async def test_a_token_on_a_command_line_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    await opens_with("http://127.0.0.1:1/image?id=5")
+    assert "process list" not in caplog.text
+    await opens_with("http://127.0.0.1:1/image?id=5&sig=s3cret")
+    assert "sig=***: other users of this host can see its query" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
 async def test_an_image_format_on_a_web_server(image: Path, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     peers.run(["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", image, path])

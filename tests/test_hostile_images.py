@@ -435,6 +435,11 @@ async def test_a_device_is_refused(prefix: str) -> None:
     assert "neither a file" in await refusal(f"{prefix}/dev/zero")
 
 
+@pytest.mark.parametrize("uri", ["a\0b", "qcow2+a\0b", "ssh://h:99999/x", "qcow2+https://[::1/x"])
+async def test_a_uri_that_makes_no_sense_is_refused(uri: str) -> None:
+    assert re.search("NUL|makes? no sense", await refusal(uri))
+
+
 async def test_without_any_confinement_a_foreign_format_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ passwords go by a descriptor of their own (`SECRET`), and a plugin that cannot t
 not given any.
 """
 
+import logging
 import os
 import subprocess
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from nbdstream.backing.helper import SECRET_FD, program
 from nbdstream.backing.window import UNIT_LEAST
 from nbdstream.errors import UsageError
 from nbdstream.text import redacted, without_userinfo
+
+log = logging.getLogger(__name__)
 
 # These plugins do one request at a time on each connection, each a round trip of its own,
 # so it takes large requests on many connections to use a link.
@@ -70,6 +73,11 @@ class Plugin:
 def _curl(uri: str, parts: SplitResult) -> Told:
     # A server may redirect (mirrors do), but to no other kind of source.
     protocols = "http,https" if parts.scheme.startswith("http") else "ftp,ftps"
+    if redacted(without_userinfo(uri)) != without_userinfo(uri):
+        # nbdkit takes a URL on its command line only.
+        log.warning(
+            "%s: other users of this host can see its query in the process list", redacted(uri)
+        )
     parameters = [f"url={without_userinfo(uri)}", f"protocols={protocols}"]
     if parts.username:
         parameters.append(f"user={unquote(parts.username)}")

@@ -118,6 +118,8 @@ def open_image(path: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise BackingError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BackingError(f"{path}: no path has a NUL in it") from error
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         os.close(fd)
