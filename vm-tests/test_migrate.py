@@ -205,10 +205,14 @@ async def test_whatever_fails_before_the_destination_runs(
     [
         ("qemu", Phase.MEMORY),
         ("qemu", Phase.STOPPED),
+        ("qemu", Phase.SEALING),
+        ("qemu", Phase.ACTIVATING),
         ("qemu", Phase.HANDING),
         # While it takes over, QEMU does not need its disk.
         ("nbdstream", Phase.MEMORY),
         ("nbdstream", Phase.STOPPED),
+        ("nbdstream", Phase.SEALING),
+        ("nbdstream", Phase.ACTIVATING),
     ],
 )
 async def test_the_destination_dies_before_it_runs(
