@@ -347,3 +347,16 @@ def test_a_fresh_image_of_8_tib_is_small(tmp_path: Path, limits: None) -> None:
     assert [extent.state for extent in extents(leaf)] == [State.ZERO]
     leaf.close()
     assert time.monotonic() - started < 20
+
+
+def test_snapshots_beyond_any_file_are_damage(tmp_path: Path) -> None:
+    """The offset is a 64-bit number, and system calls take 63 bits."""
+    path = tmp_path / "disk.qcow2"
+    ours("qcow2").make(path, 1 << 20, None)
+    with path.open("r+b") as image:
+        image.seek(60)  # number and offset of snapshots
+        image.write((1).to_bytes(4, "big") + (1 << 63).to_bytes(8, "big"))
+    leaf = open_leaf(str(path), read_only=True)
+    with pytest.raises(LeafFormatError, match="beyond any file"):
+        leaf.check(repair=False)
+    leaf.close()

@@ -48,6 +48,7 @@ SNAPSHOT = struct.Struct(">QIHHIIQII")
 BITMAP = struct.Struct(">QIIBBHI")
 BITMAPS_HEADER = struct.Struct(">IIQQ")
 RESERVED_BITMAP_ENTRY = 0xFF00_0000_0000_01FE
+MAX_OFFSET = 1 << 62  # no file reaches it, and the system calls take it
 MAX_DIRECTORY_BYTES = 64 << 20
 MAX_BITMAP_TABLE = 0x800_0000  # entries: QEMU's limit
 
@@ -228,10 +229,18 @@ class Walk:
 
     def read_words(self, offset: int, length: int) -> "array[int]":
         """A table of the file; zeroes where the file has ended or has a hole."""
+        if offset >= MAX_OFFSET:
+            raise LeafFormatError(f"a table at {offset:#x} is beyond any file")
         data = files.next_data(self._fd, offset)
         if data is None or data >= offset + length:
             return load_words(bytes(length))
         return load_words(os.pread(self._fd, length, offset).ljust(length, b"\0"))
+
+    def _read(self, offset: int, length: int) -> bytes:
+        """A part of the file, as far as it goes. Raises LeafFormatError, OSError."""
+        if offset >= MAX_OFFSET:
+            raise LeafFormatError(f"a table at {offset:#x} is beyond any file")
+        return os.pread(self._fd, length, offset)
 
     def _l2_table(self, table: int, times: int) -> None:
         """One L2 table, which ``times`` L1 entries refer to."""
@@ -301,7 +310,7 @@ class Walk:
         start = at = self._header.snapshots_offset
         tables = []
         for _ in range(self._header.nb_snapshots):
-            fields = os.pread(self._fd, SNAPSHOT.size, at)
+            fields = self._read(at, SNAPSHOT.size)
             if len(fields) < SNAPSHOT.size:
                 raise LeafFormatError(f"the snapshot table at {start:#x} is cut off")
             offset, entries, id_size, name_size, *_, extra = SNAPSHOT.unpack(fields)
@@ -322,7 +331,7 @@ class Walk:
         if size > MAX_DIRECTORY_BYTES:
             raise LeafFormatError(f"a bitmap directory of {size} bytes is too large")
         self._refer(offset, size)
-        directory = os.pread(self._fd, size, offset)
+        directory = self._read(offset, size)
         at = 0
         for _ in range(count):
             if at + BITMAP.size > len(directory):
