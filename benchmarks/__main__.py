@@ -17,6 +17,7 @@ NAMES = (
     "misses",
     "memory",
     "stream",
+    "paths",
     "contention",
     "writes",
     "boot",
