@@ -28,7 +28,7 @@ PAGES = sorted([*TOP.glob("*.md"), *(TOP / "docs").glob("*.md")])
 MANUAL = (TOP / "docs" / "nbdstream.md").read_text()
 MIB = 1 << 20
 # Pages that are linked to and not written yet: remove each when it is there.
-TO_COME = {"SECURITY.md"}
+TO_COME: set[str] = set()
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -79,6 +79,31 @@ def test_the_manual_has_a_section_for_each_command_and_no_other() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_manual_describes_each_option_and_no_other(name: str) -> None:
     assert described_options(described_commands()[name]) == options(COMMANDS[name])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_manual_names_the_value_of_each_option(name: str) -> None:
+    context = click.Context(COMMANDS[name])
+    expected = {
+        option.opts[0]: option.make_metavar(context).strip("[]")
+        for option in COMMANDS[name].params
+        if isinstance(option, click.Option)
+        and not (option.hidden or option.is_flag or option.count)
+    }
+    lines = re.findall(r"^(`-[^\n]*)\n: ", described_commands()[name], re.M)
+    shown = {re.findall(r"`(--?[\w-]+)`", line)[0]: re.findall(r"\*(.+)\*", line) for line in lines}
+    assert {option: value[0] for option, value in shown.items() if value} == expected
+
+
+@each_page
+def test_the_tests_that_a_page_names_exist(page: Path) -> None:
+    named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+    sources = "".join(
+        path.read_text()
+        for folder in ("tests", "vm-tests", "benchmarks")
+        for path in (TOP / folder).rglob("*.py")
+    )
+    assert not {name for name in named if f"def {name}(" not in sources}
 
 
 def test_summaries_are_shown_whole_and_every_command_once() -> None:
