@@ -2,6 +2,7 @@
 """Backings that are not NBD: web servers, files and image formats, by way of helpers."""
 
 import base64
+import errno
 import http.server
 import logging
 import os
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -157,6 +159,30 @@ async def test_a_helper_that_dies_is_started_again(image: Path, content: bytes) 
         await until(lambda: helpers() - before - {pid})
         with trio.fail_after(20):
             assert await read(backing, 512, 4096) == content[512:4608]
+    assert helpers() == before
+
+
+async def test_a_helper_that_cannot_be_started_is_tried_again(
+    image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Out of descriptors: the error used to end the backing, and the server with it."""
+    before = helpers()
+    refusals = [errno.EMFILE, errno.ENOMEM]
+    spawn = os.posix_spawn
+
+    def refusing(*args: Any, **kwargs: Any) -> int:
+        if refusals:
+            raise OSError(refusals[0], os.strerror(refusals.pop(0)))
+        return spawn(*args, **kwargs)
+
+    async with open_backing(str(image)) as backing:
+        (pid,) = helpers() - before
+        monkeypatch.setattr(os, "posix_spawn", refusing)
+        os.kill(pid, signal.SIGKILL)
+        with trio.fail_after(20):
+            assert await read(backing, 512, 4096) == content[512:4608]
+    assert refusals == []
+    assert "nbdkit cannot be started: Too many open files" in caplog.text
     assert helpers() == before
 
 

@@ -77,8 +77,12 @@ class Helper:
         delay = BACKOFF_FIRST
         while True:
             began = trio.current_time()
-            status = await self._run_once()
-            log.warning("%s ended with status %d: %s", self._name, status, self.words)
+            try:
+                status = await self._run_once()
+                log.warning("%s ended with status %d: %s", self._name, status, self.words)
+            except OSError as error:  # no descriptors or no memory, for now
+                self._lines.append(f"{self._name} cannot be started: {error.strerror}")
+                log.warning("%s", self.words)
             self.died.set()
             if trio.current_time() - began > GOOD_LIFE + delay:
                 delay = BACKOFF_FIRST
@@ -95,7 +99,12 @@ class Helper:
             raise
         finally:
             os.close(writer)
-        pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.close(reader)
+            _end(pid)
+            raise
         self.alive = True
         try:
             async with trio.open_nursery() as nursery:
@@ -103,11 +112,9 @@ class Helper:
                 await trio.lowlevel.wait_readable(pidfd)
         finally:
             self.alive = False
-            # It is ours until it is waited for, so the number cannot be another's.
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)  # noqa: ASYNC222 - it is dead
+            status = _end(pid)
             os.close(pidfd)
-        return os.waitstatus_to_exitcode(status)
+        return status
 
     def _spawn(self, stderr: int) -> int:
         # From this thread and not from a worker: PR_SET_PDEATHSIG is about the thread.
@@ -144,6 +151,14 @@ class Helper:
                         self._lines.append(text)
                         self.spoke.set()
                 rest = rest[-4096:]
+
+
+def _end(pid: int) -> int:
+    """Kill a helper and wait for it. It is ours until it is waited for, so the number cannot be
+    another's. Returns its exit status."""
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ its way.
 
 import enum
 import errno
-import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import starmap
+from time import perf_counter
 
 import trio
 
@@ -68,7 +68,7 @@ class Changer:
         # Cut where blocks end: a block that the guest covers needs nothing of the backing.
         for at, length in pieces(offset, len(view), COPY_PIECE, self._leaf.block_size):
             piece = view[at - offset : at - offset + length]
-            if self._writeback.is_congested(time.perf_counter()):
+            if perf_counter() < self._writeback.congested_until:
                 await self._writeback.wait_written()
             await self._change(at, length, self._writer(at, piece))
             await trio.lowlevel.checkpoint()

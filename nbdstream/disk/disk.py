@@ -16,10 +16,10 @@ becomes of the rest. docs/concurrency.md walks through the races; in short:
 
 import errno
 import os
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from functools import partial
+from time import perf_counter
 
 import trio
 
@@ -34,7 +34,7 @@ from nbdstream.disk.populate import LOOK_PIECE, Populator, Unit
 from nbdstream.disk.readahead import Readahead
 from nbdstream.disk.reads import COPY_PIECE, Reader
 from nbdstream.disk.status import block_status
-from nbdstream.disk.writeback import Writeback
+from nbdstream.disk.writeback import SLOW, Writeback
 from nbdstream.export import Hit, StatusExtent
 from nbdstream.health import Health
 from nbdstream.leaf.base import (
@@ -200,21 +200,25 @@ class StreamedDisk:
         length = len(view)
         if length > COPY_PIECE or self.detect_zeroes is not DetectZeroes.OFF or self.gate.reason:
             return Hit.MISS
-        began = time.perf_counter()
-        if self.writeback.is_congested(began):
+        began = perf_counter()
+        if began < self.writeback.congested_until:
             return Hit.MISS
         host = self._locate(offset, length)
         if host >= 0:
-            whole = os.pwrite(self.leaf.fd, view, host) == length
-            self.writeback.wrote(began)
-            return Hit.DONE if whole else Hit.MISS
+            hit = Hit.DONE if os.pwrite(self.leaf.fd, view, host) == length else Hit.MISS
+        else:
+            hit = self._allocate_nowait(view, offset)
+        if perf_counter() - began > SLOW:
+            self.writeback.held_up()
+        return hit
+
+    def _allocate_nowait(self, view: memoryview, offset: int) -> Hit:
         try:
-            if self._lookup.obstacle(offset, length) is not None:
+            if self._lookup.obstacle(offset, len(view)) is not None:
                 return Hit.MISS
             self.leaf.write(offset, view)
         except (ColdMetadata, FlushNeeded):
             return Hit.MISS
-        self.writeback.wrote(began)
         return Hit.DONE
 
     # -- what takes longer -----------------------------------------------------------

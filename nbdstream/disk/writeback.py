@@ -35,7 +35,11 @@ CONGESTED_TIME = 0.5
 
 
 class Writeback:
-    """The writeback of one leaf's data."""
+    """The writeback of one leaf's data.
+
+    Attributes:
+        congested_until: by `time.perf_counter`: writes before then should `wait_written` first.
+    """
 
     def __init__(self, fd: int) -> None:
         """``fd`` is of the file; it is opened once more."""
@@ -47,7 +51,7 @@ class Writeback:
             log.info("written data is not pushed out: %s", error)
             self._fd = -1
         self._unwritten = 0
-        self._congested_until = 0.0
+        self.congested_until = 0.0
         self._begun = self._ended = 0
         self._turn = trio.Lock()
         self._more = trio.lowlevel.ParkingLot()
@@ -59,15 +63,9 @@ class Writeback:
 
     # -- congestion ----------------------------------------------------------------------
 
-    def is_congested(self, now: float) -> bool:
-        """Whether a write should `wait_written` first; ``now`` by `time.perf_counter`."""
-        return now < self._congested_until
-
-    def wrote(self, began: float) -> None:
-        """A write to the page cache that began then, by `time.perf_counter`, is over."""
-        now = time.perf_counter()
-        if now - began > SLOW:
-            self._congested_until = now + CONGESTED_TIME
+    def held_up(self) -> None:
+        """A write to the page cache has taken longer than `SLOW`."""
+        self.congested_until = time.perf_counter() + CONGESTED_TIME
 
     # -- background data -----------------------------------------------------------------
 
