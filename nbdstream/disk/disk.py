@@ -30,7 +30,7 @@ from nbdstream.disk.fetch import Fetch, Fetcher
 from nbdstream.disk.flush import Flusher, run_checkpoints
 from nbdstream.disk.gate import Gate, GateState
 from nbdstream.disk.lookup import Lookup
-from nbdstream.disk.populate import LOOK_PIECE, Populator, Unit
+from nbdstream.disk.populate import LOOK_PIECE, Populator, Unit, first_gap
 from nbdstream.disk.readahead import Readahead
 from nbdstream.disk.reads import COPY_PIECE, Reader
 from nbdstream.disk.status import block_status
@@ -342,16 +342,8 @@ class StreamedDisk:
         return self._populator
 
     async def next_unallocated(self, offset: int) -> LeafExtent | None:
-        """The first unallocated extent at or after ``offset`` (there may be more behind
-        it), or None if all is allocated from there on."""
-        while offset < self.size:
-            length = min(LOOK_PIECE, self.size - offset)
-            found = await self._atomically(self._lookup.first_unallocated, offset, length)
-            if found is not None:
-                return found
-            offset += length
-            await trio.lowlevel.checkpoint()
-        return None
+        """The first unallocated extent at or after ``offset``; see `first_gap`."""
+        return await first_gap(self._atomically, self._lookup, offset, self.size)
 
     async def complete(self, *, keep_backing: bool) -> None:
         """Everything is allocated: make that durable and let go of the backing.

@@ -10,6 +10,7 @@ always gets on, whatever happens to the blocks behind it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -60,6 +61,20 @@ class Unit:
                 raise self.fetch.store_error
 
 
+async def first_gap(
+    atomically: Atomically, lookup: Lookup, offset: int, end: int
+) -> LeafExtent | None:
+    """The first unallocated extent between the offsets (more may follow it), or None."""
+    while offset < end:
+        length = min(LOOK_PIECE, end - offset)
+        found = await atomically(lookup.first_unallocated, offset, length)
+        if found is not None:
+            return found
+        offset += length
+        await trio.lowlevel.checkpoint()
+    return None
+
+
 class Populator:
     """Makes ranges of one disk local."""
 
@@ -78,6 +93,7 @@ class Populator:
         self._fetcher = fetcher
         self._atomically = atomically
         self._writeback = writeback
+        self._first_gap = partial(first_gap, atomically, lookup)
 
     async def next_unit(self, offset: int, end: int, priority: Priority) -> Unit | None:
         """Begin to make local the first piece between the offsets that is not.
@@ -142,16 +158,6 @@ class Populator:
         for at in range(start, end, ZERO_PIECE):
             await self._atomically(fill, at, min(ZERO_PIECE, end - at))
             await trio.lowlevel.checkpoint()
-
-    async def _first_gap(self, offset: int, end: int) -> LeafExtent | None:
-        while offset < end:
-            length = min(LOOK_PIECE, end - offset)
-            found = await self._atomically(self._lookup.first_unallocated, offset, length)
-            if found is not None:
-                return found
-            offset += length
-            await trio.lowlevel.checkpoint()
-        return None
 
     def _begin(self, offset: int, end: int, priority: Priority, grant: Grant | None) -> Unit | None:
         """One step: join the fetch that has the first gap from ``offset`` on, or send one if
