@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 import nbdstream
+from nbdstream.cli.output import say
 from nbdstream.errors import TROUBLE, NbdstreamError, UsageError, sole_error
 from nbdstream.text import shown
 
@@ -133,7 +134,7 @@ def _report(error: BaseException) -> int:
         # other programs do. Python would complain once more while it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    click.echo(f"nbdstream: error: {describe(error)}", err=True)
+    say(f"nbdstream: error: {describe(error)}", err=True)
     return 2 if isinstance(error, UsageError) else 1
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import trio
 
+from nbdstream.cli.output import say
 from nbdstream.cli.params import FORMAT, FORMAT_HELP, LEAF, ON_OFF, RATE, SIZE
 from nbdstream.cli.places import roomy_directory, warn_if_tight
 from nbdstream.cli.progress import REDRAW_INTERVAL, Snapshot
@@ -142,7 +143,7 @@ async def _boot(options: ServeOptions, listener: Listener, machine: Machine) -> 
             status = SIGNALLED + signal.SIGTERM
         service.stop()
         await service.finished.wait()
-        click.echo(f"nbdstream: {_snapshot(service)}", err=True)
+        say(f"nbdstream: {_snapshot(service)}", err=True)
         nursery.cancel_scope.cancel()
     return status if status >= 0 else SIGNALLED - status
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import trio
 
+from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import FORMAT, FORMAT_HELP, LEAF, SIZE
 from nbdstream.cli.picture import svg_map
 from nbdstream.errors import LeafError, UsageError
@@ -19,7 +20,6 @@ from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import Leaf, LeafExtent, State
 from nbdstream.leaf.map import image_info, map_entry, shares, walk
 from nbdstream.service import describe_backing
-from nbdstream.text import shown
 from nbdstream.units import format_count, format_size
 
 _NAMES = {
@@ -94,7 +94,7 @@ def info(leaf: str, image_format: str | None, as_json: bool) -> None:
     with _opened(leaf, image_format) as image:
         facts = _facts(image)
     if as_json:
-        click.echo(json.dumps(facts, indent=4))
+        emit(json.dumps(facts, indent=4))
         return
     local = facts["nbdstream"]
     assert isinstance(local, dict)
@@ -120,7 +120,7 @@ def info(leaf: str, image_format: str | None, as_json: bool) -> None:
         if name not in facts:
             lines.append((name.replace("-", " "), value))
     for name, value in lines:
-        click.echo(shown(f"{name}: {value}"))
+        say(f"{name}: {value}")
 
 
 def _facts(image: Leaf) -> dict[str, object]:
@@ -164,7 +164,7 @@ def map_(leaf: str, image_format: str | None, as_json: bool, svg: str | None) ->
         if svg is not None:
             picture = svg_map(walk(image), image.size, os.path.basename(leaf))
             if svg == "-":
-                click.echo(picture, nl=False)
+                emit(picture, nl=False)
             else:
                 Path(svg).write_text(picture)
         elif as_json:
@@ -178,16 +178,16 @@ def _print_lines(extents: Iterator[LeafExtent]) -> None:
     for name, group in itertools.groupby(extents, lambda extent: _NAMES[extent.state]):
         parts = list(group)
         length = sum(part.length for part in parts)
-        click.echo(f"{parts[0].offset:>16} {length:>16}  {name}")
+        say(f"{parts[0].offset:>16} {length:>16}  {name}")
 
 
 def _print_json(extents: Iterator[LeafExtent]) -> None:
     """As ``qemu-img map --output=json`` prints it, one extent a line."""
     separator = "["
     for extent in extents:
-        click.echo(f"{separator}{json.dumps(map_entry(extent))}", nl=False)
+        emit(f"{separator}{json.dumps(map_entry(extent))}", nl=False)
         separator = ",\n"
-    click.echo("]")
+    emit("]")
 
 
 @click.command()
@@ -214,18 +214,16 @@ def check(leaf: str, image_format: str | None, repair: bool, as_json: bool) -> N
             "repaired": result.repaired,
             "messages": list(result.messages),
         }
-        click.echo(json.dumps(facts, indent=4))
+        emit(json.dumps(facts, indent=4))
     else:
         for message in result.messages:
-            click.echo(shown(message))
+            say(message)
         if not (result.errors or result.leaks):
-            click.echo("No errors were found on the image.")
+            say("No errors were found on the image.")
         else:
-            click.echo(
-                f"{format_count(result.errors, 'error')}, {format_count(result.leaks, 'leak')}."
-            )
+            say(f"{format_count(result.errors, 'error')}, {format_count(result.leaks, 'leak')}.")
         if result.repaired:
-            click.echo(f"{result.repaired} repaired.")
+            say(f"{result.repaired} repaired.")
     if left.errors:
         sys.exit(2)
     if left.leaks:

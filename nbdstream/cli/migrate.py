@@ -11,6 +11,7 @@ import click
 import trio
 from rich.console import Console
 
+from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import DURATION, RATE
 from nbdstream.cli.progress import Snapshot
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
@@ -111,23 +112,23 @@ def migrate(
         downtime_limit=downtime_limit,
     )
     if cancel:
-        click.echo(shown(trio.run(take_back, plan)))
+        say(trio.run(take_back, plan))
         return
     plan.check()
     if dry_run:
         for step in plan.describe():
-            click.echo(shown(str(step)))
+            say(str(step))
         return
     with Phases() as phases:
         summary = trio.run(_run, Migration(plan, phases.show), not no_follow)
     if summary is None:
-        click.echo("nbdstream: cancelled; the guest stays at the source", err=True)
+        say("nbdstream: cancelled; the guest stays at the source", err=True)
         sys.exit(CANCELLED)
     if as_json:
-        click.echo(json.dumps(asdict(summary)))
+        emit(json.dumps(asdict(summary)))
     else:
         for line in _words(summary, follow=not no_follow):
-            click.echo(shown(line))
+            say(line)
 
 
 async def _run(migration: Migration, follow: bool) -> Summary | None:
@@ -165,7 +166,7 @@ class Phases:
         """See `nbdstream.migrate.run.Watch`."""
         words = PHASE_WORDS[phase]
         if not facts:
-            self._console.print(f"nbdstream: {words}", markup=False)
+            self._console.print(f"nbdstream: {shown(words)}", markup=False)
         elif self._status is not None:
             self._status.update(f"{words}: {_facts(facts)}")
 

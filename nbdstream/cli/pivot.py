@@ -4,6 +4,7 @@
 import click
 import trio
 
+from nbdstream.cli.output import say
 from nbdstream.errors import UsageError
 from nbdstream.pivot.run import PivotDisk
 from nbdstream.pivot.run import pivot as run_pivot
@@ -32,4 +33,4 @@ def pivot(controls: tuple[str, ...], qmp: str, leaf_paths: tuple[str, ...]) -> N
     paths = leaf_paths or ("",) * len(controls)
     disks = [PivotDisk(*pair) for pair in zip(controls, paths, strict=True)]
     pause = trio.run(run_pivot, qmp, disks)
-    click.echo(f"pivoted: QEMU uses the leaf itself; the guest was stopped for {pause:.3f} s")
+    say(f"pivoted: QEMU uses the leaf itself; the guest was stopped for {pause:.3f} s")

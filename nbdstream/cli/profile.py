@@ -3,11 +3,11 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import click
 
+from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import LEAF
 from nbdstream.cli.profile_picture import svg_profile
 from nbdstream.errors import ProfileError
@@ -19,7 +19,6 @@ from nbdstream.streamer.profile import (
     read_profile,
     write_profile,
 )
-from nbdstream.text import shown
 from nbdstream.units import format_count, format_duration, format_size
 
 _PROFILE = click.Path(dir_okay=False)
@@ -52,7 +51,7 @@ def show(path: str, show_all: bool, as_json: bool, svg: str | None) -> None:
     if svg is not None:
         _write(svg, svg_profile(found, os.path.basename(path)))
     elif as_json:
-        click.echo(json.dumps(_facts(found), indent=4))
+        emit(json.dumps(_facts(found), indent=4))
     else:
         _print(found, None if show_all else HEAD)
 
@@ -72,20 +71,20 @@ def _facts(found: Profile) -> dict[str, object]:
 def _print(found: Profile, limit: int | None) -> None:
     share = 100 * found.bytes / (found.backing_size or 1)
     cut = "" if found.complete else ", cut short when the server was stopped"
-    click.echo(f"backing size: {format_size(found.backing_size)} ({found.backing_size} bytes)")
-    click.echo(shown(f"backing identity: {found.backing_identity or 'unknown'}"))
-    click.echo(f"unit: {format_size(found.unit)}")
-    click.echo(f"recorded over: {format_duration(found.seconds)}{cut}")
+    say(f"backing size: {format_size(found.backing_size)} ({found.backing_size} bytes)")
+    say(f"backing identity: {found.backing_identity or 'unknown'}")
+    say(f"unit: {format_size(found.unit)}")
+    say(f"recorded over: {format_duration(found.seconds)}{cut}")
     ranges = format_count(len(found.ranges), "range")
-    click.echo(f"contains: {format_size(found.bytes)} ({share:.1f} %) in {ranges}")
-    click.echo("")
-    click.echo(f"{'after':>12} {'offset':>16} {'length':>12}")
+    say(f"contains: {format_size(found.bytes)} ({share:.1f} %) in {ranges}")
+    say()
+    say(f"{'after':>12} {'offset':>16} {'length':>12}")
     before = 0
     for offset, length in found.ranges[:limit]:
-        click.echo(f"{format_size(before):>12} {offset:>16} {length:>12}")
+        say(f"{format_size(before):>12} {offset:>16} {length:>12}")
         before += length
     if limit is not None and len(found.ranges) > limit:
-        click.echo(f"… and {len(found.ranges) - limit} more (--all)")
+        say(f"… and {len(found.ranges) - limit} more (--all)")
 
 
 @profile.command()
@@ -117,13 +116,13 @@ def export(leaf: str, output: str | None) -> None:
 
 def _put(found: Profile, output: str | None) -> None:
     if output is None or output == "-":
-        sys.stdout.write(format_profile(found))
+        emit(format_profile(found), nl=False)
     else:
         write_profile(output, found)
 
 
 def _write(path: str, text: str) -> None:
     if path == "-":
-        click.echo(text, nl=False)
+        emit(text, nl=False)
     else:
         Path(path).write_text(text)

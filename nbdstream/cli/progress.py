@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nbdstream.qmp.protocol import JSONObject
+from nbdstream.text import shown
 from nbdstream.units import format_count, format_duration, format_rate, format_size
 
 # Seconds between two looks, and between two lines where there is no terminal.
@@ -94,7 +95,7 @@ def _trouble(job: JSONObject, backing: JSONObject | None) -> str:
     if backing is None or backing["connected"]:
         return _lateness(job.get("finish-in"))
     lost = f"backing lost for {format_duration(max(time.time() - backing['since'], 0))}"
-    return lost + (f": {backing['last-error']}" if backing["last-error"] else "")
+    return lost + (f": {shown(backing['last-error'])}" if backing["last-error"] else "")
 
 
 class ProgressLine:

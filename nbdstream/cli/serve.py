@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import trio
 
+from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import DURATION, FORMAT, FORMAT_HELP, LEAF, ON_OFF, RATE
 from nbdstream.cli.places import SOCKET_MODE, private_socket
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
@@ -141,7 +142,7 @@ def serve(
     suffix. The export's NBD URI is printed once the server accepts connections.
     """
     if finish_by is not None:
-        click.echo("nbdstream: warning: --finish-by is deprecated: use --finish-in", err=True)
+        say("nbdstream: warning: --finish-by is deprecated: use --finish-in", err=True)
         finish_in = finish_by if finish_in is None else finish_in
     options = ServeOptions(
         leaf=leaf,
@@ -248,7 +249,7 @@ async def serve_until_done(
             # A parent that hands over sockets may write data to the same stdout (nbdcopy).
             if not any(listener.inherited for listener in listeners):
                 for uri in service.uris:
-                    click.echo(uri)
+                    emit(uri)
             if sys.stderr.isatty():
                 nursery.start_soon(progress, service)
         else:

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import click
 import trio
 
+from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import RATE, SIZE
 from nbdstream.cli.progress import ProgressLine, Snapshot
 from nbdstream.errors import NbdstreamError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import Event, JSONObject, QMPConnectionError
-from nbdstream.text import shown
 from nbdstream.units import format_count, format_duration, format_rate, format_size
 
 T = TypeVar("T")
@@ -84,10 +84,10 @@ def status(control: str, as_json: bool) -> None:
 
     block, report = _run(control, look)
     if as_json:
-        click.echo(json.dumps({"block": block, "stats": report}, indent=4))
+        emit(json.dumps({"block": block, "stats": report}, indent=4))
         return
     for name, value in _facts(block["inserted"], report):
-        click.echo(shown(f"{name + ':':<13} {value}"))
+        say(f"{name + ':':<13} {value}")
 
 
 def _facts(inserted: JSONObject, report: JSONObject) -> list[tuple[str, str]]:
@@ -157,7 +157,7 @@ async def _watch(qmp: QMPClient) -> None:
     jobs = await qmp.execute("query-jobs")
     snapshot = Snapshot.of(await _report(qmp))
     if snapshot.state == "complete":
-        click.echo("complete: the whole disk is local")
+        say("complete: the whole disk is local")
         return
     job_id = _name_of(jobs)
     with ProgressLine() as line:
@@ -259,9 +259,9 @@ def stream(control: str, offset: int, length: int, as_json: bool) -> None:
 
     step = _run(control, work)
     if as_json:
-        click.echo(json.dumps(step))
+        emit(json.dumps(step))
         return
     rest = "nothing after it is remote"
     if "next" in step:
         rest = f"the next remote byte is at {step['next']}"
-    click.echo(f"streamed {step['streamed']} bytes; {rest}")
+    say(f"streamed {step['streamed']} bytes; {rest}")
