@@ -42,20 +42,6 @@ CROWDS: dict[str, Crowd] = {
 }
 
 
-async def _measured(guest: Path, crowded: Path, each: Crowd, seconds: float) -> list[float]:
-    latencies: list[float] = []
-    async with trio.open_nursery() as nursery:
-
-        async def be_guest() -> None:
-            latencies.extend(await crowd.guest(guest, seconds))
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(be_guest)
-        while True:
-            await each(crowded)
-    return latencies
-
-
 def run(options: Options) -> Report:
     columns = ["crowd", "p99 ms, at another server", "p99 ms, at the guest's", "ratio", "p50 ratio"]
     report = Report("A guest's reads beside a crowd", columns)
@@ -72,7 +58,9 @@ def run(options: Options) -> Report:
                 for _ in range(options.rounds):
                     for crowded in (other.socket, own.socket):
                         progress(name, "own" if crowded == own.socket else "other")
-                        found = trio.run(_measured, own.socket, crowded, each, options.seconds)
+                        found = trio.run(
+                            crowd.guest_beside, own.socket, crowded, each, options.seconds
+                        )
                         for percent in (50, 99):
                             value = 1000 * crowd.percentile(found, percent)
                             samples.setdefault((crowded, percent), []).append(value)

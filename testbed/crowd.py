@@ -188,5 +188,23 @@ def _be_guest(path: str, seconds: float) -> None:
     print(json.dumps(latencies))
 
 
+async def guest_beside(
+    server: Path, crowded: Path, crowd: Callable[[Path], Awaitable[object]], seconds: float
+) -> list[float]:
+    """How long each of a guest's reads took, in seconds, while there was a crowd, again and
+    again, at the server of the socket ``crowded``."""
+    latencies: list[float] = []
+    async with trio.open_nursery() as nursery:
+
+        async def be_guest() -> None:
+            latencies.extend(await guest(server, seconds))
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(be_guest)
+        while True:
+            await crowd(crowded)
+    return latencies
+
+
 if __name__ == "__main__":
     _be_guest(sys.argv[1], float(sys.argv[2]))

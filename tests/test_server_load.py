@@ -109,21 +109,6 @@ async def _everything(path: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def _guest_beside_a_crowd(guest: Path, crowded: Path, seconds: float) -> list[float]:
-    """How long the guest's reads took while there was a crowd at a server."""
-    latencies: list[float] = []
-    async with trio.open_nursery() as nursery:
-
-        async def be_guest() -> None:
-            latencies.extend(await crowd.guest(guest, seconds))
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(be_guest)
-        while True:
-            await _everything(crowded)
-    return latencies
-
-
 def _open(peer: Peer) -> int:
     return len(list(Path(f"/proc/{peer.pid}/fd").iterdir()))
 
@@ -139,8 +124,8 @@ async def test_a_guest_beside_a_crowd_is_served_and_nothing_stays() -> None:
             await _everything(own.socket)  # what it allocates once does not count
             await crowd.guest(own.socket, 0.1)
             opened, resident = _open(own), resident_bytes(own.pid)
-            alone = await _guest_beside_a_crowd(own.socket, other.socket, 2)
-            crowded = await _guest_beside_a_crowd(own.socket, own.socket, 4)
+            alone = await crowd.guest_beside(own.socket, other.socket, _everything, 2)
+            crowded = await crowd.guest_beside(own.socket, own.socket, _everything, 4)
             with trio.fail_after(10):
                 while _open(own) > opened:  # noqa: ASYNC110 - another process's
                     await trio.sleep(0.05)
