@@ -19,9 +19,20 @@ import trio
 from nbdstream.disk import open_disk
 from nbdstream.disk.disk import StreamedDisk
 from nbdstream.errors import LeafError
+from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import Leaf
 from tests.doubles import GatedBacking
-from tests.leaf_support import ImageKind, by_qemu, extents, flush, ours, pattern, read, write
+from tests.leaf_support import (
+    ImageKind,
+    by_qemu,
+    extents,
+    flush,
+    ours,
+    pattern,
+    qemu_check,
+    read,
+    write,
+)
 
 UNIT = 16384
 SIZE = 12 << 20
@@ -131,6 +142,8 @@ def test_a_served_leaf_lives_with_each_damaged_entry(
                 raise
             assert path.read_bytes()[entry.place : entry.place + 8] == raw, "left as evidence"
             judged += 1
+            if kind.format == "qcow2" and "just beyond" not in name:
+                repair(kind, path, entry)
     assert judged >= 40
 
 
@@ -172,6 +185,23 @@ async def live_with(kind: ImageKind, path: Path, entry: Entry, again: bool) -> N
     for at in elsewhere:
         assert read(leaf, at, UNIT, CONTENT) == expected[at]
     leaf.close()
+
+
+def repair(kind: ImageKind, path: Path, entry: Entry) -> None:
+    """Only the range under the entry loses its local data, and qemu-img finds no fault."""
+    leaf = open_leaf(str(path), format=kind.format, repair=True)
+    result = leaf.check(repair=True)
+    assert result.errors >= 1 and result.repaired == result.errors + result.leaks
+    assert f"guest range {entry.start:#x} to" in result.messages[0]
+    for at in PLACES + GROWTH:
+        shown = read(leaf, at, UNIT, CONTENT)
+        if at < entry.start + entry.length and entry.start < at + UNIT:
+            start, stop = max(at, entry.start), min(at + UNIT, entry.start + entry.length)
+            assert shown[start - at : stop - at] == CONTENT[start:stop]
+        else:
+            assert shown == pattern(at, UNIT, 3)
+    leaf.close()
+    qemu_check(path, kind.format)
 
 
 def forget(leaf: Leaf) -> None:

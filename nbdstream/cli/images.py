@@ -31,8 +31,10 @@ _NAMES = {
 
 
 @contextmanager
-def _opened(path: str, image_format: str | None, *, read_only: bool = True) -> Iterator[Leaf]:
-    leaf = open_leaf(path, read_only=read_only, format=image_format)
+def _opened(
+    path: str, image_format: str | None, *, read_only: bool = True, repair: bool = False
+) -> Iterator[Leaf]:
+    leaf = open_leaf(path, read_only=read_only, format=image_format, repair=repair)
     try:
         yield leaf
     finally:
@@ -193,15 +195,19 @@ def _print_json(extents: Iterator[LeafExtent]) -> None:
 @click.command()
 @click.argument("leaf", type=LEAF)
 @click.option("-f", "--format", "image_format", type=FORMAT, help=FORMAT_HELP)
-@click.option("--repair", is_flag=True, help="Repair what can be repaired safely.")
+@click.option("--repair", is_flag=True, help="Repair what can be repaired.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(leaf: str, image_format: str | None, repair: bool, as_json: bool) -> None:
     """Check an image's metadata.
 
+    --repair of a qcow2 or QED image clears table entries that lead nowhere. The guest range
+    under such an entry loses its local data: the backing's content shows there, or zeroes.
+    The messages name these ranges of a qcow2 image; without --repair, they name what would be lost.
+
     The exit status is qemu-img's: 0 clean or repaired, 1 the check itself failed, 2 errors
     remain, 3 only leaks remain (unused space; harmless).
     """
-    with _opened(leaf, image_format, read_only=not repair) as image:
+    with _opened(leaf, image_format, read_only=not repair, repair=repair) as image:
         result = image.check(repair=repair)
         left = image.check(repair=False) if result.repaired else result
     if as_json:

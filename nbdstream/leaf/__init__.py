@@ -40,7 +40,7 @@ __all__ = [
 class Format(Protocol):
     """What a format's module offers."""
 
-    def open_image(self, path: str, *, read_only: bool) -> Leaf:
+    def open_image(self, path: str, *, read_only: bool, repair: bool = False) -> Leaf:
         """Open and lock an image; see `open_leaf`."""
         ...
 
@@ -57,11 +57,18 @@ class Format(Protocol):
         ...
 
 
-def open_leaf(path: str, *, read_only: bool = False, format: str | None = None) -> Leaf:  # noqa: A002 - the option's name
+def open_leaf(
+    path: str,
+    *,
+    read_only: bool = False,
+    format: str | None = None,  # noqa: A002 - the option's name
+    repair: bool = False,
+) -> Leaf:
     """Open and lock an image (may block: it repairs what a crash left behind).
 
     ``format`` overrules what `probe_format` says. An image that is opened for writing is
-    marked with its format, so that what a guest writes cannot change it later.
+    marked with its format, so that what a guest writes cannot change it later. ``repair`` is
+    for a check that repairs: an image may be open for writing then although it is damaged.
 
     Raises:
         LeafInUseError: another process has it open.
@@ -73,7 +80,7 @@ def open_leaf(path: str, *, read_only: bool = False, format: str | None = None) 
     module = _module(name)
     if name != "raw" and has_map(path):
         raise LeafFormatError(f"{path} has an allocation map beside it: it is raw, not {name}")
-    leaf = module.open_image(path, read_only=read_only)
+    leaf = module.open_image(path, read_only=read_only, repair=repair)
     if not read_only:
         marks.mark_format(leaf.fd, name)
     return leaf

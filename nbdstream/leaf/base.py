@@ -131,6 +131,15 @@ class CheckResult:
     repaired: int = 0
     messages: tuple[str, ...] = ()
 
+    def plus(self, later: "CheckResult") -> "CheckResult":
+        """This result and that of a later check, of what this one left."""
+        return CheckResult(
+            self.errors + later.errors,
+            self.leaks + later.leaks,
+            self.repaired + later.repaired,
+            self.messages + later.messages,
+        )
+
 
 class Leaf(abc.ABC):
     """An open local image.

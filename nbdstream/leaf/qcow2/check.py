@@ -4,8 +4,8 @@
 Refcounts are compared with the references that the tables hold: less than that is an
 error (the next allocation would overwrite data), more is a leak. Both are repaired by
 writing what was counted; refcount blocks that cannot be used are replaced. The copied
-flags of L1 and L2 entries follow the refcounts. Tables that refer to where nothing can
-be are reported only: what they meant is lost.
+flags of L1 and L2 entries follow the refcounts. Entries of the active tables that refer to
+where nothing can be are made zero (`damage`): what they meant is lost.
 
 A repair runs with the dirty bit set (the caller clears it), so it may be cut off at any
 point and is then simply done again.
@@ -13,12 +13,14 @@ point and is then simply done again.
 
 import os
 from array import array
+from dataclasses import replace
 from functools import lru_cache
 
 from nbdstream.errors import LeafFormatError
 from nbdstream.leaf.base import CheckResult, read_range, write_exactly
 from nbdstream.leaf.durability import Syncs
-from nbdstream.leaf.qcow2.header import Header
+from nbdstream.leaf.qcow2.damage import Damage, describe, find_damage, mend
+from nbdstream.leaf.qcow2.header import REMEDY, Header
 from nbdstream.leaf.qcow2.header_file import store_fields
 from nbdstream.leaf.qcow2.layout import (
     COMPRESSED,
@@ -50,16 +52,25 @@ def check_image(
     """
     check = _Check(fd, header, syncs)
     if strict and check.structural_errors:
-        raise LeafFormatError(
-            f"the image is damaged: {check.walk.messages[0]}; try: qemu-img check -r all"
-        )
+        raise LeafFormatError(f"the image is damaged: {check.walk.messages[0]}; {REMEDY}")
+    damaged: list[Damage] = []
     if repair:
+        damaged = check.find_damage()
+        if damaged:
+            check = _Check(fd, mend(fd, check.header, syncs, damaged), syncs)
         check.forget_bad_blocks()
     check.compare()
     if repair:
         check.repair()
     check.check_copied(repair=repair)
-    return check.result(), check.header
+    result = check.result()
+    if not repair and result.errors:
+        damaged = check.find_damage()
+    elif damaged:
+        mended = CheckResult(len(damaged), repaired=len(damaged))
+        result = mended.plus(result)
+    lines = (*describe(damaged, check.header, repair=repair), *result.messages)
+    return replace(result, messages=lines), check.header
 
 
 def first_unallocated(fd: int, header: Header) -> int | None:
@@ -124,6 +135,11 @@ class _Check:
         self._too_low = self._too_high = self._copied = self._repaired = 0
         self._events: list[RefcountEvent] = []
         self._stored = lru_cache(16)(self._read_block)
+
+    def find_damage(self) -> list[Damage]:
+        """See `damage.find_damage`. Raises OSError."""
+        size = os.fstat(self._fd).st_size
+        return find_damage(self.walk, self.header, size, self._table)
 
     def result(self) -> CheckResult:
         messages = list(self.walk.messages)

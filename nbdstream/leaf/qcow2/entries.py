@@ -15,12 +15,27 @@ from nbdstream.leaf.qcow2.layout import (
     COPIED,
     LOW_32,
     OFFSET,
+    RESERVED_L1,
     RESERVED_L2,
     ZERO,
     Geometry,
     is_run,
 )
 from nbdstream.leaf.qcow2.space import Metadata
+
+
+def wrong_pointer(entry: int, geometry: Geometry, metadata: Metadata, end: int) -> str:
+    """What is wrong with an L1 entry, or "". The used part of the file ends at ``end``."""
+    table = entry & OFFSET
+    if entry & RESERVED_L1:
+        return "has reserved bits set"
+    if table % geometry.cluster_size:
+        return "leads to a table that is not aligned"
+    if not 0 < table < end:
+        return "leads to a table that is not within the file"
+    if metadata.within(table, geometry.cluster_size):
+        return "leads to where another table is"
+    return ""
 
 
 class EntryCheck:
@@ -101,7 +116,11 @@ class EntryCheck:
             if entry & COMPRESSED:
                 offset, length = self._geometry.packed_range(entry & (COMPRESSED - 1))
                 # The last sector may be cut short by the file's end.
-                if offset < self._geometry.cluster_size or offset >= end:
+                if (
+                    offset < self._geometry.cluster_size
+                    or offset >= end
+                    or (offset + length - end >= self._geometry.cluster_size)
+                ):
                     raise LeafFormatError(f"has compressed data at {offset:#x} (+{length})")
 
     def _claim(self, entries: "array[int]") -> None:

@@ -18,6 +18,9 @@ from nbdstream.errors import LeafUnsupportedError
 from nbdstream.leaf.base import BackingReference
 from nbdstream.leaf.qcow2.layout import SECTOR, Geometry
 
+# What to do about damage, for the end of an error message.
+REMEDY = "try: nbdstream check --repair, which drops the local data under damaged entries"
+
 MAGIC = b"QFI\xfb"
 MAX_BACKING_NAME = 1023
 
@@ -145,9 +148,11 @@ class Header:
         """The data of the first extension of a type."""
         return next((e.data for e in self.extensions if e.type == kind), None)
 
-    def marked(self, *, dirty: bool) -> "Header":
-        """This header with the dirty bit set or cleared."""
+    def marked(self, *, dirty: bool, corrupt: bool | None = None) -> "Header":
+        """This header with the dirty bit, and the corrupt bit unless None, set or cleared."""
         features = self.incompatible_features & ~DIRTY | (DIRTY if dirty else 0)
+        if corrupt is not None:
+            features = features & ~CORRUPT | (CORRUPT if corrupt else 0)
         return replace(self, incompatible_features=features)
 
     # -- the backing -------------------------------------------------------------------

@@ -46,7 +46,7 @@ from nbdstream.leaf.durability import DurableLeaf, Syncs
 from nbdstream.leaf.qcow2.changes import Changes
 from nbdstream.leaf.qcow2.check import check_image, first_unallocated
 from nbdstream.leaf.qcow2.compressed import unpack
-from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, Header
+from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, REMEDY, Header
 from nbdstream.leaf.qcow2.header_file import install, store_fields
 from nbdstream.leaf.qcow2.layout import COMPRESSED, OFFSET, ZERO
 from nbdstream.leaf.qcow2.refcounts import RefcountPlan, Refcounts
@@ -66,15 +66,24 @@ class Qcow2Leaf(DurableLeaf):
     format = "qcow2"
 
     def __init__(
-        self, path: str, fd: int, header: Header, syncs: Syncs, *, read_only: bool
+        self,
+        path: str,
+        fd: int,
+        header: Header,
+        syncs: Syncs,
+        *,
+        read_only: bool,
+        mended: CheckResult,
     ) -> None:
-        """Take over ``fd``. Raises LeafFormatError, OSError; then ``fd`` stays open."""
+        """Take over ``fd``; ``mended`` is what a repair found before. Raises LeafFormatError,
+        OSError; then ``fd`` stays open."""
         self.path = path
         self.fd = fd
         self.read_only = read_only
         self.backing = header.backing
         self._header = header
         self._syncs = syncs
+        self._mended = mended
         self._in_flush: tuple[list[Dropped], list[RefcountPlan]] = ([], [])
         self._refcounts_ok = True
         self._settling = False  # whether the next flush is to bring all refcounts to the file
@@ -103,8 +112,7 @@ class Qcow2Leaf(DurableLeaf):
             for offset, clusters in self._refcounts.free_runs():
                 if metadata.within(offset, clusters << geometry.cluster_bits):
                     raise LeafFormatError(
-                        f"a table near {offset:#x} is marked as free space; "
-                        "try: qemu-img check -r all"
+                        f"a table near {offset:#x} is marked as free space; {REMEDY}"
                     )
                 space.add_free(offset, clusters)
         self._tables = Tables(
@@ -326,6 +334,8 @@ class Qcow2Leaf(DurableLeaf):
         result, self._header = check_image(self.fd, self._header, self._syncs, repair=repair)
         if result.repaired:
             self._load()
+        if repair:
+            result, self._mended = self._mended.plus(result), CheckResult()
         return result
 
     def describe(self) -> dict[str, object]:

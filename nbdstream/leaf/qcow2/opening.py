@@ -15,6 +15,7 @@ import os
 from dataclasses import replace
 
 from nbdstream.errors import LeafFormatError, LeafUnsupportedError
+from nbdstream.leaf.base import CheckResult
 from nbdstream.leaf.durability import Syncs, reread
 from nbdstream.leaf.locking import open_locked
 from nbdstream.leaf.qcow2.check import check_image
@@ -22,17 +23,22 @@ from nbdstream.leaf.qcow2.header import (
     BITMAPS_EXTENSION,
     DIRTY,
     HEADER_LENGTH,
+    REMEDY,
     STRUCT_V3,
     Header,
 )
-from nbdstream.leaf.qcow2.header_file import install, read_header
+from nbdstream.leaf.qcow2.header_file import install, read_header, store_fields
 from nbdstream.leaf.qcow2.leaf import Qcow2Leaf
+from nbdstream.units import format_count
 
 log = logging.getLogger(__name__)
 
 
-def open_image(path: str, *, read_only: bool) -> Qcow2Leaf:
+def open_image(path: str, *, read_only: bool, repair: bool = False) -> Qcow2Leaf:
     """Open and lock an image (may block: see the module's docstring).
+
+    ``repair``: repair it first, also if it is marked corrupt, before anything in it is relied
+    on. What that found is in the result of the leaf's first check with ``repair``.
 
     Raises LeafInUseError, LeafFormatError, LeafUnsupportedError, OSError.
     """
@@ -41,9 +47,13 @@ def open_image(path: str, *, read_only: bool) -> Qcow2Leaf:
     try:
         header = read_header(fd, path)
         try:
+            mended = CheckResult()
             if not read_only:
+                _require_writable(path, header, repair=repair)
+                if repair:
+                    mended, header = _repaired(fd, header, syncs)
                 header = _made_consistent(fd, path, header, syncs)
-            leaf = Qcow2Leaf(path, fd, header, syncs, read_only=read_only)
+            leaf = Qcow2Leaf(path, fd, header, syncs, read_only=read_only, mended=mended)
             if not read_only:
                 leaf.replace_header(_writable(header))
         except LeafFormatError as error:
@@ -54,17 +64,42 @@ def open_image(path: str, *, read_only: bool) -> Qcow2Leaf:
     return leaf
 
 
-def _made_consistent(fd: int, path: str, header: Header, syncs: Syncs) -> Header:
-    """Refuse what must not be written to; count the references of what was not closed."""
-    if header.corrupt:
-        raise LeafUnsupportedError(
-            f"{path} is marked corrupt: open it read-only, or try: qemu-img check -r all"
-        )
+def _require_writable(path: str, header: Header, *, repair: bool) -> None:
+    """Refuse what must not be written to. Raises LeafUnsupportedError."""
+    if header.corrupt and not repair:
+        raise LeafUnsupportedError(f"{path} is marked corrupt: open it read-only, or {REMEDY}")
     if header.nb_snapshots:
         raise LeafUnsupportedError(
             f"{path} has {header.nb_snapshots} internal snapshots: delete them (qemu-img snapshot"
             " -d), or open it read-only"
         )
+
+
+def _repaired(fd: int, header: Header, syncs: Syncs) -> tuple[CheckResult, Header]:
+    """Repair all that can be repaired, and then clear the corrupt bit if no error is left.
+
+    Raises LeafFormatError, OSError.
+    """
+    syncs.sync(fd)
+    reread(fd)
+    if header.version == 2:
+        header = install(fd, header, _writable(header), syncs)
+    result, header = check_image(fd, header, syncs, repair=True)
+    if header.corrupt:
+        left, header = check_image(fd, header, syncs, repair=False)
+        if left.errors:
+            raise LeafFormatError(
+                f"it stays marked corrupt, {format_count(left.errors, 'error')} cannot be"
+                f" repaired: {left.messages[0]}"
+            )
+        header = header.marked(dirty=True, corrupt=False)
+        store_fields(fd, header)
+        syncs.sync(fd)
+    return result, header
+
+
+def _made_consistent(fd: int, path: str, header: Header, syncs: Syncs) -> Header:
+    """Drop dirty bitmaps; count the references of what was not closed."""
     if header.extension(BITMAPS_EXTENSION) is not None:
         log.warning("%s: its persistent dirty bitmaps are dropped", path)
         header = _without_bitmaps(fd, header, syncs)

@@ -25,7 +25,7 @@ from nbdstream.errors import LeafFormatError
 from nbdstream.leaf.base import write_exactly
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.files import read_cached
-from nbdstream.leaf.qcow2.header import Header
+from nbdstream.leaf.qcow2.header import REMEDY, Header
 from nbdstream.leaf.qcow2.header_file import store_fields
 from nbdstream.leaf.qcow2.layout import (
     MAX_REFCOUNT_TABLE_BYTES,
@@ -140,9 +140,7 @@ class Refcounts:
         self.table = load_table(fd, header)
         for index, entry in enumerate(self.table):
             if entry and not sound_block(entry, geometry, space.end):
-                raise LeafFormatError(
-                    f"the refcount table's entry {index} is {entry:#x}; try: qemu-img check -r all"
-                )
+                raise LeafFormatError(f"the refcount table's entry {index} is {entry:#x}; {REMEDY}")
         metadata.add_all(filter(None, self.table))
         self._plans: list[RefcountPlan] = []
         self.lost = False

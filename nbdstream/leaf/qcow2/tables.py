@@ -32,20 +32,18 @@ from nbdstream.errors import LeafFormatError
 from nbdstream.leaf.base import read_range, write_exactly
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.files import read_cached, zero_range
-from nbdstream.leaf.qcow2.entries import EntryCheck
+from nbdstream.leaf.qcow2.entries import EntryCheck, wrong_pointer
+from nbdstream.leaf.qcow2.header import REMEDY
 from nbdstream.leaf.qcow2.layout import (
     COMPRESSED,
     COPIED,
     OFFSET,
-    RESERVED_L1,
     Geometry,
     joined_runs,
     load_words,
     store_words,
 )
 from nbdstream.leaf.qcow2.space import Metadata
-
-_REMEDY = "try: qemu-img check -r all"
 
 # Bounds in bytes of table content, for each generation, and for the changed slices.
 CACHE_BYTES = 12 << 20
@@ -132,7 +130,7 @@ class Tables:
             if index in self._damaged_l1:
                 raise LeafFormatError(
                     f"entry {index} of the L1 table is {pointer:#x}, which is no L2 table: guest"
-                    f" offsets from {index << self._geometry.table_bits:#x} are lost; {_REMEDY}"
+                    f" offsets from {index << self._geometry.table_bits:#x} are lost; {REMEDY}"
                 )
             entries = self._find(key)
             if entries is None:
@@ -201,7 +199,7 @@ class Tables:
         slices with such entries: then the slice cannot be used at all."""
         if len(self._contained) >= MAX_DAMAGED:
             raise LeafFormatError(
-                f"too many L2 tables are damaged, that for {self._guest(key, 0):#x} too; {_REMEDY}"
+                f"too many L2 tables are damaged, that for {self._guest(key, 0):#x} too; {REMEDY}"
             )
         words = self._geometry.words
         original = entries[:]
@@ -230,7 +228,7 @@ class Tables:
         table = self._place(key, self.l1[offset >> geometry.table_bits] & OFFSET)
         return LeafFormatError(
             f"the L2 entry at {table + 8 * at:#x}, for guest offset {self._guest(key, index):#x},"
-            f" {what}; {_REMEDY}"
+            f" {what}; {REMEDY}"
         )
 
     def _guest(self, key: int, index: int) -> int:
@@ -311,14 +309,13 @@ def load_l1(
         if not entry:
             continue
         table = entry & OFFSET
-        bad = entry & RESERVED_L1 or table % geometry.cluster_size or not 0 < table < end
-        if bad or metadata.within(table, geometry.cluster_size):
+        if wrong_pointer(entry, geometry, metadata, end):
             damaged.add(index)
         elif owners.setdefault(table, index) != index:
             damaged |= {index, owners[table]}
         if len(damaged) > MAX_DAMAGED:
             raise LeafFormatError(
-                f"the L1 table has many entries like {entry:#x}, which is no L2 table; {_REMEDY}"
+                f"the L1 table has many entries like {entry:#x}, which is no L2 table; {REMEDY}"
             )
     metadata.add_all(owners)
     return l1, damaged

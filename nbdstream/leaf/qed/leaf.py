@@ -280,6 +280,6 @@ class QedLeaf(DurableLeaf):
         }
 
 
-def open_image(path: str, *, read_only: bool) -> QedLeaf:
-    """See `nbdstream.leaf.open_leaf`."""
+def open_image(path: str, *, read_only: bool, repair: bool = False) -> QedLeaf:
+    """See `nbdstream.leaf.open_leaf`; ``repair`` makes no difference."""
     return QedLeaf(path, read_only=read_only)

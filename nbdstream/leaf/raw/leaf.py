@@ -198,8 +198,8 @@ class RawLeaf(DurableLeaf):
         return {"map": self.path + MAP_SUFFIX} if self._map is not None else {}
 
 
-def open_image(path: str, *, read_only: bool) -> RawLeaf:
-    """See `nbdstream.leaf.open_leaf`."""
+def open_image(path: str, *, read_only: bool, repair: bool = False) -> RawLeaf:
+    """See `nbdstream.leaf.open_leaf`; ``repair`` makes no difference."""
     return RawLeaf(path, read_only=read_only)
 
 
