@@ -151,7 +151,7 @@ class Changes:
                 mask = self._mask(offset, stop)
             parts.append(Part(offset, stop - offset, mask, key, index, entries, old))
             offset = stop
-        if self._space.full or not self._tables.room(set(keys)):
+        if self._space.full or self._tables.alarmed or not self._tables.room(set(keys)):
             raise FlushNeeded
         return parts
 

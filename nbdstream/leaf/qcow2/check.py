@@ -69,8 +69,18 @@ def check_image(
     elif damaged:
         mended = CheckResult(len(damaged), repaired=len(damaged))
         result = mended.plus(result)
+    if repair and check.header.corrupt and _ended_clean(fd, check.header, syncs):
+        # Repaired refcounts and tables are durable: only then does the mark go.
+        check.header = check.header.marked(dirty=True, corrupt=False)
+        store_fields(fd, check.header)
+        syncs.sync(fd)
     lines = (*describe(damaged, check.header, repair=repair), *result.messages)
     return replace(result, messages=lines), check.header
+
+
+def _ended_clean(fd: int, header: Header, syncs: Syncs) -> bool:
+    left, _ = check_image(fd, header, syncs, repair=False)
+    return not left.errors
 
 
 def first_unallocated(fd: int, header: Header) -> int | None:

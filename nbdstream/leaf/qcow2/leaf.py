@@ -8,6 +8,8 @@
    cluster before its content is there (invariant 3); the dirty bit, because from here on
    clusters are in use that the refcounts in the file do not know, and after a crash
    somebody has to count anew before he allocates.
+   Where damage was met, the corrupt bit and `Tables`' pins go along: they are durable before
+   the file can grow.
 2. New L2 tables and changed slices of old ones are written. If there are new tables, they
    are *synced* before step 3: an L1 entry must not point to what was there before.
 3. The L1 entries of new tables are written, and all is *synced*. Now the flush is durable
@@ -48,7 +50,7 @@ from nbdstream.leaf.qcow2.check import check_image, first_unallocated
 from nbdstream.leaf.qcow2.compressed import unpack
 from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, REMEDY, Header
 from nbdstream.leaf.qcow2.header_file import install, store_fields
-from nbdstream.leaf.qcow2.layout import COMPRESSED, OFFSET, ZERO
+from nbdstream.leaf.qcow2.layout import COMPRESSED, OFFSET, ZERO, store_words
 from nbdstream.leaf.qcow2.refcounts import RefcountPlan, Refcounts
 from nbdstream.leaf.qcow2.slices import slice_extents
 from nbdstream.leaf.qcow2.space import Dropped, Metadata, Space
@@ -123,6 +125,7 @@ class Qcow2Leaf(DurableLeaf):
             lambda: space.end,
             self._refcounts.get if self._refcounts is not None else None,
             damaged,
+            header.l1_table_offset,
         )
         self._changes = Changes(fd, geometry, self._tables, space)
         # What `locate` needs, within reach.
@@ -231,7 +234,10 @@ class Qcow2Leaf(DurableLeaf):
         assert self._refcounts is not None, "the image is read-only"
         self._refcounts_ok = True
         # In this order each is undone by `end_flush`, wherever memory runs out.
-        plans = self._refcounts.take_plans(everything=self._settling)
+        # Refcounts may make the file grow: not before damage is recorded.
+        plans = []
+        if not self._tables.alarmed:
+            plans = self._refcounts.take_plans(everything=self._settling)
         self._in_flush = [], plans
         dropped = self._space.take_dropped()
         self._in_flush = dropped, plans
@@ -248,11 +254,15 @@ class Qcow2Leaf(DurableLeaf):
 
     def _write_metadata(self, tables: TableSnapshot, plans: list[RefcountPlan]) -> None:
         """Worker: the flush proper."""
-        header = self._header.marked(dirty=True)
+        header = self._header.marked(dirty=True, corrupt=bool(tables.damage) or None)
         if header != self._header:
             store_fields(self.fd, header)
+        for place, entry in tables.pins:
+            write_exactly(self.fd, memoryview(store_words([entry])), place)
         self._syncs.sync(self.fd)
         self._header = header
+        if tables.damage:
+            log.error("%s is marked corrupt from now on: %s", self.path, tables.damage)
         write_tables(self.fd, tables, self._geometry, header.l1_table_offset, self._syncs)
         self._write_refcounts(plans)
 

@@ -27,7 +27,7 @@ from nbdstream.leaf.qcow2.header import (
     STRUCT_V3,
     Header,
 )
-from nbdstream.leaf.qcow2.header_file import install, read_header, store_fields
+from nbdstream.leaf.qcow2.header_file import install, read_header
 from nbdstream.leaf.qcow2.leaf import Qcow2Leaf
 from nbdstream.units import format_count
 
@@ -76,9 +76,8 @@ def _require_writable(path: str, header: Header, *, repair: bool) -> None:
 
 
 def _repaired(fd: int, header: Header, syncs: Syncs) -> tuple[CheckResult, Header]:
-    """Repair all that can be repaired, and then clear the corrupt bit if no error is left.
-
-    Raises LeafFormatError, OSError.
+    """Repair all that can be repaired. Raises LeafFormatError if the image stays marked corrupt,
+    OSError.
     """
     syncs.sync(fd)
     reread(fd)
@@ -87,14 +86,10 @@ def _repaired(fd: int, header: Header, syncs: Syncs) -> tuple[CheckResult, Heade
     result, header = check_image(fd, header, syncs, repair=True)
     if header.corrupt:
         left, header = check_image(fd, header, syncs, repair=False)
-        if left.errors:
-            raise LeafFormatError(
-                f"it stays marked corrupt, {format_count(left.errors, 'error')} cannot be"
-                f" repaired: {left.messages[0]}"
-            )
-        header = header.marked(dirty=True, corrupt=False)
-        store_fields(fd, header)
-        syncs.sync(fd)
+        raise LeafFormatError(
+            f"it stays marked corrupt, {format_count(left.errors, 'error')} cannot be repaired:"
+            f" {left.messages[0]}"
+        )
     return result, header
 
 

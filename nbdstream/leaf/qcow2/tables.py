@@ -19,11 +19,17 @@ beyond its former end would seem right, and lead to another guest cluster's data
 reason nothing but a slice that was changed since the open may refer to what lies behind the
 end that the file had then.
 
+**Damage is recorded** where the image is open for writing: the next flush sets the corrupt bit,
+and writes entries that lead just beyond the file's end back with `INVALID`, so that they stay
+damaged when the file has grown. While that is due (`alarmed`), nothing may make the file grow.
+Entries whose refcount alone is wrong set no bit: no format check finds a fault with them.
+
 A new L2 table is known to the tables in memory at once, but until a flush has written
 it, what the file has in its place means nothing: slices of it that are not cached are
 empty.
 """
 
+import contextlib
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,6 +56,8 @@ CACHE_BYTES = 12 << 20
 DIRTY_BYTES = 16 << 20
 # An entry that is damaged: marked as compressed data, at a place that no file reaches.
 DAMAGED = COMPRESSED | (COMPRESSED - 1)
+# A reserved bit of L1 and L2 entries, for those that must not seem right once the file has grown.
+INVALID = 1 << 57
 # Damaged L1 entries, and slices with damaged entries, that are lived with.
 MAX_DAMAGED = 1024
 # From so many changed slices on, what they may refer to is not told apart any more.
@@ -62,13 +70,17 @@ SKIP = 1024
 class TableSnapshot:
     """What a flush writes: copies, which nobody else touches.
 
-    ``new_tables`` are the places of tables to make; ``slices`` and ``pointers`` (L1
-    entries) are (offset in the file, content) and (index, content).
+    ``damage`` is what to mark the image as corrupt for, if not ""; ``pins`` are damaged entries
+    to write back: (offset in the file, content). ``new_tables`` are the places of
+    tables to make; ``slices`` and ``pointers`` (L1 entries) are (offset in the file, content)
+    and (index, content).
     """
 
     new_tables: list[int] = field(default_factory=list)
     slices: list[tuple[int, "array[int]"]] = field(default_factory=list)
     pointers: list[tuple[int, int]] = field(default_factory=list)
+    damage: str = ""
+    pins: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Tables:
@@ -87,21 +99,26 @@ class Tables:
         metadata: Metadata,
         file_end: Callable[[], int],
         refcount: Callable[[int], int] | None,
-        damaged: set[int],
+        damaged: dict[int, str],
+        l1_offset: int,
     ) -> None:
         """``file_end`` says where the file's used part ends; ``refcount`` reads a host
-        cluster's refcount by its offset, None for an image that is read-only. ``damaged``:
-        indexes of L1 entries that lead nowhere."""
+        cluster's refcount by its offset, None for an image that is read-only. ``damaged`` as
+        from `load_l1`; ``l1_offset``: where the L1 table lies."""
         self._fd = fd
         self._geometry = geometry
         self.l1 = l1
         self._metadata = metadata
         self._file_end = file_end
         self._entries = EntryCheck(geometry, metadata, refcount)
+        self._structure = EntryCheck(geometry, metadata, None)
+        self._writable = refcount is not None
         self._damaged_l1 = damaged
         # Slices with damaged entries: as they are in memory, and as they are in the file.
         self._contained: dict[int, tuple[array[int], array[int]]] = {}
         self._first_end = file_end()
+        # What the file can grow to at most, however its free space is scattered.
+        self._last_end = self._first_end + 16 * geometry.size + (1 << 30)
         self._written: set[int] = set()
         self._per_table = geometry.table_bits - geometry.slice_bits
         self._capacity = max(1, CACHE_BYTES // geometry.slice_bytes)
@@ -112,6 +129,15 @@ class Tables:
         self._flushing: dict[int, array[int]] = {}
         self._new: set[int] = set()  # L1 indexes of tables that are not in the file yet
         self._flushing_new: set[int] = set()
+        self._marked = False  # whether the image is, or will be, marked as corrupt
+        self._damage = ""  # what to mark it for
+        self._pins: dict[int, int] = {}  # damaged entries as they go to the file, by place
+        self._pins_due: set[int] = set()
+        self._flushing_damage: tuple[str, set[int]] = ("", set())
+        for index in (index for index, what in damaged.items() if what):
+            self._record(self._l1_damage(index))
+            if not wrong_pointer(l1[index], geometry, metadata, self._last_end):
+                self._pin(l1_offset + 8 * index, l1[index])
 
     # -- looking -----------------------------------------------------------------------
 
@@ -128,10 +154,7 @@ class Tables:
             if not pointer:
                 return None
             if index in self._damaged_l1:
-                raise LeafFormatError(
-                    f"entry {index} of the L1 table is {pointer:#x}, which is no L2 table: guest"
-                    f" offsets from {index << self._geometry.table_bits:#x} are lost; {REMEDY}"
-                )
+                raise self._l1_damage(index)
             entries = self._find(key)
             if entries is None:
                 entries = self._read(key, pointer & OFFSET)
@@ -198,20 +221,52 @@ class Tables:
         """Replace those entries that are damaged. Raises LeafFormatError if there are too many
         slices with such entries: then the slice cannot be used at all."""
         if len(self._contained) >= MAX_DAMAGED:
-            raise LeafFormatError(
+            error = LeafFormatError(
                 f"too many L2 tables are damaged, that for {self._guest(key, 0):#x} too; {REMEDY}"
             )
+            self._record(error)
+            raise error
         words = self._geometry.words
         original = entries[:]
+        self._contained[key] = entries, original
         for at in range(0, len(entries), words):
             entry = original[at : at + words]
             try:
                 if any(entry):
                     self._entries.check(entry, end)
             except LeafFormatError:
+                self._record_entry(key, at, entry, end)
                 entry = array("Q", (DAMAGED, 0)[:words])
             entries[at : at + words] = entry
-        self._contained[key] = entries, original
+
+    def _record_entry(self, key: int, at: int, entry: "array[int]", end: int) -> None:
+        """See the module's docstring for which damage is recorded, and how."""
+        try:
+            self._structure.check(entry[:], end)
+        except LeafFormatError:
+            self._record(self.damage(self._guest(key, at // self._geometry.words)))
+            with contextlib.suppress(LeafFormatError):
+                self._structure.check(entry[:], self._last_end)
+                table = self.l1[key >> self._per_table] & OFFSET
+                self._pin(self._place(key, table) + 8 * at, entry[0])
+
+    def _record(self, damage: LeafFormatError) -> None:
+        """The image is to be marked as corrupt, once."""
+        if self._writable and not self._marked:
+            self._marked = True
+            self._damage = str(damage)
+
+    def _pin(self, place: int, entry: int) -> None:
+        """This entry, which leads beyond the file's end, is to stay damaged."""
+        if self._writable:
+            self._pins[place] = entry & ~COMPRESSED | INVALID
+            self._pins_due.add(place)
+
+    def _l1_damage(self, index: int) -> LeafFormatError:
+        return LeafFormatError(
+            f"entry {index} of the L1 table is {self.l1[index]:#x}, which is no L2 table: guest"
+            f" offsets from {index << self._geometry.table_bits:#x} are lost; {REMEDY}"
+        )
 
     def damage(self, offset: int) -> LeafFormatError:
         """What is wrong with the damaged entry for a guest offset."""
@@ -238,7 +293,12 @@ class Tables:
 
     @property
     def dirty(self) -> bool:
-        return bool(self._dirty or self._new)
+        return bool(self._dirty or self._new or self.alarmed)
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether a flush has to record damage before anything makes the file grow."""
+        return bool(self._damage or self._pins_due)
 
     def room(self, keys: set[int]) -> bool:
         """Whether these slices may become dirty without going over the bound."""
@@ -265,7 +325,10 @@ class Tables:
         assert not self._flushing, "one flush at a time"
         self._flushing, self._dirty = self._dirty, {}
         self._flushing_new, self._new = self._new, set()
-        snapshot = TableSnapshot()
+        self._flushing_damage = self._damage, self._pins_due
+        snapshot = TableSnapshot(damage=self._damage)
+        snapshot.pins = [(place, self._pins[place]) for place in sorted(self._pins_due)]
+        self._damage, self._pins_due = "", set()
         for key, entries in self._flushing.items():
             table = self.l1[key >> self._per_table] & OFFSET
             snapshot.slices.append((self._place(key, table), self._stored(key, entries)))
@@ -279,40 +342,48 @@ class Tables:
         if not ok:
             self._dirty = {**self._flushing, **self._dirty}
             self._new |= self._flushing_new
+            damage, pins = self._flushing_damage
+            self._damage = damage or self._damage
+            self._pins_due |= pins
+        self._flushing_damage = "", set()
         self._flushing = {}
         self._flushing_new = set()
 
     def _stored(self, key: int, entries: "array[int]") -> "array[int]":
-        """A copy of a slice as it goes to the file: damaged entries as they were there."""
+        """A copy of a slice as it goes to the file: damaged entries as they were there,
+        or pinned."""
         copy = entries[:]
         if key in self._contained:
             original = self._contained[key][1]
+            place = self._place(key, self.l1[key >> self._per_table] & OFFSET)
             for at in range(0, len(copy), self._geometry.words):
                 if copy[at] == DAMAGED:
                     copy[at : at + self._geometry.words] = original[at : at + self._geometry.words]
+                    copy[at] = self._pins.get(place + 8 * at, copy[at])
         return copy
 
 
 def load_l1(
     fd: int, geometry: Geometry, offset: int, metadata: Metadata, end: int
-) -> tuple["array[int]", set[int]]:
+) -> tuple["array[int]", dict[int, str]]:
     """Read the L1 table as far as the disk needs it, and note its tables (may block).
 
-    Returns the table, and the indexes of its damaged entries: those that lead to where no
-    table can be, to where another structure is, or to the same place as others.
+    Returns the table, and what is wrong with its damaged entries, by index: those that lead
+    to where no table can be or another structure is, and ("") to the same place as others.
     Raises LeafFormatError if there are many of them, OSError.
     """
     l1 = load_words(read_range(fd, offset, geometry.l1_entries * 8))
     owners: dict[int, int] = {}
-    damaged: set[int] = set()
+    damaged: dict[int, str] = {}
     for index, entry in enumerate(l1):
         if not entry:
             continue
         table = entry & OFFSET
-        if wrong_pointer(entry, geometry, metadata, end):
-            damaged.add(index)
+        wrong = wrong_pointer(entry, geometry, metadata, end)
+        if wrong:
+            damaged[index] = wrong
         elif owners.setdefault(table, index) != index:
-            damaged |= {index, owners[table]}
+            damaged[index] = damaged[owners[table]] = ""
         if len(damaged) > MAX_DAMAGED:
             raise LeafFormatError(
                 f"the L1 table has many entries like {entry:#x}, which is no L2 table; {REMEDY}"
