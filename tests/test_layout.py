@@ -49,6 +49,7 @@ OVER_LONG = {
     "tests.test_control_server",
     "tests.test_disk_races",
     "tests.test_hostile_images",
+    "tests.test_leaf_qcow2_damage",
     "tests.test_leaf_qcow2_qemu",
     "tests.test_leaf_qed",
     "tests.test_linkemu",

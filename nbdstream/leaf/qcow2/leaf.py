@@ -54,7 +54,8 @@ from nbdstream.leaf.qcow2.layout import COMPRESSED, OFFSET, ZERO, store_words
 from nbdstream.leaf.qcow2.refcounts import RefcountPlan, Refcounts
 from nbdstream.leaf.qcow2.slices import slice_extents
 from nbdstream.leaf.qcow2.space import Dropped, Metadata, Space
-from nbdstream.leaf.qcow2.tables import DAMAGED, Tables, TableSnapshot, load_l1, write_tables
+from nbdstream.leaf.qcow2.table_file import TableSnapshot, load_l1, write_tables
+from nbdstream.leaf.qcow2.tables import DAMAGED, Tables
 
 log = logging.getLogger(__name__)
 
