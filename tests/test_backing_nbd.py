@@ -391,6 +391,25 @@ async def test_nonsense_ends_the_connection_and_not_the_read() -> None:
         assert backing.statistics().reconnects >= 1
 
 
+async def test_the_timeout_ends_reads_of_a_server_that_never_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It shakes hands each time, so the backing counts as connected throughout."""
+    monkeypatch.setattr(pool_module, "PATIENCE_FIRST", 0.1)
+    monkeypatch.setattr(pool_module, "PATIENCE_MOST", 0.1)
+    monkeypatch.setattr(pool_module, "WATCH_INTERVAL", 0.02)
+    monkeypatch.setattr(pool_module, "BACKOFF_FIRST", 0.01)
+    monkeypatch.setattr(pool_module, "BACKOFF_MOST", 0.01)
+
+    async def script(number: int, cookie: bytes, offset: int, length: int, send: Reply) -> None:
+        pass
+
+    async with fake_server(MIB, script) as uri, open_backing(uri, timeout=0.5) as backing:
+        with trio.fail_after(20), pytest.raises(BackingGoneError, match=r"failed for more than 0\.5 s"):
+            await read(backing, 0, 4096)
+        assert backing.statistics().retries >= 2
+
+
 async def test_nothing_waits_for_connections_in_the_making() -> None:
     samples = sample_ranges(MIB)
 

@@ -95,24 +95,25 @@ class NbdBacking(Backing):
     ) -> T:
         """Make a request until it is answered. Raises as `read` does."""
         delay = RETRY_FIRST
-        first_error: float | None = None
+        trouble_at: float | None = None
         while True:
             connection = await self._pool.acquire(priority)
             try:
                 answer = await attempt(connection)
-            except ConnectionLostError:
+            except (ConnectionLostError, BackingReadError) as error:
                 self._retries += 1
-            except BackingReadError as error:
-                self._retries += 1
-                self._pool.note(error)
                 now = trio.current_time()
-                first_error = now if first_error is None else first_error
-                if self._timeout is not None and now - first_error > self._timeout:
+                trouble_at = now if trouble_at is None else trouble_at
+                # Also where each new connection is lost again, as it is to a server that
+                # shakes hands and then answers nothing: to the pool it is connected.
+                if self._timeout is not None and now - trouble_at > self._timeout:
                     raise BackingGoneError(
                         f"{self.uri}: failed for more than {self._timeout:g} s: {error}"
                     ) from error
-                await trio.sleep(jittered(delay))
-                delay = min(delay * 2, RETRY_MOST)
+                if isinstance(error, BackingReadError):
+                    self._pool.note(error)
+                    await trio.sleep(jittered(delay))
+                    delay = min(delay * 2, RETRY_MOST)
             else:
                 self._pool.progress()
                 return answer
