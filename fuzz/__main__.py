@@ -15,12 +15,14 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fuzz.files import GIVEN, make_directory
 from fuzz.minimise import minimal
 from fuzz.target import HERE, NAMES, Target, load
 
@@ -96,6 +98,7 @@ def _run(target: Target, corpus: Path, runs: int | None, seconds: int | None) ->
     command = [sys.executable, "-m", module, target.name]
     command += [f"-runs={runs}"] if runs is not None else [f"-max_total_time={seconds}"]
     command += [f"-artifact_prefix={FINDINGS}/{target.name}-", str(corpus)]
+    made = make_directory()
     began = time.monotonic()
     done = subprocess.run(
         command,
@@ -105,8 +108,9 @@ def _run(target: Target, corpus: Path, runs: int | None, seconds: int | None) ->
         text=True,
         errors="replace",
         check=False,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), GIVEN: made},
     )
+    shutil.rmtree(made)
     outcome = Outcome(target.name, seconds=round(time.monotonic() - began, 1))
     for line in done.stdout.splitlines():
         if match := re.match(r"Done (\d+) runs|#(\d+)\t", line):
