@@ -405,7 +405,10 @@ async def test_the_timeout_ends_reads_of_a_server_that_never_answers(
         pass
 
     async with fake_server(MIB, script) as uri, open_backing(uri, timeout=0.5) as backing:
-        with trio.fail_after(20), pytest.raises(BackingGoneError, match=r"failed for more than 0\.5 s"):
+        with (
+            trio.fail_after(20),
+            pytest.raises(BackingGoneError, match=r"failed for more than 0\.5 s"),
+        ):
             await read(backing, 0, 4096)
         assert backing.statistics().retries >= 2
 
