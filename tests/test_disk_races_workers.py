@@ -176,6 +176,17 @@ async def test_readers_of_a_disk_that_is_closed_get_an_error_and_no_garbage() ->
     leaf.close()
 
 
+async def test_changes_of_a_read_only_leaf_are_refused_and_end() -> None:
+    """They used to ask for flushes for ever, which a read-only leaf does not make."""
+    leaf = MemoryLeaf(SIZE)
+    leaf.read_only = True
+    async with open_disk(leaf, GatedBacking(CONTENT)) as disk:
+        leaf.signal = lambda: (_ for _ in ()).throw(leaf.full())
+        with trio.fail_after(1), pytest.raises(OSError, match="read-only"):
+            await disk.write(memoryview(b"w" * 512), 0, fua=False)
+    leaf.close()
+
+
 async def test_block_status_that_was_under_way_across_a_switch_over_is_asked_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

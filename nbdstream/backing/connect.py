@@ -103,8 +103,8 @@ async def _start(handle: nbd.NBD, text: str, uri: NbdUri) -> None:
 
 
 def _connection(handle: nbd.NBD, name: str) -> Connection:
-    if handle.get_size() == 0:
-        raise BackingError(f"{name}: the export has a size of 0 bytes")
+    if handle.get_size() <= 0:  # negative: 2^63 bytes or more
+        raise BackingError(f"{name}: the export has a size of {handle.get_size()} bytes")
     return Connection(handle)
 
 

@@ -125,6 +125,8 @@ class Changer:
         """Clear what is in the way of a change by a guest, then make it."""
 
         def attempt() -> LeafExtent | None:
+            if self._leaf.read_only:
+                raise OSError(errno.EROFS, "the leaf is open read-only")
             self._gate.check()
             obstacle = self._lookup.obstacle(offset, length)
             if obstacle is None:
