@@ -140,6 +140,13 @@ class CheckResult:
             self.messages + later.messages,
         )
 
+    def then(self, later: "CheckResult") -> "CheckResult":
+        """The result of two repairs in a row. What the first could not repair, the second finds
+        again: it counts once."""
+        if not self.messages:
+            return later
+        return self.plus(later) if later.repaired else self
+
 
 class Leaf(abc.ABC):
     """An open local image.

@@ -346,7 +346,7 @@ class Qcow2Leaf(DurableLeaf):
         if result.repaired:
             self._load()
         if repair:
-            result, self._mended = self._mended.plus(result), CheckResult()
+            result, self._mended = self._mended.then(result), CheckResult()
         return result
 
     def describe(self) -> dict[str, object]:

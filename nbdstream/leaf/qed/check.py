@@ -6,7 +6,11 @@ does: each invalid offset and each second reference to a cluster is an error, ea
 cluster that nothing refers to is a leak.
 
 A repair clears invalid offsets, as QEMU's does: an entry that points beyond the file
-belongs to a write that was never flushed. Unlike QEMU's it also gives leaked clusters back:
+belongs to a write that was never flushed. Other invalid entries, which are not aligned or lead
+into the header, are left by no crash: a repair that nobody asked for refuses them (``strict``),
+since the range under such an entry would silently show the backing.
+
+Unlike QEMU's, our repair also gives leaked clusters back:
 those behind the last used cluster are cut off, and those before it are filled with data
 clusters from the end, whose entries then follow. A copy is synced before the entry
 changes, and the entry before the file is cut, so a crash during a repair leaves an
@@ -19,7 +23,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from nbdstream.errors import LeafUnsupportedError
+from nbdstream.errors import LeafFormatError, LeafUnsupportedError
 from nbdstream.extents import align_down, align_up
 from nbdstream.leaf import files
 from nbdstream.leaf.base import CheckResult, read_exactly, write_exactly
@@ -96,6 +100,7 @@ class _Scan:
     used: ClusterSet = field(default_factory=ClusterSet)
     invalid: int = 0
     doubled: int = 0
+    damage: str = ""  # the first entry that no crash leaves
 
     def __post_init__(self) -> None:
         self.end = align_down(os.fstat(self.fd).st_size, self.header.cluster_size)
@@ -111,7 +116,7 @@ class _Scan:
                 if entry == UNALLOCATED:
                     continue
                 if not self._valid(entry, header.table_bytes):
-                    self.invalid += 1
+                    self._invalid(chunk_offset + 8 * index, entry)
                     entries[index] = UNALLOCATED
                     changed = True
                 elif self._use(entry, tables):
@@ -133,7 +138,7 @@ class _Scan:
                     if self._valid(entries[index], cluster_size):
                         self._use(entries[index], 1)
                     else:
-                        self.invalid += 1
+                        self._invalid(chunk_offset + 8 * index, entries[index])
                         entries[index] = UNALLOCATED
                         changed = True
             if changed and self.repair:
@@ -143,6 +148,12 @@ class _Scan:
         aligned = offset % self.header.cluster_size == 0
         return aligned and self.header.header_bytes <= offset <= self.end - length
 
+    def _invalid(self, place: int, entry: int) -> None:
+        self.invalid += 1
+        aligned = entry % self.header.cluster_size == 0
+        if not self.damage and not (aligned and entry >= self.header.header_bytes):
+            self.damage = f"the entry at {place:#x} is {entry:#x}, which is no place of a cluster"
+
     def _use(self, offset: int, clusters: int) -> bool:
         """Count a reference; whether it is the first to all of these clusters."""
         doubled = self.used.add(offset // self.header.cluster_size, clusters)
@@ -150,13 +161,24 @@ class _Scan:
         return doubled == 0
 
 
-def check_image(fd: int, header: Header, syncs: Syncs, *, repair: bool) -> CheckResult:
+def check_image(
+    fd: int, header: Header, syncs: Syncs, *, repair: bool, strict: bool = False
+) -> CheckResult:
     """Check all tables of an image that nobody else uses (blocks; reads every table).
 
-    Raises LeafUnsupportedError where that would take unreasonable memory, OSError.
+    With ``strict``, damage that no crash leaves is raised as LeafFormatError before anything is
+    written. Raises LeafUnsupportedError where that would take unreasonable memory, OSError.
     """
-    scan = _Scan(fd, header, repair)
+    scan = _Scan(fd, header, repair and not strict)
     scan.run()
+    if strict and scan.damage:
+        raise LeafFormatError(
+            f"is damaged, and not by a crash: {scan.damage}; open it read-only, or try: nbdstream"
+            " check --repair, which drops the local data under damaged entries"
+        )
+    if strict and repair and scan.invalid:
+        scan = _Scan(fd, header, repair)
+        scan.run()
     total = scan.end // header.cluster_size - header.header_size
     leaks = total - scan.used.count
     messages = []

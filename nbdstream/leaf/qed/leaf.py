@@ -61,9 +61,10 @@ class QedLeaf(DurableLeaf):
     format = "qed"
     may_compress = False
 
-    def __init__(self, path: str, *, read_only: bool) -> None:
+    def __init__(self, path: str, *, read_only: bool, repair: bool) -> None:
         """Open an image (may block); one that was not closed clean is repaired first,
-        unless it is opened read-only.
+        unless it is opened read-only. What no crash leaves is repaired only with ``repair``.
+        What that found is in the result of the first `check` with ``repair``.
 
         Raises LeafInUseError, LeafFormatError, LeafUnsupportedError, OSError.
         """
@@ -72,7 +73,7 @@ class QedLeaf(DurableLeaf):
         self.fd = open_locked(path, read_only=read_only)
         self._syncs = Syncs(path)
         try:
-            self._open()
+            self._open(repair=repair)
         except LeafFormatError as error:
             os.close(self.fd)
             raise LeafFormatError(f"{path}: {error}") from None
@@ -85,7 +86,8 @@ class QedLeaf(DurableLeaf):
         self.size = self._header.image_size
         self.cluster_size = self.block_size = self._header.cluster_size
 
-    def _open(self) -> None:
+    def _open(self, *, repair: bool) -> None:
+        self._mended = CheckResult()
         self._header = read_header(self.fd)
         self.backing = read_backing(self.fd, self._header)
         # "May be opened safely after clearing the unknown bits"; none is known.
@@ -99,19 +101,22 @@ class QedLeaf(DurableLeaf):
         if self._marked and not self.read_only:
             self._syncs.sync(self.fd)
             reread(self.fd)
-            self._repair()
+            self._repair(asked=repair)
         self._load()
 
     def _load(self) -> None:
         end = align_down(os.fstat(self.fd).st_size, self._header.cluster_size)
         self._tables = Tables(self.fd, self._header, end)
 
-    def _repair(self) -> None:
-        result = check_image(self.fd, self._header, self._syncs, repair=True)
+    def _repair(self, *, asked: bool) -> None:
+        fd, header, syncs = self.fd, self._header, self._syncs
+        result = check_image(fd, header, syncs, repair=True, strict=not asked)
         if result.errors and check_image(self.fd, self._header, self._syncs, repair=False).errors:
             raise LeafFormatError(f"is damaged beyond repair: {'; '.join(result.messages)}")
         found = "; ".join(result.messages) or "nothing was amiss"
         log.warning("%s was not closed clean: checked it, %s", self.path, found)
+        if asked:
+            self._mended = result
 
     # -- where things are ------------------------------------------------------------
 
@@ -270,6 +275,8 @@ class QedLeaf(DurableLeaf):
         result = check_image(self.fd, self._header, self._syncs, repair=repair)
         if repair and result.repaired:
             self._load()
+        if repair:
+            result, self._mended = self._mended.then(result), CheckResult()
         return result
 
     def describe(self) -> dict[str, object]:
@@ -281,5 +288,5 @@ class QedLeaf(DurableLeaf):
 
 
 def open_image(path: str, *, read_only: bool, repair: bool = False) -> QedLeaf:
-    """See `nbdstream.leaf.open_leaf`; ``repair`` makes no difference."""
-    return QedLeaf(path, read_only=read_only)
+    """See `nbdstream.leaf.open_leaf`."""
+    return QedLeaf(path, read_only=read_only, repair=repair)
