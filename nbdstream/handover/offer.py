@@ -53,7 +53,7 @@ class Offering:
         if self._seal is not None:
             raise GenericError(f"the disk is offered already, as {self._seal.export}")
         if self._disk.gate.reason:
-            raise GenericError(f"not the disk's canonical copy: {self._disk.gate.reason}")
+            raise GenericError(f"another server owns the disk: {self._disk.gate.reason}")
         generation = new_generation()
         address = parse_address(listen_at)
         listeners = listen(listen_at)

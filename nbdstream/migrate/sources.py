@@ -246,7 +246,7 @@ def _refuse_sealed(image: str) -> None:
         sealed = True
     if sealed:
         raise MigrationError(
-            f"{image} was handed over before: what runs from it is not the canonical copy; "
+            f"{image} was handed over before: another host owns the disk; "
             f"if you mean it, delete {image}{SUFFIX}"
         )
 
