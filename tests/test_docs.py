@@ -95,6 +95,38 @@ def test_the_manual_names_the_value_of_each_option(name: str) -> None:
     assert {option: value[0] for option, value in shown.items() if value} == expected
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_manual_says_defaults_and_what_is_required(name: str) -> None:
+    """Of options whose default --help shows, unless the manual refers to another command."""
+    parts = re.split(r"^(`-[^\n]*)\n: ", described_commands()[name], flags=re.M)[1:]
+    texts = {re.findall(r"`(--?[\w-]+)`", line)[0]: text for line, text in batched_pairs(parts)}
+    for option in COMMANDS[name].params:
+        if not isinstance(option, click.Option) or option.hidden:
+            continue
+        text = texts[option.opts[0]]
+        if option.show_default and not text.startswith("As for `"):
+            assert f"Default: {option.default}." in text, option.name
+        assert option.required == ("Required." in text), option.name
+
+
+def batched_pairs(parts: list[str]) -> Iterator[tuple[str, str]]:
+    return zip(parts[::2], parts[1::2], strict=True)
+
+
+def test_the_page_on_control_has_each_command_and_no_other() -> None:
+    """A line that begins with a name in bold describes a command of the control socket."""
+    page = (TOP / "docs" / "control.md").read_text()
+    page = page.split("\n## COMMANDS THAT QEMU HAS\n")[1].split("\n## EVENTS\n")[0]
+    lines = re.findall(r"^\*\*[a-z].*", page, re.M)
+    described = {name for line in lines for name in re.findall(r"\*\*([a-z-]+)\*\*", line)}
+    defined = {
+        name
+        for path in (TOP / "nbdstream").rglob("*.py")
+        for name in re.findall(r'^    @command\("([a-z-]+)"\)', path.read_text(), re.M)
+    }
+    assert described == defined
+
+
 @each_page
 def test_the_tests_that_a_page_names_exist(page: Path) -> None:
     named = set(re.findall(r"`(test_\w+)`", page.read_text()))
