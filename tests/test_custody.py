@@ -3,11 +3,13 @@
 
 from collections.abc import Callable
 
+import pytest
 import trio
 import trio.testing
 
 from nbdstream.disk import open_disk
-from nbdstream.handover.custody import Custody
+from nbdstream.errors import UsageError
+from nbdstream.handover.custody import DRAIN_SECONDS, Custody
 from nbdstream.leaf.base import LeafExtent
 from tests.doubles import MemoryLeaf
 
@@ -52,3 +54,23 @@ async def test_a_leaf_is_let_go_of_after_the_requests_that_are_under_way() -> No
         await custody.release()  # waits for the first one
         assert disk.gate.let_go and not late
         nursery.cancel_scope.cancel()
+
+
+async def test_a_release_that_is_cancelled_or_in_vain_changes_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A tool that hung up while requests were under way used to leave all others held."""
+    leaf = MemoryLeaf(SIZE)
+    page = memoryview(b"w" * 512)
+    async with open_disk(leaf, None) as disk, trio.open_nursery() as nursery:
+        custody = Custody(disk, nursery)
+        async with custody._request():
+            with trio.move_on_after(DRAIN_SECONDS / 2) as hang_up:
+                await custody.release()
+            assert hang_up.cancelled_caught and not custody.let_go
+            await custody.write(page, 0, fua=False)
+            with pytest.raises(UsageError, match="requests are under way"):
+                await custody.release()
+            await custody.write(page, 512, fua=False)
+        await custody.release()
+        assert custody.let_go and disk.gate.let_go

@@ -128,14 +128,22 @@ class Custody:
             if reason := self.refusal():
                 raise UsageError(reason)
             self.let_go = True
+            await self._drain()
+            with trio.CancelScope(shield=True):
+                await self.disk.let_go(_REASON)
+
+    async def _drain(self) -> None:
+        """Wait until no request is under way; new ones are held. If that fails or is cancelled,
+        all goes on as before."""
+        try:
             with trio.move_on_after(DRAIN_SECONDS):
                 while self._busy:
                     await self._changed.park()
+        finally:
             if self._busy:
                 self._go_on()
-                raise UsageError("requests are under way that do not end: try again")
-            with trio.CancelScope(shield=True):
-                await self.disk.let_go(_REASON)
+        if self._busy:
+            raise UsageError("requests are under way that do not end: try again")
 
     async def take_back(self) -> None:
         """Open the leaf again and go on with the requests that were held. Does nothing if the
