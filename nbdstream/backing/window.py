@@ -31,7 +31,7 @@ taken back.
 - *Probing*: a quarter more is tried. If it delivers more, there was room: start again. Larger
   units are tried in the same way, for servers whose requests are dear.
 
-While a guest misses, the target is less than half, and nothing is probed.
+While a guest misses, the target is less than half.
 
 **Sharing.** Flows that fill one queue see the same delay, and each is at rest where its
 target is that delay. The target falls with the flow's own rate (as one over its square
