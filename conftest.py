@@ -1,4 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test of the checkout: no skips, and guests' images for those that ask."""
+"""What holds for every test of the checkout: no skips, guests' images for those that ask, and
+property tests that draw the same examples in each run."""
+
+import os
+
+from hypothesis import settings
 
 pytest_plugins = ["testbed.strict", "testbed.guests.fixtures"]
+
+# A change is judged by itself, not by the luck of the draw. NBDSTREAM_FRESH=1 draws others.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("fresh")
+settings.load_profile("fresh" if os.environ.get("NBDSTREAM_FRESH") else "fixed")
