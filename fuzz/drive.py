@@ -17,12 +17,11 @@ from nbdstream.leaf.base import (
     ALL_ZERO,
     SCATTERED,
     CheckResult,
-    ColdMetadata,
-    FlushNeeded,
     Leaf,
     State,
     read_exactly,
 )
+from testbed.leaves import drive, flush
 
 REFUSALS = (NbdstreamError, OSError)
 # How much of a disk is read, and how many extents are looked at, whatever its size says.
@@ -30,28 +29,6 @@ READ_MOST = 2 << 20
 EXTENTS_MOST = 4096
 
 T = TypeVar("T")
-
-
-def drive(leaf: Leaf, call: Callable[[], T]) -> T:
-    """Make a call as the disk does: warm what is cold, flush where needed, and try again."""
-    while True:
-        try:
-            return call()
-        except ColdMetadata as cold:
-            cold.warm()
-        except FlushNeeded:
-            flush(leaf)
-
-
-def flush(leaf: Leaf) -> None:
-    """One whole flush."""
-    rest = leaf.begin_flush()
-    try:
-        rest()
-    except BaseException:
-        leaf.end_flush(ok=False)
-        raise
-    leaf.end_flush(ok=True)
 
 
 def read(leaf: Leaf, offset: int, length: int) -> bytes:

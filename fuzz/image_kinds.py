@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fuzz.drive import drive, flush
 from fuzz.files import directory
 from fuzz.images import BACKING_BYTE, MAP_SUFFIX, Image, Place, Site, read_pieces
 from nbdstream.leaf import create_leaf, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf, State
 from nbdstream.leaf.qcow2.header import FIELDS_V2, FIELDS_V3, RECORD, Extension, Header
 from nbdstream.leaf.qcow2.header_file import read_header
+from testbed.leaves import drive, flush
 from testbed.peers import binary
 
 BACKING = BackingReference("nbd://localhost:10809/disk", "raw", 1 << 20, "s1:0123456789abcdef")

@@ -40,13 +40,12 @@ from nbdstream.leaf.base import (
     State,
     SyncError,
 )
+from testbed.leaves import drive, flush
 from tests.leaf_support import (
     BACKING,
     ImageKind,
     check_locate,
-    drive,
     extents,
-    flush,
     guest_write,
     pattern,
     qemu_check,

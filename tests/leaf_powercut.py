@@ -18,13 +18,12 @@ from pathlib import Path
 import pytest
 
 from nbdstream.leaf.base import ColdMetadata, FlushNeeded, Leaf, State, SyncError, flushing
+from testbed.leaves import drive, flush
 from tests.leaf_support import (
     BACKING,
     SECTOR,
     ImageKind,
-    drive,
     extents,
-    flush,
     pattern,
     qemu_check,
     read,

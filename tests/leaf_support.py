@@ -14,13 +14,12 @@ from nbdstream.leaf.base import (
     ALL_ZERO,
     SCATTERED,
     BackingReference,
-    ColdMetadata,
-    FlushNeeded,
     Leaf,
     LeafExtent,
     State,
     read_exactly,
 )
+from testbed.leaves import drive
 from testbed.peers import binary
 
 T = TypeVar("T")
@@ -88,28 +87,6 @@ def by_qemu(format_name: str, options: str, *, size_most: int = 8 << 40) -> Imag
 
 
 # -- driving a leaf -------------------------------------------------------------------------
-
-
-def drive(leaf: Leaf, call: Callable[[], T]) -> T:
-    """Make a call as the disk does: warm what is cold, flush where needed, and try again."""
-    while True:
-        try:
-            return call()
-        except ColdMetadata as cold:
-            cold.warm()
-        except FlushNeeded:
-            flush(leaf)
-
-
-def flush(leaf: Leaf) -> None:
-    """One whole flush."""
-    rest = leaf.begin_flush()
-    try:
-        rest()
-    except BaseException:
-        leaf.end_flush(ok=False)
-        raise
-    leaf.end_flush(ok=True)
 
 
 def write(leaf: Leaf, offset: int, data: bytes) -> None:

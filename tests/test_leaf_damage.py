@@ -22,18 +22,9 @@ from nbdstream.disk.disk import StreamedDisk
 from nbdstream.errors import LeafError
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import Leaf
+from testbed.leaves import flush
 from tests.doubles import GatedBacking
-from tests.leaf_support import (
-    ImageKind,
-    by_qemu,
-    extents,
-    flush,
-    ours,
-    pattern,
-    qemu_check,
-    read,
-    write,
-)
+from tests.leaf_support import ImageKind, by_qemu, extents, ours, pattern, qemu_check, read, write
 
 UNIT = 16384
 SIZE = 12 << 20

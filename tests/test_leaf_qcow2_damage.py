@@ -24,19 +24,9 @@ from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import FlushNeeded, State, SyncError
 from nbdstream.leaf.qcow2.header import Header
 from nbdstream.leaf.qcow2.header_file import read_header
+from testbed.leaves import drive, flush
 from testbed.peers import run
-from tests.leaf_support import (
-    ImageKind,
-    by_qemu,
-    drive,
-    extents,
-    flush,
-    ours,
-    pattern,
-    qemu_check,
-    read,
-    write,
-)
+from tests.leaf_support import ImageKind, by_qemu, extents, ours, pattern, qemu_check, read, write
 from tests.test_leaf_qcow2 import plain
 
 SIZE = 2 << 20

@@ -12,8 +12,9 @@ import pytest
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference
 from nbdstream.leaf.qcow2 import space
+from testbed.leaves import flush
 from tests.leaf_powercut import cut_everywhere, live
-from tests.leaf_support import BACKING, ImageKind, by_qemu, flush, ours, qemu_check, zero
+from tests.leaf_support import BACKING, ImageKind, by_qemu, ours, qemu_check, zero
 from tests.powercut import Disk, recording
 from tests.test_leaf_qcow2 import plain
 

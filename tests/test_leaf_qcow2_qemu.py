@@ -16,13 +16,13 @@ from nbdstream.leaf.base import BackingReference, CheckResult, State
 from nbdstream.leaf.qcow2.header import Header
 from nbdstream.leaf.qcow2.header_file import read_header
 from nbdstream.leaf.qcow2.leaf import Qcow2Leaf
+from testbed.leaves import flush
 from testbed.peers import run
 from tests.leaf_support import (
     BACKING,
     ImageKind,
     by_qemu,
     extents,
-    flush,
     guest_write,
     ours,
     pattern,

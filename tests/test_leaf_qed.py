@@ -19,6 +19,7 @@ from nbdstream.leaf.base import BackingReference, FlushNeeded, Leaf, State
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qed.check import check_image
 from nbdstream.leaf.qed.header import NEED_CHECK, Header, read_header
+from testbed.leaves import flush
 from testbed.peers import run
 from tests.leaf_conformance import LeafConformance, model_test
 from tests.leaf_support import (
@@ -26,7 +27,6 @@ from tests.leaf_support import (
     ImageKind,
     by_qemu,
     extents,
-    flush,
     guest_write,
     ours,
     pattern,
