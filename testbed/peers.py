@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdstream.net.address import NbdUri, UnixAddress
+from nbdstream.net.address import NbdUri, TcpAddress, UnixAddress
 
 BINARIES = {
     "NBDKIT": "nbdkit",
@@ -43,6 +43,7 @@ BINARIES = {
     "FIO": "fio",
     "SSHD": "/usr/sbin/sshd",
     "SSH_KEYGEN": "ssh-keygen",
+    "CERTTOOL": "certtool",
     # Scripts that belong to the interpreter running the tests.
     "NBDSTREAM": str(Path(sys.executable).with_name("nbdstream")),
     "QMP_SHELL": str(Path(sys.executable).with_name("qmp-shell")),
@@ -99,9 +100,6 @@ def run(argv: Sequence[str | Path], *, timeout: float = 60, check: bool = True) 
 def unix_uri(path: str | Path, export: str = "") -> str:
     """The NBD URI of `export` on the unix socket `path`."""
     return str(NbdUri(UnixAddress(str(path)), export))
-
-
-# --- processes --------------------------------------------------------------------------
 
 
 @dataclass
@@ -183,6 +181,11 @@ def temporary_directory() -> Iterator[Path]:
         yield Path(name)
 
 
+def _uri(path: Path, port: int | None) -> str:
+    """The URI of a peer on a Unix socket, or on a port if it is given one."""
+    return unix_uri(path) if port is None else str(NbdUri(TcpAddress("localhost", port)))
+
+
 def _has_text(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
@@ -194,16 +197,21 @@ def nbdkit(
     threads: int | None = None,
     readonly: bool = False,
     socket_path: Path | None = None,
+    port: int | None = None,
 ) -> Iterator[Peer]:
     """nbdkit with a plugin, its parameters and its filters, e.g.
 
     `nbdkit("file", image, filters=["delay"], threads=64)` with `"rdelay=200ms"` among the
-    arguments. `socket_path` allows a second server to take over the first one's address.
+    arguments. `socket_path` allows a second server to take over the first one's address. With
+    `port` it listens there on 127.0.0.1 instead.
     """
     with temporary_directory() as directory:
         path = socket_path or directory / "nbd"
         pidfile = directory / "pid"
-        command = [binary("NBDKIT"), "--foreground", "--unix", str(path), "--pidfile", str(pidfile)]
+        command = [binary("NBDKIT"), "--foreground", "--pidfile", str(pidfile)]
+        command += (
+            ["--unix", str(path)] if port is None else [f"--port={port}", "--ipaddr=127.0.0.1"]
+        )
         command += [f"--filter={name}" for name in filters]
         command += [f"--threads={threads}"] if threads else []
         command += ["--readonly"] if readonly else []
@@ -213,28 +221,33 @@ def nbdkit(
             socket_path.unlink(missing_ok=True)
         with started(command, directory) as peer:
             peer.wait_until(lambda: _has_text(pidfile), "pid file", READY_SECONDS)
-            peer.socket, peer.uri = path, unix_uri(path)
+            peer.socket, peer.uri = path, _uri(path, port)
             yield peer
 
 
 @contextlib.contextmanager
 def qemu_nbd(
-    image: str | Path, image_format: str = "raw", *args: str, readonly: bool = False
+    image: str | Path,
+    image_format: str = "raw",
+    *args: str,
+    readonly: bool = False,
+    port: int | None = None,
 ) -> Iterator[Peer]:
     """qemu-nbd serving `image`, to many clients, until it is stopped.
 
     `args` are further options; with `--image-opts` among them `image` is such a string and
-    `image_format` is not used.
+    `image_format` is not used. With `port` it listens there on 127.0.0.1.
     """
     with temporary_directory() as directory:
         path, pidfile = directory / "nbd", directory / "pid"
         command = [binary("QEMU_NBD"), "--persistent", "--shared=16", f"--pid-file={pidfile}"]
-        command += ["--socket", str(path), *(["--read-only"] if readonly else [])]
+        command += ["--read-only"] if readonly else []
+        command += [f"--socket={path}"] if port is None else [f"--port={port}", "--bind=127.0.0.1"]
         command += [] if "--image-opts" in args else ["--format", image_format]
         command += [*args, str(image)]
         with started(command, directory) as peer:
             peer.wait_until(lambda: _has_text(pidfile), "pid file", READY_SECONDS)
-            peer.socket, peer.uri = path, unix_uri(path)
+            peer.socket, peer.uri = path, _uri(path, port)
             yield peer
 
 
@@ -338,9 +351,6 @@ class Qmp:
                 if event.get("event") == name:
                     return self.events.pop(index)
             self.events.append(self._receive())
-
-
-# --- images -----------------------------------------------------------------------------
 
 
 def make_image(path: Path, size: int, *, seed: int = 0, sparse: bool = True) -> None:

@@ -5,8 +5,8 @@ The handshake is libnbd's; it is held in option mode so that a refused export ca
 answered with the names of those that exist. It happens in the event loop, over a socket
 that `nbdstream.net.connect` has connected.
 
-TLS is the exception. libnbd checks a server's certificate against the name of its host, and
-before `set_tls_hostname` (1.20) it knows that name only if it has looked it up by itself.
+TLS over TCP is the exception. libnbd checks a server's certificate against the name of its host,
+and before `set_tls_hostname` (1.20) it knows that name only if it has looked it up by itself.
 So there, name look-up and connecting are libnbd's, in a worker thread. While that is under
 way libnbd has the handle locked, and whoever else calls one of its methods waits as well:
 a handle that is given up before its thread is done is left to the thread.
@@ -22,9 +22,10 @@ import nbd
 import trio
 
 from nbdstream.backing.connection import Connection, plain, wait_ready
+from nbdstream.backing.tls import TlsClient
 from nbdstream.backing.window import UNIT_LEAST
 from nbdstream.errors import BackingError, BackingGoneError, UsageError
-from nbdstream.net.address import NbdUri
+from nbdstream.net.address import NbdUri, TcpAddress
 from nbdstream.net.connect import lookup_limiter, open_socket
 
 # A handshake takes about five round trips; nobody waits longer than this for one.
@@ -37,13 +38,15 @@ NAMES_SHOWN = 8
 class Endpoint:
     """Where a backing is served, and what is known of serving it.
 
-    ``name``: what the user calls it, for messages. ``unit_least``: a background read
+    ``name``: what the user calls it, for messages. ``tls``: how to speak TLS there, None for a
+    connection in clear. ``unit_least``: a background read
     below this would not be worth its request. ``bulk_connections``: how many to make for
     background reads.
     """
 
     uri: str
     name: str
+    tls: TlsClient | None = None
     unit_least: int = UNIT_LEAST
     bulk_connections: int = 3
 
@@ -63,7 +66,6 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
     handle = nbd.NBD()
     handle.set_opt_mode(True)
     handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-    handle.set_uri_allow_local_file(True)
     # The caller's buffer is only looked at after success, so nothing has to be cleared.
     handle.set_pread_initialize(False)
     # The odd tail of an export whose size is no multiple of its block size is worth asking
@@ -72,7 +74,7 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
     started = connected = False
     try:
         with trio.move_on_after(timeout):
-            await _start(handle, endpoint.uri, uri)
+            await _start(handle, uri, endpoint.tls)
             started = True
             await _settle(handle)
             if not handle.aio_is_ready():  # a server without options is ready by now
@@ -81,7 +83,7 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
             connected = True
             return connection
     except nbd.Error as error:
-        raise _explain(name, error) from error
+        raise _explain(endpoint, error) from error
     except OSError as error:
         raise _explain_system(name, error) from error
     finally:
@@ -90,15 +92,21 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
     raise BackingGoneError(f"{name}: no answer in {timeout:g} s")
 
 
-async def _start(handle: nbd.NBD, text: str, uri: NbdUri) -> None:
-    """Connect the handle's socket. Raises nbd.Error, OSError."""
-    if uri.tls:
-        await trio.to_thread.run_sync(
-            handle.aio_connect_uri, text, limiter=lookup_limiter(), abandon_on_cancel=True
-        )
-        return
-    sock = await open_socket(uri.address)
+async def _start(handle: nbd.NBD, uri: NbdUri, tls: TlsClient | None) -> None:
+    """Connect the handle's socket. Raises nbd.Error, OSError, BackingError."""
     handle.set_export_name(uri.export)
+    if tls is not None:
+        tls.configure(handle)
+        if isinstance(uri.address, TcpAddress):
+            await trio.to_thread.run_sync(
+                handle.aio_connect_tcp,
+                uri.address.host or "localhost",
+                str(uri.address.port),
+                limiter=lookup_limiter(),
+                abandon_on_cancel=True,
+            )
+            return
+    sock = await open_socket(uri.address)
     handle.aio_connect_socket(sock.detach())
 
 
@@ -180,13 +188,30 @@ def _explain_system(name: str, error: OSError) -> BackingError:
     return BackingGoneError(f"{name}: cannot connect: {error.strerror or error}")
 
 
-def _explain(name: str, error: nbd.Error) -> BackingError:
+def _explain(endpoint: Endpoint, error: nbd.Error) -> BackingError:
     """One line for a failed connect or handshake."""
-    text = plain(error)
+    name, text = endpoint.name, plain(error)
     if "magic" in text:
         return BackingError(f"{name}: what listens there is no NBD server ({text})")
-    if error.errnum == errno.EINVAL:
-        return BackingError(f"{name}: not a URI that libnbd understands ({text})")
     if error.errnum in (errno.ENOENT, errno.ECONNREFUSED):
         return BackingGoneError(f"{name}: no server listens there ({os.strerror(error.errnum)})")
+    if endpoint.tls is not None:
+        return _explain_tls(name, error.errnum, text)
+    if error.errnum == errno.EINVAL:
+        return BackingError(f"{name}: not a URI that libnbd understands ({text})")
     return BackingGoneError(f"{name}: cannot connect: {text}")
+
+
+def _explain_tls(name: str, number: int, text: str) -> BackingError:
+    """One line for a failed TLS handshake. What GnuTLS says of the reasons is not much."""
+    if "certificate verification" in text:
+        return BackingError(
+            f"{name}: the server's certificate is refused: it has expired, is for another host, or "
+            "comes from an authority that is not known here (tls-certificates=DIR)"
+        )
+    if number == errno.EINVAL:
+        return BackingError(f"{name}: TLS cannot be set up: {text}")
+    return BackingGoneError(
+        f"{name}: no TLS connection: {text} (the server may not offer TLS, or may want a "
+        "certificate or a key that it knows)"
+    )

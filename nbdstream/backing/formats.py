@@ -23,8 +23,10 @@ from typing import Any
 import trio
 
 from nbdstream.backing.confine import IMAGE, REPORT
+from nbdstream.backing.connect import Endpoint
 from nbdstream.backing.helper import program
 from nbdstream.backing.sandbox import Policy
+from nbdstream.backing.tls import QemuTls
 from nbdstream.errors import BackingError, BackingGoneError
 from nbdstream.net.address import NbdUri, TcpAddress, UnixAddress
 from nbdstream.net.connect import open_socket
@@ -41,10 +43,12 @@ LOOK_MOST = 1 << 20
 
 @dataclass(frozen=True)
 class Node:
-    """An image as QEMU sees it: a node graph as JSON, and what opening it takes."""
+    """An image as QEMU sees it: a node graph as JSON, what opening it takes, and arguments
+    that QEMU's tools need besides."""
 
     graph: str
     policy: Policy
+    arguments: tuple[str, ...] = ()
 
 
 def file_node(image_format: str, path: str, fd: int) -> Node:
@@ -54,27 +58,27 @@ def file_node(image_format: str, path: str, fd: int) -> Node:
     return Node(_graph(image_format, node), Policy(image=fd, path=os.path.realpath(path)))
 
 
-async def nbd_node(name: str, image_format: str, uri: str) -> Node:
+async def nbd_node(name: str, image_format: str, endpoint: Endpoint) -> Node:
     """An image in an NBD export; ``name`` is what the user calls it.
 
     The host's name is looked up here: what reads the image reaches one port, and asks nobody.
     Raises BackingError.
     """
-    export = NbdUri.parse(uri)
-    node: dict[str, Any] = {"driver": "nbd", "export": export.export}
+    export = NbdUri.parse(endpoint.uri)
+    tls = endpoint.tls.for_qemu() if endpoint.tls is not None else QemuTls()
+    node: dict[str, Any] = {"driver": "nbd", "export": export.export, **dict(tls.node)}
     match export.address:
-        case _ if export.tls:
-            raise BackingError(f"{name}: QEMU reads image formats over NBD without TLS only")
         case UnixAddress(path):
             absolute = str(Path.cwd() / path)
             node["server"] = {"type": "unix", "path": absolute}
-            return Node(_graph(image_format, node), Policy(socket=absolute))
+            policy = Policy(socket=absolute, files=tls.files)
         case TcpAddress(_, port) as address:
             node["server"] = {"type": "inet", "host": await _resolved(name, address)}
             node["server"]["port"] = str(port)
-            return Node(_graph(image_format, node), Policy(ports=(port,)))
+            policy = Policy(ports=(port,), files=tls.files)
         case _:
             raise BackingError(f"{name}: QEMU reads image formats over TCP and Unix sockets only")
+    return Node(_graph(image_format, node), policy, tls.arguments)
 
 
 def _graph(image_format: str, file: dict[str, Any]) -> str:
@@ -99,7 +103,8 @@ async def inspect(name: str, image_format: str, node: Node) -> None:
     Raises BackingError, also if it cannot be read.
     """
     qemu_img = program("qemu-img", "qemu-utils")
-    status, output, words = await _look([qemu_img, "info", "--output=json", node.graph], node)
+    command = [qemu_img, "info", "--output=json", *node.arguments, node.graph]
+    status, output, words = await _look(command, node)
     try:
         facts: dict[str, Any] = json.loads(output) if status == 0 else {}
     except ValueError as error:

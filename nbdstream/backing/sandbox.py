@@ -45,8 +45,9 @@ class Policy:
 
     ``image``: an open descriptor of the one file that it reads, -1 for none, and ``path`` where
     it is. ``socket``: the one Unix socket that it connects to. ``ports``: the TCP ports that it
-    may connect to, None for any. ``trees``: what else it may read. ``environment``: the names of
-    further variables that it gets. ``strict``: it parses what strangers wrote, and does not start
+    may connect to, None for any. ``files`` and ``trees``: what else it may read, single files and
+    directories; a strict program has the files only. ``environment``: the names of further
+    variables that it gets. ``strict``: it parses what strangers wrote, and does not start
     unconfined.
     """
 
@@ -55,6 +56,7 @@ class Policy:
     path: str = ""
     socket: str = ""
     ports: tuple[int, ...] | None = ()
+    files: tuple[str, ...] = ()
     trees: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
     limits: dict[str, int] = field(default_factory=lambda: dict(LIMITS))
@@ -63,7 +65,9 @@ class Policy:
         """The command that confines itself and then becomes ``command``, whose first word is a
         program's path. For a child of this process. ``directory``: an empty one of its own.
         ``image_fd``: the image's descriptor in the child."""
-        privileged = os.geteuid() == 0 and any(map(_needs_root, (self.path, self.socket)))
+        privileged = os.geteuid() == 0 and any(
+            map(_needs_root, (self.path, self.socket, *self.files))
+        )
         policy = {
             "parent": os.getpid(),
             "program": os.path.realpath(command[0]),
@@ -73,7 +77,7 @@ class Policy:
             "namespaces": self.strict and not privileged,
             "privileged": privileged,
             "libraries": [path for path in LIBRARIES if Path(path).is_dir()],
-            "files": [*LIBRARY_FILES, os.path.realpath(command[0])],
+            "files": [*LIBRARY_FILES, os.path.realpath(command[0]), *self.files],
             "trees": list(self.trees),
             "image": self.path,
             "image_fd": image_fd,

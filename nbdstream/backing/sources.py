@@ -23,8 +23,9 @@ from nbdstream.backing.helper import Helper, Launch, program, run_helper
 from nbdstream.backing.nbd import NbdBacking, open_nbd
 from nbdstream.backing.plugins import PLUGINS, Plugin, has_plugin, local_path, script_of, split
 from nbdstream.backing.sandbox import Policy, open_image, source_policy
+from nbdstream.backing.tls import anchored_tls, tls_credentials
 from nbdstream.errors import BackingError, BackingGoneError, UsageError
-from nbdstream.net.address import NBD_SCHEMES
+from nbdstream.net.address import NBD_SCHEMES, NbdUri
 from nbdstream.text import has_hidden, redacted
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,9 @@ def anchored(uri: str, directory: Path) -> str:
     prefix, _, rest = uri.partition("+")
     if rest and prefix in FORMATS:
         return f"{prefix}+{anchored(rest, directory)}"
-    if "://" in uri or split(uri).scheme in NBD_SCHEMES:
+    if split(uri).scheme in NBD_SCHEMES:
+        return anchored_tls(uri, directory)
+    if "://" in uri:
         return uri
     return str(directory.absolute() / uri)
 
@@ -168,7 +171,8 @@ def _serve(uri: str) -> AbstractAsyncContextManager[_Served]:
 
 @asynccontextmanager
 async def _serve_as_is(uri: str) -> AsyncIterator[_Served]:
-    yield _Served(Endpoint(uri, redacted(uri)))
+    with tls_credentials(NbdUri.parse(uri)) as tls:
+        yield _Served(Endpoint(uri, redacted(uri), tls))
 
 
 @asynccontextmanager
@@ -188,7 +192,9 @@ async def _serve_plugin(uri: str, source: str, plugin: Plugin) -> AsyncIterator[
     command = [nbdkit, "--foreground", "--readonly", *filters, *kind, *told.parameters]
     with _policy(plugin, source) as policy:
         async with run_helper(Launch(command, policy, told.secret)) as helper:
-            endpoint = Endpoint(helper.uri, redacted(uri), plugin.unit_least, plugin.connections)
+            endpoint = Endpoint(
+                helper.uri, redacted(uri), None, plugin.unit_least, plugin.connections
+            )
             yield _Served(endpoint, helper)
 
 
@@ -215,9 +221,9 @@ async def _serve_format(uri: str, image_format: str, inner: str) -> AsyncIterato
                 yield _Served(Endpoint(helper.uri, redacted(uri)), helper)
         return
     async with _serve(inner) as served:
-        node = await nbd_node(redacted(uri), image_format, served.endpoint.uri)
+        node = await nbd_node(redacted(uri), image_format, served.endpoint)
         async with _serve_node(uri, image_format, node) as helper:
-            endpoint = replace(served.endpoint, uri=helper.uri, name=redacted(uri))
+            endpoint = replace(served.endpoint, uri=helper.uri, name=redacted(uri), tls=None)
             yield _Served(endpoint, helper)
 
 
@@ -226,7 +232,8 @@ async def _serve_node(uri: str, image_format: str, node: Node) -> AsyncIterator[
     """qemu-nbd on an image, after a look at it. Raises BackingError if it is refused."""
     await inspect(redacted(uri), image_format, node)
     qemu_nbd = program("qemu-nbd", "qemu-utils")
-    command = [qemu_nbd, "--read-only", "--persistent", "--shared=0", node.graph]
+    command = [qemu_nbd, "--read-only", "--persistent", "--shared=0"]
+    command += [*node.arguments, node.graph]
     async with run_helper(Launch(command, node.policy)) as helper:
         yield helper
 
