@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of leaf formats share: kinds of images, and driving a leaf as the disk does."""
 
+import errno
 import json
+import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 from nbdstream.extents import align_down, align_up
 from nbdstream.leaf import create_leaf, open_leaf
@@ -201,3 +205,33 @@ def pattern(offset: int, length: int, tag: int = 0) -> bytes:
 def sector_content(tag: int, sector: int) -> bytes:
     """512 bytes that no other (tag, sector) has, and that are not zeroes."""
     return (tag << 32 | sector | 1 << 63).to_bytes(8, "little") * (SECTOR // 8)
+
+
+@contextmanager
+def cold_page_cache() -> Iterator[set[tuple[int, int]]]:
+    """Reads that must not wait find each piece of a file out of the page cache, once.
+
+    Yields what was asked for so far: (descriptor, offset).
+    """
+    real = os.preadv
+    asked: set[tuple[int, int]] = set()
+
+    def preadv(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT and (fd, offset) not in asked:
+            asked.add((fd, offset))
+            raise BlockingIOError(errno.EAGAIN, "cold")
+        return real(fd, buffers, offset, flags)
+
+    with mock.patch.object(os, "preadv", preadv):
+        yield asked
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Nothing can be written."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with mock.patch.object(os, "pwrite", full), mock.patch.object(os, "pwritev", full):
+        yield

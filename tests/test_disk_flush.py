@@ -14,8 +14,9 @@ import trio
 
 from nbdstream.disk.flush import Flusher
 from nbdstream.leaf.base import Leaf, SyncError
+from tests.journal import Journal, recording
 from tests.leaf_support import ImageKind, ours, pattern, read, write
-from tests.powercut import Disk, Journal, recording
+from tests.powercut import Disk
 
 KINDS = [ours("raw"), ours("qed"), ours("qcow2")]
 SIZE = 1 << 20

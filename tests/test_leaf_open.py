@@ -14,8 +14,9 @@ from nbdstream.errors import LeafError, LeafFormatError, UsageError
 from nbdstream.leaf import FORMATS, create_leaf, format_from_suffix, open_leaf, probe_format
 from nbdstream.leaf.base import BackingReference
 from nbdstream.leaf.marks import is_vouched_for
+from tests.journal import recording
 from tests.leaf_support import BACKING, ImageKind, ours, read, write
-from tests.powercut import Disk, recording
+from tests.powercut import Disk
 
 SIZE = 1 << 20
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.leaf_powercut import cut_everywhere, fail_each_sync, live
+from tests.leaf_life import live
+from tests.leaf_powercut import cut_everywhere, fail_each_sync
 from tests.leaf_support import ImageKind, by_qemu, ours
 
 QED_SMALL_TABLES = by_qemu("qed", "cluster_size=4096,table_size=2")

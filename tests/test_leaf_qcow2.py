@@ -8,7 +8,8 @@ import pytest
 
 from nbdstream.leaf.base import BackingReference
 from nbdstream.leaf.qcow2 import create, tables
-from tests.leaf_conformance import LeafConformance, model_test
+from tests.leaf_conformance import LeafConformance
+from tests.leaf_model import model_test
 from tests.leaf_support import ImageKind, by_qemu, ours
 
 

@@ -13,9 +13,11 @@ from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference
 from nbdstream.leaf.qcow2 import space
 from testbed.leaves import flush
-from tests.leaf_powercut import cut_everywhere, live
+from tests.journal import recording
+from tests.leaf_life import live
+from tests.leaf_powercut import cut_everywhere
 from tests.leaf_support import BACKING, ImageKind, by_qemu, ours, qemu_check, zero
-from tests.powercut import Disk, recording
+from tests.powercut import Disk
 from tests.test_leaf_qcow2 import plain
 
 

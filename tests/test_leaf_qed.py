@@ -21,7 +21,9 @@ from nbdstream.leaf.qed.check import check_image
 from nbdstream.leaf.qed.header import NEED_CHECK, Header, read_header
 from testbed.leaves import flush
 from testbed.peers import run
-from tests.leaf_conformance import LeafConformance, model_test
+from tests.journal import recording
+from tests.leaf_conformance import LeafConformance
+from tests.leaf_model import model_test
 from tests.leaf_support import (
     BACKING,
     ImageKind,
@@ -36,7 +38,7 @@ from tests.leaf_support import (
     write,
     zero,
 )
-from tests.powercut import Disk, recording
+from tests.powercut import Disk
 
 KINDS = [
     ours("qed"),

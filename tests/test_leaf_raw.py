@@ -16,7 +16,8 @@ from nbdstream.leaf.base import BackingReference, Leaf, State
 from nbdstream.leaf.raw.map import MapHeader
 from testbed.leaves import flush
 from testbed.peers import run
-from tests.leaf_conformance import LeafConformance, model_test
+from tests.leaf_conformance import LeafConformance
+from tests.leaf_model import model_test
 from tests.leaf_support import BACKING, ImageKind, extents, ours, pattern, read, write
 
 KINDS = [ours("raw"), ours("raw", 4096), ours("raw", 2 << 20)]
