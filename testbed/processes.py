@@ -26,3 +26,21 @@ def resident_bytes(pid: int, *, peak: bool = False) -> int:
         if line.startswith(wanted):
             return int(line.split()[1]) * 1024
     raise LookupError(f"/proc/{pid}/status has no {wanted}")
+
+
+def children(pid: int) -> set[int]:
+    """The processes that a process has started and that still run."""
+    found = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            found |= set(map(int, (task / "children").read_text().split()))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the thread has ended
+    return {child for child in found if _runs(child)}
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A control socket over a real disk and job, whose leaf and backing tests can steer."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.doubles import GatedBacking, MemoryLeaf
 SIZE = 64 * 1024 + 300  # the last block is a short one
 CONTENT = bytes(1 + i * 7 % 251 for i in range(SIZE))
 DEVICE = "disk0"
+NEGOTIATE = b'{"execute":"qmp_capabilities"}\n'
 
 
 class Room:
@@ -80,3 +82,55 @@ async def ask(room: Room, command: str, /, **arguments: Any) -> Any:
 def spelled(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments as QMP spells them."""
     return {name.replace("_", "-"): value for name, value in arguments.items()}
+
+
+class RawClient:
+    """A client that sends bytes as they are and takes the replies apart."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self._buffer = b""
+
+    async def send(self, data: bytes) -> None:
+        await self.stream.send_all(data)
+
+    async def message(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            data = await self.stream.receive_some()
+            assert data, "the server hung up"
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    async def rest(self) -> bytes:
+        """Everything up to the end of the connection."""
+        data = self._buffer
+        while more := await self.stream.receive_some():
+            data += more
+        return data
+
+
+Connect = Callable[..., Awaitable[RawClient]]
+
+
+async def raw_clients() -> AsyncIterator[Connect]:
+    """A fixture that connects to rooms; what it connected is closed at the test's end."""
+    async with AsyncExitStack() as stack:
+
+        async def connect(room: Room, *, negotiate: bool = True) -> RawClient:
+            stream = await trio.open_unix_socket(str(room.path))
+            client = RawClient(await stack.enter_async_context(stream))
+            assert "QMP" in await client.message()
+            if negotiate:
+                await client.send(NEGOTIATE)
+                assert await client.message() == {"return": {}}
+            return client
+
+        yield connect
+
+
+def fill_up(room: Room, size: int) -> None:
+    """Emit events of so many bytes in all, without letting the tasks run that send them."""
+    for _ in range(size // 1000):
+        room.server.emit("X_FILL", {"blob": "x" * 900})

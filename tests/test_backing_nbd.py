@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NBD backing against real servers, and against one that lies."""
+"""The NBD backing against real servers."""
 
-import errno
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,8 @@ import trio
 import trio.testing
 
 from nbdstream.backing import Backing, Priority, fingerprint, open_backing
-from nbdstream.backing import connect as connect_module
 from nbdstream.backing import connection as connection_module
 from nbdstream.backing import pool as pool_module
-from nbdstream.backing.identity import sample_ranges
 from nbdstream.errors import (
     BackingError,
     BackingGoneError,
@@ -24,38 +20,10 @@ from nbdstream.errors import (
 from testbed import peers
 from testbed.link.control import link_process
 from testbed.link.model import Shape
-from tests.fake_nbd import Reply, data_chunk, error_chunk, fake_server
+from tests.backing_support import MIB, SIZE, content_of, image_file, opens_with, read, until
 
-MIB = 1 << 20
-SIZE = 6 * MIB + 512
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[Path]:
-    with peers.temporary_directory() as directory:
-        path = directory / "image"
-        peers.make_image(path, SIZE, seed=1)
-        yield path
-
-
-@pytest.fixture(scope="module")
-def content(image: Path) -> bytes:
-    return image.read_bytes()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for what no event tells of. Fails when it takes absurdly long."""
-    with trio.fail_after(20):
-        while not condition():  # noqa: ASYNC110
-            await trio.sleep(0.01)
-
-
-async def read(
-    backing: Backing, offset: int, length: int, priority: Priority = Priority.DEMAND
-) -> bytes:
-    data = bytearray(length)
-    await backing.read(memoryview(data), offset, priority)
-    return bytes(data)
+image = pytest.fixture(image_file, scope="module")
+content = pytest.fixture(content_of, scope="module")
 
 
 async def read_all(backing: Backing) -> bytes:
@@ -345,136 +313,3 @@ async def test_tls(image: Path, content: bytes, tmp_path: Path) -> None:
             await trio.sleep(0.1)
             assert await read(backing, 0, 512) == content[:512]
         assert "wants TLS" in await opens_with(peer.uri)
-
-
-# --- a server that lies -----------------------------------------------------------------
-
-
-async def _good(cookie: bytes, offset: int, length: int, send: Reply) -> None:
-    await send(data_chunk(cookie, offset, bytes(length)))
-
-
-async def test_a_reply_with_less_than_was_asked_for_is_an_error() -> None:
-    async def script(number: int, cookie: bytes, offset: int, length: int, send: Reply) -> None:
-        if number == 1:
-            await send(data_chunk(cookie, offset, bytes(length // 2)))
-        else:
-            await _good(cookie, offset, length, send)
-
-    async with fake_server(MIB, script) as uri, open_backing(uri) as backing:
-        data = bytearray(b"x" * 4096)
-        with trio.fail_after(10):
-            await backing.read(memoryview(data), 0, Priority.DEMAND)
-        assert data == bytes(4096)
-        assert backing.statistics().retries == 1
-
-
-async def test_nonsense_ends_the_connection_and_not_the_read() -> None:
-    async def script(number: int, cookie: bytes, offset: int, length: int, send: Reply) -> None:
-        if number == 1:
-            await send(b"\0" * 100)
-        elif number == 2:
-            # More than was asked for, at the wrong place.
-            await send(data_chunk(cookie, offset + 7, bytes(length + 512)))
-        elif number == 3:
-            await send(data_chunk(cookie, offset, bytes(length))[:-5])
-            raise trio.BrokenResourceError
-        elif number == 4:
-            await send(error_chunk(cookie, errno.ESHUTDOWN))
-        else:
-            await _good(cookie, offset, length, send)
-
-    async with fake_server(MIB, script) as uri, open_backing(uri) as backing:
-        with trio.fail_after(20):
-            assert await read(backing, 0, 4096) == bytes(4096)
-        assert backing.statistics().retries == 4
-        assert backing.statistics().reconnects >= 1
-
-
-async def test_the_timeout_ends_reads_of_a_server_that_never_answers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It shakes hands each time, so the backing counts as connected throughout."""
-    monkeypatch.setattr(pool_module, "PATIENCE_FIRST", 0.1)
-    monkeypatch.setattr(pool_module, "PATIENCE_MOST", 0.1)
-    monkeypatch.setattr(pool_module, "WATCH_INTERVAL", 0.02)
-    monkeypatch.setattr(pool_module, "BACKOFF_FIRST", 0.01)
-    monkeypatch.setattr(pool_module, "BACKOFF_MOST", 0.01)
-
-    async def script(number: int, cookie: bytes, offset: int, length: int, send: Reply) -> None:
-        pass
-
-    async with fake_server(MIB, script) as uri, open_backing(uri, timeout=0.5) as backing:
-        with (
-            trio.fail_after(20),
-            pytest.raises(BackingGoneError, match=r"failed for more than 0\.5 s"),
-        ):
-            await read(backing, 0, 4096)
-        assert backing.statistics().retries >= 2
-
-
-async def test_nothing_waits_for_connections_in_the_making() -> None:
-    samples = sample_ranges(MIB)
-
-    async def script(number: int, cookie: bytes, offset: int, length: int, send: Reply) -> None:
-        # The second connection, and all after it, never gets to show what it serves.
-        if number <= 2 * len(samples) or (offset, length) not in samples:
-            await _good(cookie, offset, length, send)
-
-    async with fake_server(MIB, script) as uri:
-        async with open_backing(uri) as backing:
-            identity = await fingerprint(backing)
-        async with open_backing(uri, identity=identity) as backing:
-            with trio.fail_after(connect_module.CONNECT_TIMEOUT / 2):
-                await read(backing, 8192, 4096, Priority.STREAM)
-                await read(backing, 8192, 4096, Priority.DEMAND)
-            assert backing.statistics().connections == 1
-
-
-# --- one clear line at open -------------------------------------------------------------
-
-
-async def opens_with(uri: str) -> str:
-    with pytest.raises((BackingError, UsageError)) as caught, trio.fail_after(20):
-        async with open_backing(uri):
-            pass
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-async def test_nobody_there(tmp_path: Path) -> None:
-    assert "no server listens" in await opens_with("nbd://127.0.0.1:1/")
-    assert "no server listens" in await opens_with(peers.unix_uri(tmp_path / "none"))
-
-
-async def test_no_such_export(image: Path) -> None:
-    with peers.qemu_nbd(image, "raw", "--export-name", "disk", readonly=True) as peer:
-        message = await opens_with(peers.unix_uri(peer.socket, "other"))
-        assert "no export 'other'" in message
-        assert "'disk'" in message
-
-
-async def test_an_empty_export(tmp_path: Path) -> None:
-    with peers.nbdkit("null", "0") as peer:
-        assert "0 bytes" in await opens_with(peer.uri)
-
-
-async def test_not_nbd_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-
-    async def greet(stream: trio.SocketStream) -> None:
-        await stream.send_all(b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n" * 4)
-
-    with trio.socket.socket(trio.socket.AF_UNIX) as listener:
-        await listener.bind(str(path))
-        listener.listen(1)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.serve_listeners, greet, [trio.SocketListener(listener)])
-            assert "no NBD server" in await opens_with(peers.unix_uri(path))
-            nursery.cancel_scope.cancel()
-
-
-async def test_a_uri_that_makes_no_sense() -> None:
-    assert "unknown kind" in await opens_with("gopher://host/image")
-    assert "port makes no sense" in await opens_with("nbd://host:port/")

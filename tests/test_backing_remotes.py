@@ -12,29 +12,20 @@ import nbd
 import pytest
 import trio
 
-from nbdstream.backing import Backing, Priority, fingerprint, open_backing
+from nbdstream.backing import fingerprint, open_backing
 from nbdstream.errors import BackingError
 from testbed.peers import (
     Peer,
     PeerError,
     assert_same,
-    make_image,
     nbdstream_serve,
     run,
-    temporary_directory,
 )
+from testbed.processes import children
 from testbed.remotes import ObjectStore, SshServer, s3_server, ssh_server
+from tests.backing_support import MIB, image_file, read
 
-MIB = 1 << 20
-SIZE = 3 * MIB
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[Path]:
-    with temporary_directory() as directory:
-        path = directory / "image.raw"
-        make_image(path, SIZE, seed=4)
-        yield path
+image = pytest.fixture(image_file, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +52,6 @@ def ssh() -> Iterator[SshServer]:
 def serve(ssh: SshServer, leaf: Path, backing: str, *options: str) -> AbstractContextManager[Peer]:
     """`nbdstream serve` as a user whom the SSH server knows."""
     return nbdstream_serve(leaf, backing, *options, prefix=ssh.prefix)
-
-
-async def read(backing: Backing, offset: int, length: int) -> bytes:
-    data = bytearray(length)
-    await backing.read(memoryview(data), offset, Priority.DEMAND)
-    return bytes(data)
 
 
 async def assert_serves(uri: str, image: Path) -> None:
@@ -157,8 +142,3 @@ def nbd_client(uri: str) -> Iterator[Any]:
     handle.connect_uri(uri)
     yield handle
     handle.shutdown()
-
-
-def children(pid: int) -> list[int]:
-    """The processes of the connections that an sshd serves."""
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,34 +21,17 @@ from urllib.parse import quote
 import pytest
 import trio
 
-from nbdstream.backing import Backing, Priority, fingerprint, open_backing
+from nbdstream.backing import Priority, fingerprint, open_backing
 from nbdstream.backing.plugins import PLUGINS
 from nbdstream.backing.sources import anchored
-from nbdstream.errors import BackingError, UsageError
+from nbdstream.errors import UsageError
 from nbdstream.service import ServeOptions, open_stream
 from testbed import peers
+from testbed.processes import children
+from tests.backing_support import SIZE, content_of, image_file, opens_with, read, until
 
-MIB = 1 << 20
-SIZE = 3 * MIB
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[Path]:
-    with peers.temporary_directory() as directory:
-        path = directory / "image with spaces"
-        peers.make_image(path, SIZE, seed=2)
-        yield path
-
-
-@pytest.fixture(scope="module")
-def content(image: Path) -> bytes:
-    return image.read_bytes()
-
-
-async def read(backing: Backing, offset: int, length: int) -> bytes:
-    data = bytearray(length)
-    await backing.read(memoryview(data), offset, Priority.DEMAND)
-    return bytes(data)
+image = pytest.fixture(image_file, scope="module")
+content = pytest.fixture(content_of, scope="module")
 
 
 async def assert_serves(uri: str, content: bytes) -> None:
@@ -57,36 +40,6 @@ async def assert_serves(uri: str, content: bytes) -> None:
         assert backing.size == len(content)
         assert await read(backing, 0, backing.size) == content
         assert (await fingerprint(backing)).startswith("s1:")
-
-
-async def opens_with(uri: str) -> str:
-    with pytest.raises((BackingError, UsageError)) as caught, trio.fail_after(20):
-        async with open_backing(uri):
-            pass
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def helpers() -> set[int]:
-    """The processes that this one has started and that still run."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == os.getpid() and fields[0] != "Z":
-                found.add(int(entry.name))
-    return found
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for what no event tells of."""
-    with trio.fail_after(20):
-        while not condition():  # noqa: ASYNC110
-            await trio.sleep(0.01)
 
 
 # --- files and formats ------------------------------------------------------------------
@@ -151,22 +104,22 @@ async def test_what_is_not_installed_is_named_with_its_package(
 
 
 async def test_a_helper_that_dies_is_started_again(image: Path, content: bytes) -> None:
-    before = helpers()
+    before = children(os.getpid())
     async with open_backing(str(image)) as backing:
         assert await read(backing, 0, 512) == content[:512]
-        (pid,) = helpers() - before
+        (pid,) = children(os.getpid()) - before
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: helpers() - before - {pid})
+        await until(lambda: children(os.getpid()) - before - {pid})
         with trio.fail_after(20):
             assert await read(backing, 512, 4096) == content[512:4608]
-    assert helpers() == before
+    assert children(os.getpid()) == before
 
 
 async def test_a_helper_that_cannot_be_started_is_tried_again(
     image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Out of descriptors: the error used to end the backing, and the server with it."""
-    before = helpers()
+    before = children(os.getpid())
     refusals = [errno.EMFILE, errno.ENOMEM]
     spawn = os.posix_spawn
 
@@ -176,14 +129,14 @@ async def test_a_helper_that_cannot_be_started_is_tried_again(
         return spawn(*args, **kwargs)
 
     async with open_backing(str(image)) as backing:
-        (pid,) = helpers() - before
+        (pid,) = children(os.getpid()) - before
         monkeypatch.setattr(os, "posix_spawn", refusing)
         os.kill(pid, signal.SIGKILL)
         with trio.fail_after(20):
             assert await read(backing, 512, 4096) == content[512:4608]
     assert refusals == []
     assert "nbdkit cannot be started: Too many open files" in caplog.text
-    assert helpers() == before
+    assert children(os.getpid()) == before
 
 
 async def test_a_helper_does_not_outlive_us(image: Path) -> None:
@@ -201,10 +154,10 @@ async def test_a_helper_does_not_outlive_us(image: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"open\n"
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()  # noqa: ASYNC240
-        assert children
+        helpers = children(process.pid)
+        assert helpers
         process.kill()
-    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in helpers))
 
 
 # --- the web ----------------------------------------------------------------------------
@@ -285,10 +238,10 @@ async def test_a_password_reaches_the_server_and_nobody_else(
     leaf = tmp_path / "leaf.qcow2"
     with web_server(content, broken=[], password=secret) as uri:
         named = uri.replace("http://", f"http://me:{quote(secret)}@")
-        before = helpers()
+        before = children(os.getpid())
         async with open_backing(named) as backing:
             assert await read(backing, 0, SIZE) == content
-            (pid,) = helpers() - before
+            (pid,) = children(os.getpid()) - before
             for name in ("cmdline", "environ"):
                 told = Path(f"/proc/{pid}/{name}").read_bytes()  # noqa: ASYNC240
                 assert b"horse" not in told and b"ttery" not in told

@@ -1,32 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each QMP command does to a real disk and job, and that QEMU would answer alike."""
+"""What each QMP command does to a real disk and job."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from nbdstream.control.disks import DiskCommands
-from nbdstream.control.jobs import JobCommands
-from nbdstream.control.process import ProcessCommands
-from nbdstream.control.table import CommandTable
 from nbdstream.errors import BackingReadError
 from nbdstream.leaf.base import State
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import (
-    Command,
     CommandError,
     DeviceNotActive,
     DeviceNotFound,
     GenericError,
 )
 from nbdstream.streamer.job import JobStatus
-from testbed.peers import qemu_storage_daemon, run
 from tests.control_room import CONTENT, DEVICE, SIZE, ask, control_room
 
 CLUSTER = 2048
@@ -275,138 +264,3 @@ async def test_query_commands_lists_what_there_is(tmp_path: Path) -> None:
     async with control_room(tmp_path) as room:
         names = {entry["name"] for entry in await ask(room, "query-commands")}
         assert {"block-stream", "job-cancel", "query-commands", "quit", "x-nbdstream-map"} <= names
-
-
-# -- whatever comes in ------------------------------------------------------------------------
-
-VALUES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(min_value=-(2**70), max_value=2**70),
-    st.floats(allow_nan=False),
-    st.sampled_from([DEVICE, "", "other", "stop", "x" * 5000]),
-    st.lists(st.integers(), max_size=2),
-    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-)
-NAMES = ["device", "job-id", "id", "speed", "offset", "length", "limit", "enable", "force"]
-NAMES += ["seconds", "odd"]
-COMMANDS = [
-    "block-stream", "query-block-jobs", "query-jobs", "block-job-set-speed", "block-job-pause",
-    "block-job-resume", "block-job-cancel", "block-job-complete", "job-pause", "job-resume",
-    "job-cancel", "job-complete", "query-block", "query-version", "query-commands", "quit",
-    "x-nbdstream-stats", "x-nbdstream-map", "x-nbdstream-stream", "x-nbdstream-copy-on-read",
-    "x-nbdstream-finish-by", "x-nbdstream-finish-in",
-]  # fmt: skip
-REQUESTS = st.lists(
-    st.builds(
-        Command,
-        st.sampled_from(COMMANDS),
-        st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3),
-    ),
-    max_size=12,
-)
-
-
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(requests=REQUESTS)
-async def test_any_command_is_answered_or_refused(tmp_path: Path, requests: list[Command]) -> None:
-    """Nothing but a JSON value or a CommandError ever comes of a command, never "internal"."""
-    async with control_room(tmp_path) as room:
-        table = CommandTable(
-            ProcessCommands(room.stopped.set),
-            JobCommands(room.job, DEVICE),
-            DiskCommands(room.disk, room.job, DEVICE),
-        )
-        for request in requests:
-            try:
-                json.dumps(await table.execute(request), allow_nan=False)
-            except CommandError as error:
-                assert "internal error" not in error.desc
-
-
-async def test_the_fuzzed_commands_are_all_there_are(tmp_path: Path) -> None:
-    async with control_room(tmp_path) as room:
-        names = [entry["name"] for entry in await ask(room, "query-commands")]
-        assert names == sorted(COMMANDS)
-
-
-# -- as QEMU ---------------------------------------------------------------------------------
-
-
-async def attempt(qmp: QMPClient, command: str, /, **arguments: Any) -> Any:
-    """What a command returns, by shape: types instead of values; an error by its class."""
-    try:
-        value = await qmp.execute(command, arguments)
-    except CommandError as error:
-        return error.error_class
-    return shape(value)
-
-
-def shape(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: shape(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [shape(item) for item in value]
-    return value if isinstance(value, (str, bool)) else type(value).__name__
-
-
-async def session(qmp: QMPClient, let_it_finish: Callable[[], None]) -> list[Any]:
-    """The life of a stream job, as one client sees it."""
-    seen: list[Any] = []
-    seen.append(await attempt(qmp, "query-block-jobs"))
-    seen.append(await attempt(qmp, "block-job-pause", device="job0"))
-    seen.append(await attempt(qmp, "job-pause", id="job0"))
-    seen.append(await attempt(qmp, "block-stream"))
-    seen.append(await attempt(qmp, "block-stream", device=5))
-    seen.append(await attempt(qmp, "no-such-command"))
-    arguments = {"device": DEVICE, "job-id": "job0", "speed": 1 << 16}
-    await qmp.execute("block-stream", arguments)
-    await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "running"})
-    seen.append(await attempt(qmp, "block-job-complete", device="job0"))
-    seen.append(await attempt(qmp, "block-job-set-speed", device="job0", speed=-1))
-    seen.append(await attempt(qmp, "block-job-pause", device="job0"))
-    await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "paused"})
-    seen.append(await attempt(qmp, "query-block-jobs"))
-    seen.append(await attempt(qmp, "query-jobs"))
-    seen.append(await attempt(qmp, "block-job-pause", device="job0"))
-    seen.append(await attempt(qmp, "block-job-cancel", device="job0"))
-    seen.append(await attempt(qmp, "block-job-resume", device="job0"))
-    await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "running"})
-    seen.append(await attempt(qmp, "block-job-resume", device="job0"))
-    seen.append(await attempt(qmp, "block-job-set-speed", device="job0", speed=0))
-    let_it_finish()
-    for event in ("JOB_STATUS_CHANGE", "JOB_STATUS_CHANGE", "BLOCK_JOB_COMPLETED"):
-        happened = await qmp.wait_event(event)
-        seen.append((happened.name, shape(happened.data)))
-    for _ in range(2):
-        happened = await qmp.wait_event("JOB_STATUS_CHANGE")
-        seen.append((happened.name, shape(happened.data)))
-    seen.append(await attempt(qmp, "query-jobs"))
-    seen.append(await attempt(qmp, "block-job-cancel", device="job0"))
-    return seen
-
-
-async def test_a_client_cannot_tell_us_from_qemu(tmp_path: Path) -> None:
-    """The same session, with QEMU's storage daemon and with us: same replies and events."""
-    base, leaf = tmp_path / "base.raw", tmp_path / "leaf.qcow2"
-    base.write_bytes(b"\x55" * (2 << 20))
-    run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", leaf])
-    blockdev = f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={leaf}"
-    with qemu_storage_daemon("--blockdev", blockdev) as daemon:
-        assert daemon.control is not None
-        async with QMPClient.connect(daemon.control) as qmp:
-            with trio.fail_after(30):
-                # At 64 KiB a second its job lasts until the session lifts the cap.
-                theirs = await session(qmp, lambda: None)
-
-    async with control_room(tmp_path, gated=True) as room, QMPClient.connect(room.path) as qmp:
-
-        def let_it_finish() -> None:
-            room.backing.gated = False
-            for read in room.backing.waiting:
-                read.gate.set()
-
-        ours = await session(qmp, let_it_finish)
-    assert ours == theirs

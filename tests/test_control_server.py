@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket: who may connect, what clients of every kind get, what events do."""
+"""The control socket: who may connect, and what clients of every kind get."""
 
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +14,19 @@ from nbdstream.control import listen_control
 from nbdstream.control.encoding import encode_in_turns
 from nbdstream.control.server import BACKLOG_LIMIT, MAX_CLIENTS, SILENCE
 from nbdstream.errors import UsageError
-from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import COMMAND_LIMIT, Return, encode
-from tests.control_room import DEVICE, Room, control_room
+from tests.control_room import (
+    DEVICE,
+    NEGOTIATE,
+    Connect,
+    RawClient,
+    Room,
+    control_room,
+    fill_up,
+    raw_clients,
+)
 
-NEGOTIATE = b'{"execute":"qmp_capabilities"}\n'
-
-
-class RawClient:
-    """A client that sends bytes as they are and takes the replies apart."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self.stream = stream
-        self._buffer = b""
-
-    async def send(self, data: bytes) -> None:
-        await self.stream.send_all(data)
-
-    async def message(self) -> dict[str, Any]:
-        while b"\n" not in self._buffer:
-            data = await self.stream.receive_some()
-            assert data, "the server hung up"
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    async def rest(self) -> bytes:
-        """Everything up to the end of the connection."""
-        data = self._buffer
-        while more := await self.stream.receive_some():
-            data += more
-        return data
-
-
-Connect = Callable[..., Awaitable[RawClient]]
-
-
-@pytest.fixture
-async def connect() -> AsyncIterator[Connect]:
-    """Connects to rooms; what it connected is closed at the test's end."""
-    async with AsyncExitStack() as stack:
-
-        async def connect(room: Room, *, negotiate: bool = True) -> RawClient:
-            stream = await trio.open_unix_socket(str(room.path))
-            client = RawClient(await stack.enter_async_context(stream))
-            assert "QMP" in await client.message()
-            if negotiate:
-                await client.send(NEGOTIATE)
-                assert await client.message() == {"return": {}}
-            return client
-
-        yield connect
+connect = pytest.fixture(raw_clients)
 
 
 # -- the socket ------------------------------------------------------------------------------
@@ -243,84 +202,7 @@ async def test_a_client_that_reads_nothing_does_not_hold_up_the_end(
     assert (await client.rest()).count(b"\n") > 0
 
 
-# -- events ----------------------------------------------------------------------------------
-
-
-def fill_up(room: Room, size: int) -> None:
-    """Emit events of so many bytes in all, with no chance for anybody to send them."""
-    for _ in range(size // 1000):
-        room.server.emit("X_FILL", {"blob": "x" * 900})
-
-
-async def test_all_negotiated_clients_get_events_and_others_none(
-    tmp_path: Path, connect: Connect
-) -> None:
-    async with control_room(tmp_path) as room:
-        clients = [await connect(room) for _ in range(3)]
-        silent = await connect(room, negotiate=False)
-        room.server.emit("X_TEST", {"number": 5})
-        for client in clients:
-            event = await client.message()
-            assert event["event"] == "X_TEST" and event["data"] == {"number": 5}
-            assert event["timestamp"].keys() == {"seconds", "microseconds"}
-        await silent.send(NEGOTIATE)
-        assert await silent.message() == {"return": {}}
-
-
-async def test_events_of_a_command_come_before_its_reply(tmp_path: Path, connect: Connect) -> None:
-    async with control_room(tmp_path, gated=True) as room:
-        client = await connect(room)
-        request = {"execute": "block-stream", "arguments": {"device": DEVICE}}
-        await client.send(json.dumps(request).encode() + b"\n")
-        got = [await client.message() for _ in range(3)]
-        assert [message.get("data", {}).get("status") for message in got] == [
-            "created",
-            "running",
-            None,
-        ]
-        assert got[2] == {"return": {}}
-
-
-async def test_a_client_that_does_not_read_its_events_is_dropped(
-    tmp_path: Path, connect: Connect
-) -> None:
-    async with control_room(tmp_path) as room, QMPClient.connect(room.path) as attentive:
-        deaf = await connect(room)
-        heard = 0
-        with attentive.events() as events:
-            while heard < 8 * BACKLOG_LIMIT // 1000:
-                # In pieces, so that one who reads can keep up.
-                fill_up(room, BACKLOG_LIMIT // 4)
-                for _ in range(BACKLOG_LIMIT // 4 // 1000):
-                    await events.wait("X_FILL")
-                    heard += 1
-        await deaf.rest()  # comes to an end, though the server goes on
-        assert await attentive.execute("query-jobs") == []
-
-
-async def test_a_client_that_reads_no_replies_stalls_itself_alone(
-    tmp_path: Path, connect: Connect
-) -> None:
-    count = 20_000
-    async with control_room(tmp_path) as room, trio.open_nursery() as nursery:
-        greedy, other = await connect(room), await connect(room)
-        sent = trio.Event()
-
-        async def ask_much() -> None:
-            for number in range(count):
-                await greedy.send(b'{"execute":"query-commands","id":%d}\n' % number)
-            sent.set()
-
-        nursery.start_soon(ask_much)
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        assert not sent.is_set(), "the server took in more than it should"
-        await other.send(b'{"execute":"query-jobs"}\n')
-        assert await other.message() == {"return": []}
-        for number in range(count):
-            assert (await greedy.message())["id"] == number
-
-
-# --- too many clients, and long replies -----------------------------------------------------
+# -- too many clients, and long replies ------------------------------------------------------
 
 
 async def test_a_client_too_many_takes_the_place_of_a_silent_one(

@@ -22,6 +22,7 @@ from nbdstream.backing import Priority, confine, formats, open_backing
 from nbdstream.errors import BackingError, LeafError, NbdstreamError, UsageError
 from nbdstream.leaf import open_leaf
 from testbed import peers
+from testbed.processes import children
 
 MIB = 1 << 20
 WORDS = b"the canary sings. "
@@ -381,26 +382,20 @@ async def test_an_image_that_turns_hostile_before_a_helper_is_started_again(
 ) -> None:
     image = tmp_path / "image"
     image.write_bytes(qcow2())
-    before = children()
+    before = children(os.getpid())
     with peers.nbdkit("file", image) as peer, trio.fail_after(SECONDS):
         async with open_backing(f"qcow2+{peer.uri}", timeout=0.1) as backing:
             confined = backing.statistics().sandbox
             assert "Landlock" in confined or "namespaces" in confined
             image.write_bytes(HOSTILE[name](os.fsencode(canary))[1])
-            (helper,) = children() - before - {peer.pid}
+            (helper,) = children(os.getpid()) - before - {peer.pid}
             os.kill(helper, signal.SIGKILL)
-            while not children() - before - {peer.pid, helper}:  # noqa: ASYNC110
+            while not children(os.getpid()) - before - {peer.pid, helper}:  # noqa: ASYNC110
                 await trio.sleep(0.01)
             data = bytearray(MIB)
             with contextlib.suppress(NbdstreamError):
                 await backing.read(memoryview(data), 0, Priority.DEMAND)
             assert WORDS not in data
-
-
-def children() -> set[int]:
-    """The processes that this one has started."""
-    task = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    return set(map(int, task.read_text().split()))
 
 
 @pytest.mark.parametrize(

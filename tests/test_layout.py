@@ -40,13 +40,6 @@ FLOORS = (
 OVER_LONG = {
     "testbed.link.proxy",
     "testbed.migrations.faults",
-    "tests.leaf_conformance",
-    "tests.leaf_powercut",
-    "tests.powercut",
-    "tests.test_backing_nbd",
-    "tests.test_control_cli",
-    "tests.test_control_commands",
-    "tests.test_control_server",
     "tests.test_disk_races",
     "tests.test_hostile_images",
     "tests.test_leaf_qcow2_damage",

@@ -26,6 +26,7 @@ from testbed.peers import (
     run,
     temporary_directory,
 )
+from testbed.processes import children
 
 MIB = 1 << 20
 SIZE = 24 * MIB + 4096 + 512  # no multiple of any cluster size, nor of a block
@@ -144,10 +145,6 @@ def links(pid: int) -> list[str]:
         with suppress(FileNotFoundError):
             found.append(str(fd.readlink()))
     return found
-
-
-def children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_a_backing_that_another_tool_recorded_is_used_once_the_user_has_named_it(
