@@ -2,7 +2,8 @@
 """The streamed disk: a local leaf whose missing clusters come from a remote backing."""
 
 from nbdstream.disk.changes import DetectZeroes
-from nbdstream.disk.disk import StreamedDisk, open_disk
+from nbdstream.disk.disk import StreamedDisk
+from nbdstream.disk.opening import open_disk
 from nbdstream.disk.populate import Unit
 from nbdstream.disk.rounding import round_off
 

@@ -16,8 +16,7 @@ becomes of the rest. docs/concurrency.md walks through the races; in short:
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 
@@ -27,7 +26,7 @@ from nbdstream.backing.base import Backing, Priority
 from nbdstream.disk.atomic import Atomically
 from nbdstream.disk.changes import Changer, DetectZeroes
 from nbdstream.disk.fetch import Fetch, Fetcher
-from nbdstream.disk.flush import Flusher, run_checkpoints
+from nbdstream.disk.flush import Flusher
 from nbdstream.disk.gate import Gate, GateState
 from nbdstream.disk.lookup import Lookup
 from nbdstream.disk.populate import LOOK_PIECE, Populator, Unit, first_gap
@@ -47,50 +46,9 @@ from nbdstream.leaf.base import (
     LeafExtent,
 )
 from nbdstream.leaf.files import hot_read_flags
-from nbdstream.tasks import start_contained
 
 # In the hot path globals are faster than attributes of enums.
 _MISS, _DONE, _ZERO = Hit.MISS, Hit.DONE, Hit.ZERO
-
-
-@asynccontextmanager
-async def open_disk(
-    leaf: Leaf,
-    backing: Backing | None,
-    *,
-    copy_on_read: bool = True,
-    detect_zeroes: DetectZeroes = DetectZeroes.OFF,
-    health: Health | None = None,
-) -> AsyncIterator["StreamedDisk"]:
-    """A disk over an open leaf and its backing, and the tasks that belong to it.
-
-    ``health`` is where failures are reported that end nothing else.
-
-    At the end, fetches under way are dropped, and what the leaf has is flushed; leaf and
-    backing stay open, they are the caller's. Raises OSError if that last flush fails.
-    """
-    with closing(Writeback(leaf.fd)) as writeback:
-        async with trio.open_nursery() as nursery:
-            disk = StreamedDisk(
-                leaf,
-                backing,
-                nursery,
-                copy_on_read=copy_on_read,
-                detect_zeroes=detect_zeroes,
-                health=health or Health(),
-                writeback=writeback,
-            )
-            if not leaf.read_only:
-                report = disk.health.report
-                start_contained(nursery, "checkpoints", report, run_checkpoints, leaf, disk.flush)
-                start_contained(nursery, "writeback", report, writeback.run)
-            try:
-                yield disk
-            finally:
-                nursery.cancel_scope.cancel()
-        if not leaf.read_only:
-            with trio.CancelScope(shield=True):
-                await disk.flush()
 
 
 class StreamedDisk:
@@ -119,7 +77,6 @@ class StreamedDisk:
         health: Health,
         writeback: Writeback,
     ) -> None:
-        self.leaf = leaf
         self.backing = backing
         self.name = ""
         self.description = ""
@@ -137,10 +94,17 @@ class StreamedDisk:
         self.health = health
         self.completed = trio.Event()
         self.writeback = writeback
+        self._nursery = nursery
+        self._earlier: dict[str, int] = {}
+        self._attach(leaf)
+
+    def _attach(self, leaf: Leaf) -> None:
+        """Put the parts together that work on this leaf."""
+        self.leaf = leaf
         self._locate: Callable[[int, int], int] = leaf.locate
         self._hot = hot_read_flags(leaf.fd)
         self._flusher = Flusher(leaf)
-        self._lookup = Lookup(leaf, backing)
+        self._lookup = Lookup(leaf, self.backing)
         self._atomically = Atomically(self.flush, self.gate)
         self._reader = Reader(leaf, self._lookup, self._atomically, self._demand, self._hot)
         changes = Changer(
@@ -148,8 +112,8 @@ class StreamedDisk:
             self._lookup,
             self._atomically,
             gate=self.gate,
-            writeback=writeback,
-            detect_zeroes=detect_zeroes,
+            writeback=self.writeback,
+            detect_zeroes=self.detect_zeroes,
             read=self._reader.read,
             fetch=self._fetch_for_write,
             flush=self.flush,
@@ -158,19 +122,21 @@ class StreamedDisk:
         self._fetcher: Fetcher | None = None
         self._populator: Populator | None = None
         self._readahead: Readahead | None = None
-        if backing is not None:
-            backing.set_unit_least(leaf.cluster_size)
-            report = self.health.report
-            stored = self.writeback.stored
-            fetcher = Fetcher(leaf, backing, nursery, self._atomically, report, stored)
-            self._fetcher = fetcher
-            if not leaf.read_only:
-                self._populator = Populator(
-                    leaf, backing, self._lookup, fetcher, self._atomically, self.writeback
-                )
-                self._readahead = Readahead(
-                    leaf, backing, fetcher, nursery, self.leaf_extents, report
-                )
+        if self.backing is not None:
+            self._attach_backing(leaf, self.backing)
+
+    def _attach_backing(self, leaf: Leaf, backing: Backing) -> None:
+        backing.set_unit_least(leaf.cluster_size)
+        report, stored = self.health.report, self.writeback.stored
+        fetcher = Fetcher(leaf, backing, self._nursery, self._atomically, report, stored)
+        self._fetcher = fetcher
+        if not leaf.read_only:
+            self._populator = Populator(
+                leaf, backing, self._lookup, fetcher, self._atomically, self.writeback
+            )
+            self._readahead = Readahead(
+                leaf, backing, fetcher, self._nursery, self.leaf_extents, report
+            )
 
     # -- the hot path ----------------------------------------------------------------
 
@@ -270,8 +236,8 @@ class StreamedDisk:
             await self._flusher.flush()
 
     async def let_go(self, reason: str) -> None:
-        """Make everything durable, then close the leaf and unlock it, for good: from now on
-        flushes succeed, and nothing else does. No request and no job is under way.
+        """Make everything durable, then close the leaf and unlock it: from now on flushes
+        succeed, and nothing else does. No request and no job is under way.
 
         Raises:
             OSError, LeafError: the leaf could not be left clean; it is closed all the same.
@@ -283,6 +249,12 @@ class StreamedDisk:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self.leaf.close)
+
+    def take_back(self, leaf: Leaf) -> None:
+        """Go on with the image that was let go of, opened again; the disk closes it at its end."""
+        self._earlier = self._counted()
+        self._attach(leaf)
+        self.gate.open()
 
     # -- whose copy counts (migration) -------------------------------------------------
 
@@ -377,19 +349,26 @@ class StreamedDisk:
 
     def statistics(self) -> dict[str, int]:
         """Counters since the disk was opened, in bytes where the name says so."""
-        fetcher = self._fetcher
         return {
             "demand_misses": self.demand_misses,
             "demand_bytes": self.demand_bytes,
             "copy_on_write": self.copy_on_write,
+            "fetches_in_flight": self._fetcher.in_flight if self._fetcher else 0,
+            **self._counted(),
+        }
+
+    def _counted(self) -> dict[str, int]:
+        """What the parts have counted that work on this leaf, and those before a take-back."""
+        fetcher = self._fetcher
+        counts = {
             "flushes": self._flusher.flushes,
-            "fetches_in_flight": fetcher.in_flight if fetcher else 0,
             "fetched_bytes": fetcher.fetched_bytes if fetcher else 0,
             "stored_bytes": fetcher.stored_bytes if fetcher else 0,
             "zero_bytes": fetcher.zero_bytes if fetcher else 0,
             "store_failures": fetcher.store_failures if fetcher else 0,
             "readahead_bytes": self._readahead.bytes if self._readahead else 0,
         }
+        return {name: count + self._earlier.get(name, 0) for name, count in counts.items()}
 
 
 def _nowhere(_offset: int, _length: int) -> int:

@@ -17,8 +17,9 @@ metadata can be repeated.
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import trio
 
@@ -91,17 +92,24 @@ def _system_errors() -> Iterator[None]:
 CHECKPOINT_INTERVAL = 5.0
 
 
-async def run_checkpoints(leaf: Leaf, flush: Callable[[], Awaitable[None]]) -> None:
-    """Now and then make durable what has become local, so that a crash costs little.
+class Flushable(Protocol):
+    """A disk. Its leaf is another one after it was let go of and taken back."""
 
-    Ends when a sync has failed: no later flush can succeed.
-    """
+    leaf: Leaf
+
+    async def flush(self) -> None: ...
+
+
+async def run_checkpoints(disk: Flushable) -> None:
+    """Now and then make durable what has become local, so that a crash costs little."""
+    failed: Leaf | None = None  # a sync has failed: no later flush of this leaf can succeed
     while True:
         await trio.sleep(CHECKPOINT_INTERVAL)
-        if leaf.dirty:
+        leaf = disk.leaf
+        if leaf.dirty and leaf is not failed:
             try:
-                await flush()
+                await disk.flush()
             except SyncError:
-                return  # the leaf has logged it, and tells every client that flushes
+                failed = leaf  # it has logged that, and tells every client that flushes
             except OSError as error:
                 log.warning("%s: cannot make durable what is local: %s", leaf.path, error)

@@ -8,8 +8,13 @@ leaf is opened again and the requests go on.
 
 What must hold: the leaf's lock says who has it. It is closed before this says that it was let
 go of, and it is taken back only if the lock can be had, and only if it is the same file.
+
+The process that asked for the leaf may die before it has opened it. So after `HOLD_SECONDS` the
+leaf is taken back without being asked. While another process has the lock, requests go on being
+held, and `StreamedDisk.gate` says so.
 """
 
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,27 +22,35 @@ from pathlib import Path
 
 import trio
 
-from nbdstream.disk import StreamedDisk, open_disk
-from nbdstream.errors import LeafError, UsageError
+from nbdstream.disk import StreamedDisk
+from nbdstream.disk.gate import GateState
+from nbdstream.errors import LeafError, LeafInUseError, UsageError
 from nbdstream.export import StatusExtent
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import Leaf
+from nbdstream.tasks import start_contained
+
+log = logging.getLogger(__name__)
 
 _REASON = "the leaf was let go of: another process may have it"
 # Seconds that requests under way get to end before the leaf is closed.
 DRAIN_SECONDS = 5.0
+# Seconds after which a leaf is taken back unasked, longer than a pivot and its way back take; then
+# seconds between attempts.
+HOLD_SECONDS = 60.0
+RETRY_SECONDS = 5.0
 
 
 class Custody:
     """Implements `nbdstream.export.Export` over a disk whose leaf may be let go of.
 
     Attributes:
-        disk: the disk over the leaf; another one after each time that it was taken back.
+        disk: the disk over the leaf.
         let_go: whether the leaf is closed, and requests are held.
     """
 
     def __init__(self, disk: StreamedDisk, nursery: trio.Nursery) -> None:
-        """``nursery`` keeps a leaf that was taken back; cancelled, the leaf is closed clean."""
+        """``nursery`` runs the task that takes the leaf back unasked."""
         self.disk = disk
         self.let_go = False
         self.name = disk.name
@@ -45,13 +58,15 @@ class Custody:
         self.size = disk.size
         self.read_only = disk.read_only
         self.preferred_block_size = disk.preferred_block_size
-        # Connections keep these two. Once the leaf was let go of, the disk's only say MISS.
+        # Connections keep these two. While the leaf is let go of, they only say MISS.
         self.read_nowait = disk.read_nowait
         self.write_nowait = disk.write_nowait
         self._nursery = nursery
+        self._path = disk.leaf.path
         self._identity = _identity(disk.leaf.fd)
         self._turn = trio.Lock()
         self._busy = 0
+        self._watch = trio.CancelScope()
         self._changed = trio.lowlevel.ParkingLot()
 
     # -- requests ------------------------------------------------------------------------
@@ -129,6 +144,10 @@ class Custody:
                 raise UsageError(reason)
             self.let_go = True
             await self._drain()
+            self._watch = trio.CancelScope()
+            start_contained(
+                self._nursery, "letting go", self.disk.health.report, self._watch_over, self._watch
+            )
             with trio.CancelScope(shield=True):
                 await self.disk.let_go(_REASON)
 
@@ -145,35 +164,45 @@ class Custody:
         if self._busy:
             raise UsageError("requests are under way that do not end: try again")
 
-    async def take_back(self) -> None:
-        """Open the leaf again and go on with the requests that were held. Does nothing if the
-        leaf was not let go of.
+    async def take_back(self) -> bool:
+        """Open the leaf again and go on with the requests that were held.
+
+        Returns:
+            False if the leaf was not let go of; nothing was done then.
 
         Raises:
             LeafInUseError: another process has it; requests go on being held.
             LeafError, OSError: it is not the leaf any more, or cannot be opened; likewise.
         """
         async with self._turn:
-            if self.let_go:
-                with trio.CancelScope(shield=True):
-                    self.disk = await self._nursery.start(self._keep_open)
-                self._go_on()
-
-    async def _keep_open(
-        self, *, task_status: trio.TaskStatus[StreamedDisk] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """A task: a disk over the leaf, opened again, until cancelled."""
-        leaf = await trio.to_thread.run_sync(self._open)
-        try:
-            async with open_disk(
-                leaf, None, detect_zeroes=self.disk.detect_zeroes, health=self.disk.health
-            ) as disk:
-                disk.name = self.name
-                task_status.started(disk)
-                await trio.sleep_forever()
-        finally:
+            if not self.let_go:
+                return False
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(leaf.close)
+                leaf = await trio.to_thread.run_sync(self._open)
+            self.disk.take_back(leaf)
+            self._watch.cancel()
+            self._go_on()
+            return True
+
+    async def _watch_over(self, scope: trio.CancelScope) -> None:
+        """A task: take the leaf back if it was let go of for too long."""
+        with scope:
+            await trio.sleep(HOLD_SECONDS)
+            while self.let_go:
+                try:
+                    with trio.CancelScope(shield=True):
+                        if await self.take_back():
+                            log.warning("%s was not taken over: it is served again", self._path)
+                except (LeafError, OSError) as error:
+                    self._still_held(error)
+                await trio.sleep(RETRY_SECONDS)
+
+    def _still_held(self, error: Exception) -> None:
+        taken = isinstance(error, LeafInUseError)
+        reason = f"{_REASON}; {'requests are held while one does' if taken else error}"
+        if reason != self.disk.gate.reason:
+            log.warning("%s: %s", self._path, reason)
+            self.disk.gate.close(GateState.LET_GO, reason)
 
     def _open(self) -> Leaf:
         old = self.disk.leaf

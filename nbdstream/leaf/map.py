@@ -4,6 +4,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from nbdstream.leaf.base import ColdMetadata, Leaf, LeafExtent, State, joined
 
@@ -51,7 +52,7 @@ def image_info(leaf: Leaf) -> dict[str, object]:
         "filename": leaf.path,
         "format": leaf.format,
         "virtual-size": leaf.size,
-        "actual-size": os.fstat(leaf.fd).st_blocks * 512,
+        "actual-size": _status(leaf).st_blocks * 512,
         "cluster-size": leaf.cluster_size,
     }
     if leaf.backing is not None:
@@ -60,6 +61,11 @@ def image_info(leaf: Leaf) -> dict[str, object]:
     if details := leaf.describe():
         info["format-specific"] = {"type": leaf.format, "data": details}
     return info
+
+
+def _status(leaf: Leaf) -> os.stat_result:
+    # One that was let go of is closed.
+    return os.fstat(leaf.fd) if leaf.fd >= 0 else Path(leaf.path).stat()
 
 
 def map_entry(extent: LeafExtent) -> dict[str, object]:
