@@ -9,8 +9,9 @@ import pytest
 import trio
 
 from nbdstream.guest.disks import Disk
-from nbdstream.pivot.nodes import PivotError
-from nbdstream.pivot.run import PivotDisk, pivot
+from nbdstream.pivot.leftovers import PivotDisk
+from nbdstream.pivot.run import pivot
+from nbdstream.pivot.servers import ControlledServer, Monitor, PivotError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import GenericError
 from testbed.migrations import arrangement, pulse
@@ -37,7 +38,7 @@ async def test_a_guest_goes_on_from_its_leaf(
     beats = pulse.Pulse()
     execute = QMPClient.execute
 
-    async def attempt(qmp: str, disk: PivotDisk, step: str) -> None:
+    async def attempt(qmp: Monitor, disk: PivotDisk, step: str) -> None:
         """Fail at a step after it was carried out."""
 
         async def fail(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
@@ -58,21 +59,22 @@ async def test_a_guest_goes_on_from_its_leaf(
 
     with nbdkit("file", busybox_disk, readonly=True) as far:
         with nbdstream_serve(leaf, far.uri) as server:
-            disk = PivotDisk(str(server.control))
+            disk = PivotDisk(ControlledServer(str(server.control)))
+            qmp = Monitor.at(ends.path("source.qmp"))
             async with (
                 arrangement.source(ends, Disk.nbd(server.uri)) as guest,
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(beats.listen, ends.path("source.pulse"), ends.path("none"))
                 await guest.console.send(pulse.LOOP + "\n")
-                await wait_local(disk.control)
+                await wait_local(str(server.control))
                 for step in STEPS:
-                    await attempt(ends.path("source.qmp"), disk, step)
+                    await attempt(qmp, disk, step)
                     seen = last_acknowledged(guest.console.transcript)
                     await guest.console.wait_for(rf"ACK {seen + 2}\b", 60)
                 await beats.wait_here(20)
                 first = len(beats.here)
-                stopped = await pivot(ends.path("source.qmp"), [disk])
+                stopped = await pivot(qmp, [disk])
                 await beats.wait_here(first + 20)
                 pause = longest(beats.here[first - 1 :])
                 usual = longest(beats.here[:first])

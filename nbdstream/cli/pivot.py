@@ -6,8 +6,9 @@ import trio
 
 from nbdstream.cli.output import say
 from nbdstream.errors import UsageError
-from nbdstream.pivot.run import PivotDisk
+from nbdstream.pivot.leftovers import PivotDisk
 from nbdstream.pivot.run import pivot as run_pivot
+from nbdstream.pivot.servers import ControlledServer, Monitor
 
 
 @click.command()
@@ -31,6 +32,9 @@ def pivot(controls: tuple[str, ...], qmp: str, leaf_paths: tuple[str, ...]) -> N
     if leaf_paths and len(leaf_paths) != len(controls):
         raise UsageError("give --leaf-path once per CONTROL, or not at all")
     paths = leaf_paths or ("",) * len(controls)
-    disks = [PivotDisk(*pair) for pair in zip(controls, paths, strict=True)]
-    pause = trio.run(run_pivot, qmp, disks)
+    disks = [
+        PivotDisk(ControlledServer(control), path)
+        for control, path in zip(controls, paths, strict=True)
+    ]
+    pause = trio.run(run_pivot, Monitor.at(qmp), disks)
     say(f"pivoted: QEMU uses the leaf itself; the guest was stopped for {pause:.3f} s")

@@ -2,22 +2,31 @@
 """One pivot from beginning to end, or back to where it began; docs/pivot.md has the table.
 
 All that can be checked is checked while the guest runs. Then the guest is stopped, each server
-lets go of its leaf, QEMU opens the leaves and puts all of them into the place of the exports
-in one transaction, and the guest goes on. Whatever fails is settled by a look at QEMU's block
-graph: it says whether the disks are on the leaves or on the exports, and with that which way
-to go.
+lets go of its leaf, QEMU opens the leaves and puts them into the place of the exports, and the
+guest goes on. Whatever fails is settled by a look at QEMU's block graph: it says which disks are
+on the leaves and which on the exports, and with that which way to go.
 """
 
 import logging
 import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import trio
 
 from nbdstream.errors import NbdstreamError
-from nbdstream.pivot.nodes import Attached, Graph, PivotError
+from nbdstream.pivot.leftovers import (
+    LEAF,
+    PROBE,
+    PivotDisk,
+    clear_up,
+    forget_stop,
+    go_on,
+    remember_stop,
+)
+from nbdstream.pivot.nodes import Attached, Graph
+from nbdstream.pivot.servers import DiskServer, Monitor, PivotError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import CommandError, JSONObject, QMPError
 
@@ -25,27 +34,18 @@ log = logging.getLogger(__name__)
 
 # blockdev-reopen is stable from here on.
 QEMU_LEAST = (6, 1)
-# Seconds that one step gets while the guest stands still, and that a server gets to end.
+# Seconds that the checks get, and that the steps get while the guest stands still.
+CHECK_SECONDS = 30.0
 STEP_SECONDS = 20.0
-END_SECONDS = 20.0
-_NODE = "nbdstream-leaf-"
-_PROBE = "nbdstream-probe"
-
-
-@dataclass(frozen=True)
-class PivotDisk:
-    """``control`` is the socket of the disk's server; ``leaf_path`` the leaf as QEMU sees it,
-    "" if that is the path which the server uses."""
-
-    control: str
-    leaf_path: str = ""
+TAKE_BACK_SECONDS = 3.0
+_POLL = 0.1
 
 
 @dataclass(frozen=True)
 class _Prepared:
     """A disk that has passed the checks."""
 
-    control: str
+    server: DiskServer
     leaf: str
     format: str
     attached: Attached
@@ -53,64 +53,74 @@ class _Prepared:
 
     def leaf_node(self) -> JSONObject:
         """Arguments of blockdev-add for the leaf."""
-        raw = self.attached.raw
-        common = {
-            "read-only": raw["ro"],
-            "cache": {key: raw["cache"][key] for key in ("direct", "no-flush")},
-            "discard": "unmap",
-        }
+        common = {**self._kept(), "discard": "unmap"}
         node = {"driver": self.format, "node-name": self.node, **common}
         if self.format != "raw":
             node["backing"] = None  # all is local, whatever the leaf still names
+        if self.attached.device:
+            node["detect-zeroes"] = self.attached.top["detect_zeroes"]
         return {**node, "file": {"driver": "file", "filename": self.leaf, **common}}
 
-    def reopened(self, file: str) -> JSONObject:
+    def reopened(self) -> JSONObject:
         """Options of blockdev-reopen for the guest's disk; those that are not given would be
         set to their defaults."""
-        raw = self.attached.raw
         return {
             "driver": "raw",
             "node-name": self.attached.name,
-            "read-only": raw["ro"],
-            "cache": {key: raw["cache"][key] for key in ("direct", "no-flush")},
-            "detect-zeroes": raw["detect_zeroes"],
+            **self._kept(),
+            "detect-zeroes": self.attached.top["detect_zeroes"],
             "discard": "unmap",
-            "file": file,
+            "file": self.node,
         }
 
+    def _kept(self) -> JSONObject:
+        top = self.attached.top
+        cache = {key: top["cache"][key] for key in ("direct", "no-flush")}
+        return {"read-only": top["ro"], "cache": cache}
 
-async def pivot(qmp: str, disks: Sequence[PivotDisk]) -> float:
-    """Have the guest of the QEMU at ``qmp`` go on from its leaves; end their servers.
+
+async def pivot(monitor: Monitor, disks: Sequence[PivotDisk]) -> float:
+    """Have the guest of this QEMU go on from its leaves; end their servers.
 
     Returns:
-        Seconds for which the guest was stopped; 0 if it was paused already (it stays so).
+        Seconds for which the guest was stopped; 0 if it was paused already (it stays so), or if
+        nothing was left to do.
 
     Raises:
         PivotError: it did not take place. The message says where the guest is.
-        QMPError: a socket does not answer; nothing was changed.
+        NbdstreamError, OSError: a socket does not answer, or a leaf that an earlier pivot had let
+            go of cannot be taken back.
     """
-    async with QMPClient.connect(qmp) as qemu:
-        await _clean(qemu, disks)
-        prepared = await _prepare(qemu, disks)
-        running = (await qemu.execute("query-status"))["running"]
-        # Not to be cancelled: the guest stands still, and each step takes a short time.
+    async with monitor.turn():
+        async with monitor.open() as qemu:
+            with _in_time(CHECK_SECONDS):
+                rest = await clear_up(qemu, disks)
+                prepared = await _prepare(qemu, rest)
+                running = (await qemu.execute("query-status"))["running"]
+            if not prepared:
+                return 0.0
+            # Not to be cancelled: the guest stands still, and each step takes a short time.
+            with trio.CancelScope(shield=True):
+                began = trio.current_time()
+                try:
+                    pause = await _switch(qemu, prepared, running=running)
+                except (NbdstreamError, OSError, trio.TooSlowError) as error:
+                    failure = error
+                else:
+                    await _leave(qemu, prepared)
+                    return pause
         with trio.CancelScope(shield=True):
-            began = trio.current_time()
-            try:
-                await _switch(qemu, prepared, running=running)
-            except (NbdstreamError, OSError, trio.TooSlowError) as error:
-                failure = error
-            else:
-                await _end_servers(prepared)
-                return trio.current_time() - began if running else 0.0
-    with trio.CancelScope(shield=True):
-        await _settle(qmp, prepared, failure, running=running)
-    return trio.current_time() - began if running else 0.0
+            await _settle(monitor, prepared, failure, running=running)
+        return trio.current_time() - began if running else 0.0
 
 
-def _new_name() -> str:
-    """A name for a leaf's node that QEMU has not given to another one."""
-    return _NODE + secrets.token_hex(4)
+@contextmanager
+def _in_time(seconds: float) -> Iterator[None]:
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError as error:
+        raise PivotError(f"QEMU or a server gives no answer in {seconds:g} s") from error
 
 
 # -- before -----------------------------------------------------------------------------------
@@ -126,12 +136,12 @@ async def _prepare(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[_Prepare
     graph = await Graph.of(qemu)
     prepared = []
     for disk in disks:
-        facts = await _ask(disk.control, "x-nbdstream-pivot-query")
+        facts = await disk.server.facts()
         if reason := facts.get("refused"):
             raise PivotError(f"{facts['leaf']}: {reason}")
         attached = graph.find(facts["uris"])
-        leaf = disk.leaf_path or facts["leaf"]
-        prepared.append(_Prepared(disk.control, leaf, facts["format"], attached, _new_name()))
+        leaf, node = disk.leaf_path or facts["leaf"], LEAF + secrets.token_hex(4)
+        prepared.append(_Prepared(disk.server, leaf, facts["format"], attached, node))
         await _probe(qemu, prepared[-1])
     if len({one.attached.name for one in prepared}) < len(prepared):
         raise PivotError("the same disk is named twice")
@@ -140,121 +150,136 @@ async def _prepare(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[_Prepare
 
 async def _probe(qemu: QMPClient, disk: _Prepared) -> None:
     """Whether QEMU can open the leaf's file. It takes no lock and reads nothing of it."""
-    node = {"driver": "file", "node-name": _PROBE, "filename": disk.leaf, "locking": "off"}
+    node = {"driver": "file", "node-name": PROBE, "filename": disk.leaf, "locking": "off"}
     try:
-        await qemu.execute("blockdev-add", {**node, "read-only": disk.attached.raw["ro"]})
+        await qemu.execute("blockdev-add", {**node, "read-only": disk.attached.top["ro"]})
     except CommandError as error:
         raise PivotError(
             f"QEMU cannot open the leaf: {error}. It needs the right to read and write the file,"
             " and its own path of it (--leaf-path)"
         ) from error
-    await qemu.execute("blockdev-del", {"node-name": _PROBE})
-
-
-async def _clean(qemu: QMPClient, disks: Sequence[PivotDisk]) -> None:
-    """Undo what a pivot that was killed has left: nodes of leaves that no disk uses, and leaves
-    that were let go of."""
-    for node in await qemu.execute("query-named-block-nodes", {"flat": True}):
-        name = node["node-name"]
-        if name == _PROBE or name.startswith(_NODE):
-            with suppress(CommandError):  # in use: by a disk that has been pivoted
-                await qemu.execute("blockdev-del", {"node-name": name})
-    for disk in disks:
-        if (await _ask(disk.control, "x-nbdstream-pivot-query"))["let-go"]:
-            await _ask(disk.control, "x-nbdstream-take-back")
+    await qemu.execute("blockdev-del", {"node-name": PROBE})
 
 
 # -- forth ------------------------------------------------------------------------------------
 
 
-async def _switch(qemu: QMPClient, disks: Sequence[_Prepared], *, running: bool) -> None:
+async def _switch(qemu: QMPClient, disks: Sequence[_Prepared], *, running: bool) -> float:
+    """Returns for how many seconds the guest was stopped."""
     with trio.fail_after(STEP_SECONDS):
+        if running:
+            await remember_stop(qemu)
+        began = trio.current_time()
         if running:
             await qemu.execute("stop")
         for disk in disks:
-            await _ask(disk.control, "x-nbdstream-let-go")
+            await disk.server.let_go()
         for disk in disks:
             await qemu.execute("blockdev-add", disk.leaf_node())
-        options = [disk.reopened(disk.node) for disk in disks]
-        await qemu.execute("blockdev-reopen", {"options": options})
+        await _replace(qemu, disks)
         if running:
             await qemu.execute("cont")
+        pause = trio.current_time() - began if running else 0.0
         graph = await Graph.of(qemu)
         for disk in disks:
-            if graph.file_of(disk.attached.name) != disk.node:
+            if not graph.in_use(disk.node):
                 raise PivotError(f"{disk.leaf}: QEMU did not go over to it")
+        return pause
 
 
-async def _end_servers(disks: Sequence[_Prepared]) -> None:
-    """They are not needed any more. Best effort: one that stays does no harm."""
+async def _replace(qemu: QMPClient, disks: Sequence[_Prepared]) -> None:
+    options = [disk.reopened() for disk in disks if not disk.attached.device]
+    if options:
+        await qemu.execute("blockdev-reopen", {"options": options})
     for disk in disks:
-        with suppress(QMPError), trio.move_on_after(END_SECONDS):
-            async with QMPClient.connect(disk.control) as qmp:
-                await qmp.execute("quit")
-                while True:
-                    await qmp.wait_event()
+        if path := disk.attached.device:
+            drive = {"path": path, "property": "drive", "value": disk.node}
+            await qemu.execute("qom-set", drive)
+
+
+async def _leave(qemu: QMPClient, disks: Sequence[_Prepared]) -> None:
+    """These disks are on their leaves: end what they were on before."""
+    await forget_stop(qemu)
+    for disk in disks:
+        with suppress(CommandError):  # where QEMU made the node by itself, it is gone
+            await qemu.execute("blockdev-del", {"node-name": disk.attached.nbd})
+    for disk in disks:
+        await disk.server.end()
 
 
 # -- whatever failed ---------------------------------------------------------------------------
 
 
 async def _settle(
-    qmp: str, disks: Sequence[_Prepared], failure: Exception, *, running: bool
+    monitor: Monitor, disks: Sequence[_Prepared], failure: Exception, *, running: bool
 ) -> None:
     """Find out on which side the disks are, and have the guest go on there.
 
     Raises:
-        PivotError: they are on the exports, or that is not known.
+        PivotError: some are on the exports, or that is not known.
     """
     why = str(failure) or "no answer in time"
     try:
         with trio.fail_after(STEP_SECONDS):
-            async with QMPClient.connect(qmp) as qemu:
-                if await _forth(qemu, disks, running=running):
-                    log.warning("%s; the guest runs from its leaves nevertheless", why)
-                    await _end_servers(disks)
-                    return
-                for disk in disks:
-                    with suppress(CommandError):  # it may not have been added
-                        await qemu.execute("blockdev-del", {"node-name": disk.node})
-                troubles = await _take_back(disks)
-                if troubles:
-                    raise PivotError(
-                        f"{why}; the guest is stopped, because {'; '.join(troubles)}. Serve that"
-                        " leaf again on the same socket, then continue the guest (QMP 'cont')"
-                    )
-                if running:
-                    await qemu.execute("cont")
+            async with monitor.open() as qemu:
+                back = await _go_on(qemu, disks, why, running=running)
     except (QMPError, trio.TooSlowError) as error:
         troubles = await _take_back(disks)
         kept = f"; {'; '.join(troubles)}" if troubles else ""
         raise PivotError(f"{why}; QEMU does not answer any more ({error}){kept}") from failure
+    if not back:
+        log.warning("%s; the guest runs from its leaves nevertheless", why)
+        return
+    if len(back) < len(disks):
+        there = f"{len(disks) - len(back)} of {len(disks)} disks are on their leaves"
+        raise PivotError(f"{why}; {there}, the others are as before") from failure
     raise PivotError(f"{why}; the guest goes on as before") from failure
 
 
-async def _forth(qemu: QMPClient, disks: Sequence[_Prepared], *, running: bool) -> bool:
-    """If the disks are on their leaves, let the guest go on there. They are all on one side:
-    QEMU replaced them in one transaction."""
+async def _go_on(
+    qemu: QMPClient, disks: Sequence[_Prepared], why: str, *, running: bool
+) -> list[_Prepared]:
+    """Have the guest go on, each disk on the side where QEMU has it; those on their exports.
+
+    Raises:
+        PivotError: it cannot go on.
+        QMPError: QEMU does not answer.
+    """
     graph = await Graph.of(qemu)
-    if not all(graph.file_of(disk.attached.name) == disk.node for disk in disks):
-        return False
-    if running and not (await qemu.execute("query-status"))["running"]:
-        await qemu.execute("cont")
-    return True
+    forth = [disk for disk in disks if graph.in_use(disk.node)]
+    back = [disk for disk in disks if disk not in forth]
+    for disk in back:
+        with suppress(CommandError):  # it may not have been added
+            await qemu.execute("blockdev-del", {"node-name": disk.node})
+    if troubles := await _take_back(back):
+        raise PivotError(
+            f"{why}; the guest is stopped, because {'; '.join(troubles)}. Serve that leaf again on"
+            " the same socket, then continue the guest (QMP 'cont')"
+        )
+    if running:
+        await go_on(qemu)
+    await _leave(qemu, forth)
+    return back
 
 
 async def _take_back(disks: Sequence[_Prepared]) -> list[str]:
     """Have each server open its leaf again; what did not work."""
     troubles = []
     for disk in disks:
-        try:
-            await _ask(disk.control, "x-nbdstream-take-back")
-        except QMPError as error:
-            troubles.append(f"{disk.leaf} was not taken back: {error}")
+        if trouble := await _try_to_take_back(disk):
+            troubles.append(f"{disk.leaf} was not taken back: {trouble}")
     return troubles
 
 
-async def _ask(control: str, command: str) -> JSONObject:
-    async with QMPClient.connect(control) as qmp:
-        answer: JSONObject = await qmp.execute(command)
-        return answer
+async def _try_to_take_back(disk: _Prepared) -> str:
+    """Again and again for a moment: a program that looks at the image has it locked, too."""
+    patience = trio.current_time() + TAKE_BACK_SECONDS
+    while True:
+        try:
+            await disk.server.take_back()
+        except (NbdstreamError, OSError) as error:
+            if trio.current_time() >= patience:
+                return str(error)
+        else:
+            return ""
+        await trio.sleep(_POLL)

@@ -45,6 +45,8 @@ from nbdstream.tasks import open_background_nursery
 
 log = logging.getLogger(__name__)
 
+# Seconds between attempts at a socket whose backlog is full.
+_BUSY = 0.05
 EVENT_BACKLOG = 4096
 """Events that a queue keeps for a reader who does not come; then the oldest is dropped."""
 
@@ -90,6 +92,15 @@ class EventQueue:
         self._changed.unpark_all()
 
 
+def _connected(stream: trio.SocketStream) -> bool:
+    """Trio takes a full backlog (connect(2), EAGAIN on a unix socket) for a connection."""
+    try:
+        stream.socket.getpeername()
+    except OSError:
+        return False
+    return True
+
+
 def _contains(data: JSONObject, wanted: Mapping[str, Any]) -> bool:
     return all(name in data and data[name] == value for name, value in wanted.items())
 
@@ -130,10 +141,13 @@ class QMPClient:
         """Connect to the QMP server on the unix socket *path*; hang up when the block ends.
         With *oob* commands may be given out of band, if the server is able to do that.
 
-        Raises QMPConnectionError if nobody listens there.
+        Waits while the server has as many clients waiting as it lets wait (QEMU: one). Raises
+        QMPConnectionError if nobody listens there.
         """
         try:
-            stream = await trio.open_unix_socket(str(path))
+            while not _connected(stream := await trio.open_unix_socket(str(path))):
+                await stream.aclose()
+                await trio.sleep(_BUSY)
         except OSError as error:
             raise QMPConnectionError(f"no QMP server at {path}: {error.strerror}") from error
         async with cls.over(stream, oob=oob) as client:

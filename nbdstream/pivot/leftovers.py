@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pivot leaves behind when its tool is killed, and how the next one goes on from there.
+
+QEMU itself remembers: nodes of leaves have names of our own, and while the guest is stopped by a
+pivot, there is a node `STOPPED`, which no disk uses.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from nbdstream.pivot.nodes import Graph
+from nbdstream.pivot.servers import DiskServer
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import CommandError
+
+LEAF = "nbdstream-leaf-"
+PROBE = "nbdstream-probe"
+STOPPED = "nbdstream-stopped"
+
+
+@dataclass(frozen=True)
+class PivotDisk:
+    """``leaf_path`` is the leaf as QEMU sees it, "" if that is the path which the server uses."""
+
+    server: DiskServer
+    leaf_path: str = ""
+
+
+async def remember_stop(qemu: QMPClient) -> None:
+    """Have QEMU remember that the guest, which will be stopped, is to go on. Raises QMPError."""
+    await qemu.execute("blockdev-add", {"driver": "null-co", "node-name": STOPPED, "size": 0})
+
+
+async def forget_stop(qemu: QMPClient) -> None:
+    """The guest goes on. Raises QMPConnectionError."""
+    with suppress(CommandError):  # it was paused before
+        await qemu.execute("blockdev-del", {"node-name": STOPPED})
+
+
+async def go_on(qemu: QMPClient) -> None:
+    """Continue the guest. Raises QMPError."""
+    if not (await qemu.execute("query-status"))["running"]:
+        await qemu.execute("cont")
+
+
+async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDisk]:
+    """Finish, or undo, what a killed pivot of these disks began.
+
+    Returns:
+        The disks that are not on their leaves.
+
+    Raises:
+        QMPError, NbdstreamError, OSError: something does not answer, or a leaf cannot be taken
+            back.
+    """
+    graph = await Graph.of(qemu)
+    if graph.has(PROBE):
+        await qemu.execute("blockdev-del", {"node-name": PROBE})
+    rest, pivoted = [], []
+    for disk in disks:
+        facts = await disk.server.facts()
+        nodes = graph.leaves(LEAF, disk.leaf_path or facts["leaf"])
+        if facts["let-go"] and any(graph.in_use(node) for node in nodes):
+            pivoted.append(disk)
+            continue
+        rest.append(disk)
+        for node in nodes:
+            await qemu.execute("blockdev-del", {"node-name": node})
+        if facts["let-go"]:
+            await disk.server.take_back()
+    if graph.has(STOPPED):
+        await go_on(qemu)
+        await forget_stop(qemu)
+    for disk in pivoted:
+        await disk.server.end()
+    return rest

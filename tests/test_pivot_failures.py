@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pivots that fail or are killed at each of their steps, with a real QEMU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdstream.guest.disks import Disk
+from nbdstream.pivot import run as pivot_run
+from nbdstream.pivot.servers import PivotError
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import GenericError
+from testbed.peers import make_image, nbdkit, nbdstream_serve
+from tests.pivot_support import (
+    SIZE,
+    ask,
+    disk_of,
+    is_running,
+    pivot,
+    qemu,
+    qemu_io,
+    wait_local,
+)
+
+STEPS = ("x-nbdstream-let-go", "blockdev-add", "blockdev-reopen", "cont")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    make_image(path, SIZE)
+    return path
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", ["stop", *STEPS])
+async def test_a_step_that_fails_has_its_way_back(
+    tmp_path: Path, image: Path, step: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step fails once, before it is carried out and after it: the guest goes on, on the
+    side that the graph shows, and nothing that was written is lost."""
+    execute = QMPClient.execute
+    failed: list[str] = []
+
+    async def fail(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
+        if name != step or failed:
+            return await execute(self, name, *args, **more)
+        failed.append(name)
+        if after:
+            await execute(self, name, *args, **more)
+        raise GenericError(f"told to fail at {name}")
+
+    leaf = tmp_path / "leaf.qcow2"
+    with nbdkit("file", image, readonly=True) as far, nbdstream_serve(leaf, far.uri) as server:
+        await wait_local(server)
+        with qemu(tmp_path, Disk.nbd(server.uri)) as vm:
+            await qemu_io(vm, "d0", "write -P 0x11 0 64k")
+            monkeypatch.setattr(QMPClient, "execute", fail)
+            forth = step == "cont" or (step == "blockdev-reopen" and after)
+            if forth:
+                await pivot(vm, [disk_of(server)])
+            else:
+                with pytest.raises(PivotError, match=r"goes on as before|cannot open"):
+                    await pivot(vm, [disk_of(server)])
+            assert failed
+            monkeypatch.undo()
+            assert await is_running(vm)
+            await qemu_io(vm, "d0", "read -P 0x11 0 64k")
+            await qemu_io(vm, "d0", "write -P 0x22 64k 64k")
+            if not forth:
+                assert (server.process.poll()) is None
+                await pivot(vm, [disk_of(server)])  # the next attempt succeeds
+            await qemu_io(vm, "d0", "read -P 0x22 64k 64k")
+
+
+@pytest.mark.parametrize("step", ["blockdev-add", "blockdev-reopen", "cont", "quit"])
+async def test_a_tool_that_is_killed_leaves_what_the_next_one_can_mend(
+    tmp_path: Path, image: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest is stopped then; the next one knows by whom, and has it go on."""
+    execute = QMPClient.execute
+
+    class Killed(BaseException):
+        pass
+
+    async def die(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
+        if name == step and "stopped" not in str(args):
+            raise Killed
+        return await execute(self, name, *args, **more)
+
+    leaf = tmp_path / "leaf.qcow2"
+    with nbdkit("file", image, readonly=True) as far, nbdstream_serve(leaf, far.uri) as server:
+        await wait_local(server)
+        with qemu(tmp_path, Disk.nbd(server.uri)) as vm:
+            await qemu_io(vm, "d0", "write -P 0x11 0 64k")
+            monkeypatch.setattr(QMPClient, "execute", die)
+            monkeypatch.setattr(pivot_run, "_probe", _no_probe)
+            with pytest.raises((Killed, BaseExceptionGroup)):
+                await pivot(vm, [disk_of(server)])
+            monkeypatch.undo()
+            assert await is_running(vm) is (step == "quit")
+            assert (await ask(str(server.control), "x-nbdstream-pivot-query"))["let-go"]
+            await pivot(vm, [disk_of(server)])
+            assert await is_running(vm)
+            server.process.wait(20)
+            await qemu_io(vm, "d0", "read -P 0x11 0 64k")
+            names = [node["node-name"] for node in await ask(vm, "query-named-block-nodes")]
+            assert [name.startswith("nbdstream-leaf") for name in names].count(True) == 1
+            assert "nbdstream-stopped" not in names
+
+
+async def _no_probe(*_: object) -> None:
+    """Nothing is opened before the guest is stopped."""
+
+
+async def test_a_server_that_dies_meanwhile_leaves_the_guest_stopped_and_the_leaf_whole(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = QMPClient.execute
+    leaf = tmp_path / "leaf.qcow2"
+    with nbdkit("file", image, readonly=True) as far, nbdstream_serve(leaf, far.uri) as server:
+        await wait_local(server)
+        with qemu(tmp_path, Disk.nbd(server.uri, reconnect_delay=60)) as vm:
+
+            async def kill(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
+                if name == "blockdev-reopen":
+                    server.kill()
+                    raise GenericError("the server is gone")
+                return await execute(self, name, *args, **more)
+
+            await qemu_io(vm, "d0", "write -P 0x11 0 64k")
+            monkeypatch.setattr(QMPClient, "execute", kill)
+            with pytest.raises(PivotError, match="Serve that leaf again"):
+                await pivot(vm, [disk_of(server)])
+            monkeypatch.undo()
+            with nbdstream_serve(leaf, socket_path=server.socket):
+                await ask(vm, "cont")
+                await qemu_io(vm, "d0", "read -P 0x11 0 64k")
