@@ -14,6 +14,7 @@ from testbed.peers import MissingPeer, PeerError
 # Each is a module with `run(options: Options) -> Report`.
 NAMES = (
     "hotpath",
+    "tls",
     "misses",
     "memory",
     "stream",

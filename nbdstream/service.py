@@ -33,6 +33,7 @@ from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf
 from nbdstream.leaf.marks import is_vouched_for, vouch
 from nbdstream.net.listeners import Listener
+from nbdstream.server.certificates import Certificates, TlsPolicy
 from nbdstream.server.server import Server
 from nbdstream.streamer.job import StreamJob
 from nbdstream.streamer.prefetch import Prefetcher
@@ -51,7 +52,8 @@ class ServeOptions:
     ``stream`` is "on", "off" or "paused"; ``speed`` in bytes per second, 0 for no cap;
     ``finish_in`` is in seconds from now, None for no deadline; ``prefetch`` the file of a boot
     profile; ``backing_timeout`` in seconds, None to wait for a lost backing for ever;
-    ``standby``: the backing may still be written, so keep nothing of it until told.
+    ``standby``: the backing may still be written, so keep nothing of it until told; ``tls``: how
+    TLS is offered to clients, None for not at all.
     """
 
     leaf: str
@@ -68,6 +70,7 @@ class ServeOptions:
     backing_timeout: float | None = None
     keep_backing: bool = False
     standby: bool = False
+    tls: TlsPolicy | None = None
 
 
 @dataclass
@@ -91,11 +94,14 @@ class Service:
     clients_changed: trio.lowlevel.ParkingLot
     finished: trio.Event
     custody: Custody
+    tls: TlsPolicy | None = None
 
     @property
     def uris(self) -> list[str]:
         """Where clients find the export."""
-        return [listener.uri(self.opened.disk.name) for listener in self.listeners]
+        secure = self.tls is not None and self.tls.required
+        name = self.opened.disk.name
+        return [listener.uri(name, tls=secure) for listener in self.listeners]
 
     async def wait_no_clients(self) -> None:
         """Return when no client is connected (there may never have been one)."""
@@ -177,6 +183,7 @@ async def open_service(
     The body runs while clients are served; for a clean end it calls `Service.stop` and
     waits for ``finished`` before it is left. Raises as `open_stream` does.
     """
+    certificates = Certificates(options.tls) if options.tls is not None else None
     async with open_stream(options) as opened, trio.open_nursery() as nursery:
         clients = trio.lowlevel.ParkingLot()
 
@@ -187,8 +194,8 @@ async def open_service(
         export: Export = custody
         if opened.seal is not None:
             export = ReadOnlyExport(export, export.name, opened.seal.reason)
-        server = Server([export], clients_changed=clients_changed)
-        service = Service(opened, server, listeners, clients, trio.Event(), custody)
+        server = Server([export], tls=certificates, clients_changed=clients_changed)
+        service = Service(opened, server, listeners, clients, trio.Event(), custody, options.tls)
         nursery.start_soon(_serve, service)
         yield service
         nursery.cancel_scope.cancel()

@@ -285,7 +285,8 @@ def nbdstream_serve(
         path, control = socket_path or directory / "nbd", directory / "qmp"
         command = [*prefix, binary("NBDSTREAM"), "serve", str(leaf)]
         command += ["-b", backing] if backing else []
-        command += ["-U", str(path), "--control", str(control)]
+        command += [] if "--listen" in args else ["-U", str(path)]
+        command += ["--control", str(control)]
         command += ["-e", export] if export else []
         command += args
         with started(command, directory) as peer:

@@ -6,6 +6,7 @@ run beside it as processes (`client`) or in a thread (`in_thread`).
 """
 
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ import trio
 
 from nbdstream.export import Export
 from nbdstream.net.listeners import listen_unix
+from nbdstream.server.certificates import Certificates
 from nbdstream.server.constants import (
     CHUNK,
     GREETING,
@@ -36,12 +38,15 @@ T = TypeVar("T")
 
 @contextlib.asynccontextmanager
 async def serving(
-    exports: Sequence[Export], *, clients_changed: Callable[[int], None] | None = None
+    exports: Sequence[Export],
+    *,
+    tls: Certificates | None = None,
+    clients_changed: Callable[[int], None] | None = None,
 ) -> AsyncIterator[tuple[Server, Path]]:
     """A server on a Unix socket; it has stopped cleanly when the block ends."""
     with temporary_directory() as directory:
         path = directory / "nbd"
-        server = Server(exports, clients_changed=clients_changed)
+        server = Server(exports, tls=tls, clients_changed=clients_changed)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.run, [listen_unix(path)])
             try:
@@ -94,12 +99,21 @@ class RawClient:
     """Speaks the protocol byte by byte, as wrongly as a test wants."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
-        self.stream = stream
+        self.stream: trio.SocketStream | trio.SSLStream[trio.SocketStream] = stream
         self._buffer = b""
 
     @classmethod
     async def connect(cls, path: Path) -> "RawClient":
         return cls(await trio.open_unix_socket(path))
+
+    async def start_tls(self, context: ssl.SSLContext) -> None:
+        """Ask for TLS after the greeting, and go on through it. Raises trio.BrokenResourceError."""
+        await self.take(GREETING.size)
+        await self.send((3).to_bytes(4, "big"))
+        assert await self.option(Option.STARTTLS) == [(OptionReply.ACK, b"")]
+        assert isinstance(self.stream, trio.SocketStream)
+        self.stream = trio.SSLStream(self.stream, context, server_hostname="localhost")
+        await self.stream.do_handshake()
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
@@ -123,8 +137,9 @@ class RawClient:
 
     async def go(self, *, structured: bool = True, contexts: Sequence[bytes] = ()) -> None:
         """The handshake, up to the transmission phase of the default export."""
-        await self.take(GREETING.size)
-        await self.send((3).to_bytes(4, "big"))
+        if not isinstance(self.stream, trio.SSLStream):
+            await self.take(GREETING.size)
+            await self.send((3).to_bytes(4, "big"))
         if structured:
             await self.option(Option.STRUCTURED_REPLY)
         if contexts:

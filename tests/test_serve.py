@@ -507,6 +507,22 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         (["info", "missing.raw"], 1, "missing.raw: No such file"),
         (["serve", "missing.raw", "-U", "a", "--listen", "b:1"], 2, "one of"),
         (["serve", "missing.raw", "--listen", "nonsense"], 2, "HOST:PORT"),
+        (["serve", "missing.raw", "--tls", "require"], 2, "--tls-certificates"),
+        (["serve", "missing.raw", "--tls-verify-peer"], 2, "--tls-certificates"),
+        (
+            [
+                "serve",
+                "missing.raw",
+                "--tls",
+                "off",
+                "--tls-certificates",
+                "a",
+                "--tls-verify-peer",
+            ],
+            2,
+            "--tls off",
+        ),
+        (["serve", "missing.raw", "--tls-certificates", "a"], 2, "server-cert.pem"),
     ]
     for command, status, pattern in cases:
         done = subprocess.run(

@@ -51,7 +51,7 @@ async def run_command(service: Service, command: str) -> int:
     """
     listener = service.listeners[0]
     address = listener.address
-    variables = {"uri": listener.uri(service.opened.disk.name)}
+    variables = {"uri": service.uris[0]}
     if isinstance(address, UnixAddress):
         variables |= {"unixsocket": address.path, "nbd": f"nbd:unix:{address.path}"}
     else:

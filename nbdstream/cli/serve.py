@@ -24,6 +24,8 @@ from nbdstream.handover.commands import hand_over_commands
 from nbdstream.net.address import parse_tcp
 from nbdstream.net.listeners import Listener, close_all, from_systemd, listen_tcp, listen_unix
 from nbdstream.qmp.protocol import JSONObject
+from nbdstream.server.certificates import TlsPolicy
+from nbdstream.server.handshake import Tls
 from nbdstream.service import ServeOptions, Service, device_name, open_service
 
 
@@ -45,6 +47,22 @@ from nbdstream.service import ServeOptions, Service, device_name, open_service
 )
 @click.option(
     "--listen", metavar="HOST:PORT", help="Listen on TCP.  [default: a private Unix socket]"
+)
+@click.option(
+    "--tls-certificates",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Offer TLS with the server-cert.pem and server-key.pem of this directory.",
+)
+@click.option(
+    "--tls",
+    type=click.Choice([mode.value for mode in Tls]),
+    help="Whether clients have to use TLS.  [default: require with --tls-certificates]",
+)
+@click.option(
+    "--tls-verify-peer",
+    is_flag=True,
+    help="Demand client certificates that DIR's ca-cert.pem has signed.",
 )
 @click.option("-e", "--export", default="", metavar="NAME", help="The export's name.")
 @click.option("--read-only", is_flag=True, help="Refuse writes and do not change the leaf.")
@@ -118,6 +136,9 @@ def serve(
     image_format: str | None,
     socket: str | None,
     listen: str | None,
+    tls_certificates: str | None,
+    tls: str | None,
+    tls_verify_peer: bool,
     export: str,
     read_only: bool,
     copy_on_read: str,
@@ -159,6 +180,7 @@ def serve(
         backing_timeout=backing_timeout,
         keep_backing=keep_backing,
         standby=standby,
+        tls=tls_policy(tls, tls_certificates, verify_peer=tls_verify_peer),
     )
     with listening(leaf, socket, listen, private=command is not None) as listeners:
         with steering(control, metrics) as (control_listener, metrics_listeners):
@@ -173,6 +195,19 @@ def serve(
                 )
             )
     sys.exit(status)
+
+
+def tls_policy(mode: str | None, directory: str | None, *, verify_peer: bool) -> TlsPolicy | None:
+    """What the options say of TLS; None for none. Raises UsageError."""
+    if directory is None:
+        if verify_peer or mode not in (None, Tls.OFF.value):
+            raise UsageError("TLS needs a certificate: name its directory (--tls-certificates DIR)")
+        return None
+    if mode == Tls.OFF.value:
+        if verify_peer:
+            raise UsageError("--tls-verify-peer makes no sense with --tls off")
+        return None
+    return TlsPolicy(Path(directory), mode != Tls.ON.value, verify_peer)
 
 
 @contextmanager

@@ -44,9 +44,9 @@ class Listener:
         self._path = path
         self._identity = _identity(path) if path else None
 
-    def uri(self, export_name: str = "") -> str:
-        """The NBD URI of an export here."""
-        return str(NbdUri(self.address, export_name))
+    def uri(self, export_name: str = "", *, tls: bool = False) -> str:
+        """The NBD URI of an export here; ``tls``: it demands TLS."""
+        return str(NbdUri(self.address, export_name, tls))
 
     @property
     def address(self) -> SocketAddress:

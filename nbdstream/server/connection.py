@@ -15,15 +15,20 @@ which they become ready. What happens at the end depends on how it comes:
 """
 
 import logging
+import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import trio
 
 from nbdstream.export import Export
+from nbdstream.server.certificates import Certificates
 from nbdstream.server.execute import execute
-from nbdstream.server.handshake import Agreement, Handshake, ProtocolError
+from nbdstream.server.handshake import Agreement, Handshake, ProtocolError, Tls
 from nbdstream.server.requests import is_change
+from nbdstream.server.tls import TlsWire
 from nbdstream.server.transmission import SlowRequest, Transmission
 from nbdstream.server.wire import Wire
 
@@ -42,6 +47,19 @@ HANG_UP_CHECK = 0.5
 _HANDSHAKE_ROOM = 1024
 
 
+@dataclass(frozen=True)
+class TlsOffer:
+    """What all connections share that may go through TLS."""
+
+    certificates: Certificates
+    # One handshake's arithmetic at a time: a crowd of newcomers takes one core at most.
+    limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+
+    @property
+    def mode(self) -> Tls:
+        return Tls.REQUIRED if self.certificates.policy.required else Tls.ON
+
+
 class Connection:
     """Serves one client.
 
@@ -49,18 +67,22 @@ class Connection:
     it returns why the client is not served, or "" if it is. ``turn`` is shared by all
     connections: a step of a handshake is taken with it held. A trio lock is passed on once
     in each pass of the event loop, so a crowd of newcomers delays the clients that are
-    served by one step at a time, not by all steps in a row.
+    served by one step at a time, not by all steps in a row. ``tls``: how TLS is offered, None
+    for not at all.
     """
 
     def __init__(
         self,
-        wire: Wire,
+        sock: socket.socket,
         peer: str,
         exports: Sequence[Export],
         admit: Callable[[], str],
         turn: trio.Lock,
+        tls: TlsOffer | None = None,
     ) -> None:
-        self._wire = wire
+        self._socket = sock
+        self._wire = Wire(sock)
+        self._tls = tls
         self._peer = peer
         self._exports = exports
         self._admit = admit
@@ -92,9 +114,10 @@ class Connection:
             return
         if isinstance(handshake.outcome, Agreement):
             await self._serve(handshake.outcome, handshake.unconsumed)
+        self._wire.say_goodbye()
 
     async def _shake_hands(self) -> Handshake:
-        handshake = Handshake(self._exports, self._admit)
+        handshake = Handshake(self._exports, self._admit, self._tls.mode if self._tls else Tls.OFF)
         room = memoryview(bytearray(_HANDSHAKE_ROOM))
         await self._wire.send(handshake.greeting())
         while not handshake.outcome:
@@ -105,9 +128,24 @@ class Connection:
                 async with self._turn:
                     replies = handshake.receive(bytes(room[:length]))
                 await self._wire.send(replies)
+                if handshake.starting_tls:
+                    await self._start_tls()
+                    handshake.secured()
             else:
                 break
         return handshake
+
+    async def _start_tls(self) -> None:
+        """Go on through TLS. Raises ProtocolError, OSError."""
+        assert self._tls is not None
+        try:
+            wire = await TlsWire.accept(self._socket, self._tls.certificates, self._tls.limiter)
+        except ssl.SSLError as error:
+            raise ProtocolError(f"TLS handshake failed: {error.reason or error}") from error
+        self._wire = wire
+        if self._stopping:
+            wire.stop_receiving()
+        logger.info("client %s: %s", self._peer, wire.description)
 
     async def _serve(self, agreement: Agreement, unconsumed: bytes) -> None:
         async with self._turn:

@@ -4,8 +4,9 @@
 A `Handshake` begins with `greeting`; everything that arrives goes through `receive`,
 which returns what to send. When ``outcome`` is set, option haggling is over: `Agreement`
 means that the transmission phase begins (with the bytes in ``unconsumed``), `Goodbye`
-that the client took its leave. A client that breaks the protocol makes `receive` raise
-`ProtocolError`, after which the connection is of no use any more.
+that the client took its leave. When ``starting_tls`` is set, the replies go out and a TLS
+handshake follows; after `secured` everything goes through TLS. A client that breaks the
+protocol makes `receive` raise `ProtocolError`, after which the connection is of no use any more.
 
 The conversation is one generator that asks for an exact number of bytes at a time, so
 that it reads from top to bottom like "Fixed newstyle negotiation" in doc/proto.md.
@@ -13,6 +14,7 @@ that it reads from top to bottom like "Fixed newstyle negotiation" in doc/proto.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar, NamedTuple
 
 from nbdstream.errors import NbdstreamError
@@ -63,6 +65,7 @@ class Goodbye:
 Outcome = Agreement | Goodbye
 # Yields the number of bytes wanted, is sent exactly so many, returns the outcome.
 _Conversation = Generator[int, bytes, Outcome]
+_Answer = Callable[["Handshake", int, bytes], Agreement | None]
 
 
 def find_export(exports: Sequence[Export], name: str) -> Export | None:
@@ -96,6 +99,15 @@ def transmission_flags(export: Export, *, structured: bool) -> TransmissionFlag:
     )
 
 
+class Tls(Enum):
+    """What the server offers of TLS ("Server-side requirements": NOTLS, SELECTIVETLS without
+    exports that demand it, FORCEDTLS)."""
+
+    OFF = "off"
+    ON = "on"
+    REQUIRED = "require"
+
+
 class Handshake:
     """One client's handshake.
 
@@ -103,10 +115,18 @@ class Handshake:
     served now, or "" if it is.
     """
 
-    def __init__(self, exports: Sequence[Export], admit: Callable[[], str] = lambda: "") -> None:
+    def __init__(
+        self,
+        exports: Sequence[Export],
+        admit: Callable[[], str] = lambda: "",
+        tls: Tls = Tls.OFF,
+    ) -> None:
         self.outcome: Outcome | None = None
+        self.starting_tls = False
         self._exports = exports
         self._admit = admit
+        self._tls = tls
+        self._secure = False
         self._structured = False
         self._contexts: tuple[MetaContext, ...] = ()
         self._contexts_export: Export | None = None
@@ -130,16 +150,26 @@ class Handshake:
         Raises ProtocolError; there is no way on after that.
         """
         self._input += data
-        while self.outcome is None and len(self._input) >= self._wanted:
+        while not self.outcome and not self.starting_tls and len(self._input) >= self._wanted:
             piece = bytes(self._input[: self._wanted])
             del self._input[: self._wanted]
             try:
                 self._wanted = self._conversation.send(piece)
             except StopIteration as end:
                 self.outcome = end.value
+        if self.starting_tls and self._input:
+            # Never to be taken for what comes through TLS: somebody on the way may have sent it.
+            raise ProtocolError("data in clear behind NBD_OPT_STARTTLS")
         output = bytes(self._output)
         self._output.clear()
         return output
+
+    def secured(self) -> None:
+        """The TLS handshake is done. What was negotiated in clear is forgotten."""
+        self.starting_tls = False
+        self._secure = True
+        self._structured = False
+        self._contexts, self._contexts_export = (), None
 
     def _converse(self) -> _Conversation:
         client_flags = int.from_bytes((yield 4), "big")
@@ -165,11 +195,16 @@ class Handshake:
 
     def _answer(self, option: int, data: bytes) -> Outcome | None:
         """Answer an option other than NBD_OPT_EXPORT_NAME; the outcome if it ends here."""
+        if self._wants_tls and option != Option.STARTTLS:
+            self._reply(
+                option, OptionReply.ERR_TLS_REQD, "this server wants NBD_OPT_STARTTLS first"
+            )
+            return Goodbye() if option == Option.ABORT else None
         if option == Option.ABORT:
             # "a server SHOULD ignore any data sent by the client"
             self._reply(option, OptionReply.ACK)
             return Goodbye()
-        answer = self._ANSWERS.get(option)
+        answer = self._answer_to(option)
         if answer is None:
             self._reply(option, OptionReply.ERR_UNSUP, f"option {option} is not supported")
             return None
@@ -182,7 +217,13 @@ class Handshake:
             self._reply(option, OptionReply.ERR_INVALID, f"malformed option: {error}")
             return None
 
+    @property
+    def _wants_tls(self) -> bool:
+        return self._tls is Tls.REQUIRED and not self._secure
+
     def _export_name(self, data: bytes, no_zeroes: bool) -> Agreement:
+        if self._wants_tls:
+            raise ProtocolError("it chose an export in clear, and this server wants TLS")
         try:
             name = options.parse_export_name(data)
         except MalformedError as error:
@@ -246,12 +287,23 @@ class Handshake:
             self._output += options.context_reply(option, context)
         self._reply(option, OptionReply.ACK)
 
-    # NBD_OPT_STARTTLS belongs here once there is TLS: whatever was negotiated before it
-    # must be forgotten, and what arrived in clear behind it thrown away.
-    _ANSWERS: ClassVar[dict[int, Callable[["Handshake", int, bytes], Agreement | None]]] = {
+    def _start_tls(self, option: int, data: bytes) -> None:
+        _expect_no_data(data)
+        if self._secure:
+            raise MalformedError("TLS has been started already")
+        self._reply(option, OptionReply.ACK)
+        self.starting_tls = True
+
+    def _answer_to(self, option: int) -> _Answer | None:
+        if option == Option.STARTTLS and self._tls is Tls.OFF:
+            return None
+        return self._ANSWERS.get(option)
+
+    _ANSWERS: ClassVar[dict[int, _Answer]] = {
         Option.LIST: _list,
         Option.INFO: _info,
         Option.GO: _info,
+        Option.STARTTLS: _start_tls,
         Option.STRUCTURED_REPLY: _structured_reply,
         Option.LIST_META_CONTEXT: _list_contexts,
         Option.SET_META_CONTEXT: _set_contexts,
@@ -279,7 +331,7 @@ class Handshake:
         """Answer an option whose data was too long to be kept."""
         if option == Option.EXPORT_NAME:
             raise ProtocolError(f"an export name of {length} bytes")
-        if option not in self._ANSWERS:
+        if self._answer_to(option) is None or self._wants_tls:
             return self._answer(option, b"")
         if option == Option.SET_META_CONTEXT:
             self._contexts, self._contexts_export = (), None

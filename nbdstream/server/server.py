@@ -25,8 +25,8 @@ import trio
 from nbdstream.export import Export
 from nbdstream.net.accept import Acceptor, Client, Episode
 from nbdstream.net.listeners import Listener
-from nbdstream.server.connection import Connection
-from nbdstream.server.wire import Wire
+from nbdstream.server.certificates import Certificates
+from nbdstream.server.connection import Connection, TlsOffer
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +43,21 @@ STOP_TIMEOUT = 30.0
 class Server:
     """Serves ``exports`` (no two of the same name).
 
-    ``clients_changed`` is called with the number of connected clients whenever it changes.
+    ``tls``: certificates for TLS, None to offer none. ``clients_changed`` is called with the number
+    of connected clients whenever it changes.
     """
 
     def __init__(
         self,
         exports: Iterable[Export],
         *,
+        tls: Certificates | None = None,
         clients_changed: Callable[[int], None] | None = None,
     ) -> None:
         self._exports: Sequence[Export] = tuple(exports)
         names = [export.name for export in self._exports]
         assert len(set(names)) == len(names), names
+        self._tls = TlsOffer(tls) if tls is not None else None
         self._clients_changed = clients_changed
         self._connections: set[Connection] = set()
         self._admitted: dict[Connection, None] = {}  # those that count, in order of admission
@@ -103,7 +106,7 @@ class Server:
             return refusal
 
         connection = Connection(
-            Wire(client.socket), client.peer, self._exports, admit, self._handshake_turn
+            client.socket, client.peer, self._exports, admit, self._handshake_turn, self._tls
         )
         self._connections.add(connection)
         self._report_clients()

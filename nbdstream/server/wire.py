@@ -79,6 +79,9 @@ class Wire:
         poll.register(self._socket, select.POLLRDHUP)  # POLLHUP and POLLERR come unasked
         return bool(poll.poll(0))
 
+    def say_goodbye(self) -> None:
+        """Tell the client that nothing follows, where the wire's protocol has words for that."""
+
     def stop_receiving(self) -> None:
         """Have `receive_nowait` return 0 once it has given out what already arrived."""
         self._shut_down(socket.SHUT_RD)
