@@ -15,9 +15,8 @@ from nbdstream.disk import StreamedDisk, open_disk
 from nbdstream.qmp.client import QMPClient
 from nbdstream.streamer.job import JobStatus, StreamJob
 from tests.doubles import GatedBacking, MemoryLeaf
+from tests.small_disk import CONTENT, SIZE
 
-SIZE = 64 * 1024 + 300  # the last block is a short one
-CONTENT = bytes(1 + i * 7 % 251 for i in range(SIZE))
 DEVICE = "disk0"
 NEGOTIATE = b'{"execute":"qmp_capabilities"}\n'
 

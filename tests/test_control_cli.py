@@ -19,7 +19,8 @@ from nbdstream.cli import steer
 from nbdstream.leaf.base import State
 from nbdstream.qmp.client import QMPClient
 from nbdstream.streamer.job import JobStatus
-from tests.control_room import DEVICE, SIZE, Room, control_room
+from tests.control_room import DEVICE, Room, control_room
+from tests.small_disk import SIZE
 
 Done = subprocess.CompletedProcess[str]
 

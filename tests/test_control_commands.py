@@ -16,7 +16,8 @@ from nbdstream.qmp.protocol import (
     GenericError,
 )
 from nbdstream.streamer.job import JobStatus
-from tests.control_room import CONTENT, DEVICE, SIZE, ask, control_room
+from tests.control_room import DEVICE, ask, control_room
+from tests.small_disk import CONTENT, SIZE
 
 CLUSTER = 2048
 

@@ -17,7 +17,8 @@ from prometheus_client.registry import Collector
 from nbdstream.control import metrics
 from nbdstream.control.metrics import DiskCollector, listen_metrics, serve_metrics
 from nbdstream.errors import UsageError
-from tests.control_room import DEVICE, SIZE, Room, control_room
+from tests.control_room import DEVICE, Room, control_room
+from tests.small_disk import SIZE
 
 
 class Scraped:

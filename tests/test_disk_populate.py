@@ -16,9 +16,8 @@ from nbdstream.disk import StreamedDisk, open_disk
 from nbdstream.errors import LeafFormatError
 from nbdstream.leaf.base import LeafExtent, State
 from tests.doubles import GatedBacking, MemoryLeaf
+from tests.small_disk import CONTENT, SIZE
 
-SIZE = 64 * 1024 + 300  # the last block is a short one
-CONTENT = bytes(1 + i * 7 % 251 for i in range(SIZE))
 HOLE = (8192, 16384)
 
 

@@ -40,8 +40,6 @@ FLOORS = (
 OVER_LONG = {
     "testbed.link.proxy",
     "testbed.migrations.faults",
-    "tests.test_disk_races",
-    "tests.test_hostile_images",
     "tests.test_leaf_qcow2_damage",
     "tests.test_leaf_qcow2_qemu",
     "tests.test_leaf_qed",

@@ -21,9 +21,7 @@ from nbdstream.leaf.base import State
 from nbdstream.streamer.job import JobStatus, StreamJob
 from nbdstream.streamer.progress import Progress
 from tests.doubles import GatedBacking, MemoryLeaf
-
-SIZE = 64 * 1024 + 300
-CONTENT = bytes(1 + i * 7 % 251 for i in range(SIZE))
+from tests.small_disk import CONTENT, SIZE
 
 
 class Run:
