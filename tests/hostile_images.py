@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that strangers wrote to read what is not theirs, to hang, or to grow: how to make them.
+"""Makers of images that try to read what is not theirs, to hang the reader, or to grow.
 
-Each maker takes the path of a file of the host, which the image must not get at."""
+Each maker takes the path of a file of the host, which the image must not get at.
+"""
 
 import struct
 from collections.abc import Callable

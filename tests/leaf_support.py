@@ -23,6 +23,7 @@ from nbdstream.leaf.base import (
     State,
     read_exactly,
 )
+from nbdstream.leaf.qcow2 import create
 from testbed.leaves import drive
 from testbed.peers import binary
 
@@ -235,3 +236,12 @@ def full_disk() -> Iterator[None]:
 
     with mock.patch.object(os, "pwrite", full), mock.patch.object(os, "pwritev", full):
         yield
+
+
+def plain(cluster_size: int) -> ImageKind:
+    """Images of ours without extended L2 entries."""
+
+    def make(path: Path, size: int, backing: BackingReference | None) -> None:
+        create(str(path), size=size, cluster_size=cluster_size, backing=backing, extended_l2=False)
+
+    return ImageKind(f"qcow2-plain-{cluster_size}", "qcow2", make)

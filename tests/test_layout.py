@@ -40,10 +40,6 @@ FLOORS = (
 OVER_LONG = {
     "testbed.link.proxy",
     "testbed.migrations.faults",
-    "tests.test_leaf_qcow2_damage",
-    "tests.test_leaf_qcow2_qemu",
-    "tests.test_leaf_qed",
-    "tests.test_linkemu",
     "tests.test_serve",
     "tests.test_server_robustness",
     "tests.test_server_transmission",

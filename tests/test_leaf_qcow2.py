@@ -6,21 +6,10 @@ from typing import Any
 
 import pytest
 
-from nbdstream.leaf.base import BackingReference
-from nbdstream.leaf.qcow2 import create, tables
+from nbdstream.leaf.qcow2 import tables
 from tests.leaf_conformance import LeafConformance
 from tests.leaf_model import model_test
-from tests.leaf_support import ImageKind, by_qemu, ours
-
-
-def plain(cluster_size: int) -> ImageKind:
-    """Images of ours without extended L2 entries."""
-
-    def make(path: Path, size: int, backing: BackingReference | None) -> None:
-        create(str(path), size=size, cluster_size=cluster_size, backing=backing, extended_l2=False)
-
-    return ImageKind(f"qcow2-plain-{cluster_size}", "qcow2", make)
-
+from tests.leaf_support import ImageKind, by_qemu, ours, plain
 
 KINDS = [
     ours("qcow2"),

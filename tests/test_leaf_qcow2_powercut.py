@@ -16,9 +16,8 @@ from testbed.leaves import flush
 from tests.journal import recording
 from tests.leaf_life import live
 from tests.leaf_powercut import cut_everywhere
-from tests.leaf_support import BACKING, ImageKind, by_qemu, ours, qemu_check, zero
+from tests.leaf_support import BACKING, ImageKind, by_qemu, ours, plain, qemu_check, zero
 from tests.powercut import Disk
-from tests.test_leaf_qcow2 import plain
 
 
 def recorded(kind: ImageKind) -> ImageKind:

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QED and QEMU on the same image, taking turns."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from nbdstream.leaf import open_leaf
+from nbdstream.leaf.base import BackingReference, State
+from testbed.leaves import flush
+from testbed.peers import run
+from tests.leaf_support import (
+    BACKING,
+    extents,
+    guest_write,
+    pattern,
+    qemu_check,
+    read,
+    zero,
+)
+from tests.qed_image import CLUSTER, SIZE, SMALL, qemu_io, small_image
+
+path = pytest.fixture(small_image)
+
+
+def test_qemu_reads_what_we_wrote(path: Path, tmp_path: Path) -> None:
+    leaf = open_leaf(str(path))
+    guest_write(leaf, 1_000_001, b"across" * 5000, b"")
+    for extent in extents(leaf):
+        if extent.state is State.UNALLOCATED:
+            zero(leaf, extent.offset, extent.length)
+    flush(leaf)
+    leaf.drop_backing()
+    content = read(leaf, 0, SIZE, b"")
+    leaf.close()
+    raw = tmp_path / "raw"
+    raw.write_bytes(content)
+    run(["qemu-img", "compare", "-f", "qed", "-F", "raw", path, raw])
+    assert "backing file" not in run(["qemu-img", "info", "-f", "qed", path])
+    qemu_check(path, "qed")
+
+
+def test_we_read_what_qemu_wrote(path: Path, tmp_path: Path) -> None:
+    qemu_io(path, "write -P 0x42 3M 70000", "write -z 8M 64k", "write -P 1 0 512")
+    leaf = open_leaf(str(path))
+    assert read(leaf, 3 << 20, 70000, b"") == b"\x42" * 70000
+    assert extents(leaf, 8 << 20, 65536)[-1].state is State.ZERO
+    assert read(leaf, 0, 1024, b"") == b"\1" * 512 + pattern(512, 512, 1)
+    leaf.close()
+    qemu_check(path, "qed")
+
+
+def test_taking_turns_with_qemu(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qed"
+    SMALL.make(path, SIZE, BACKING)
+    model = bytearray(SIZE)
+    rng = random.Random(5)
+    for turn in range(12):
+        commands = []
+        leaf = open_leaf(str(path)) if turn % 2 else None
+        for _ in range(10):
+            offset = rng.randrange(SIZE // 512 - 300) * 512
+            length = rng.randrange(1, 300) * 512
+            byte = rng.randrange(256)
+            if leaf is None:
+                commands.append(f"write -P {byte} {offset} {length}")
+            else:
+                guest_write(leaf, offset, bytes([byte]) * length, b"")
+            model[offset : offset + length] = bytes([byte]) * length
+        if leaf is None:
+            qemu_io(path, *commands)
+        else:
+            leaf.close()
+        qemu_check(path, "qed")
+        reader = open_leaf(str(path), read_only=True)
+        assert read(reader, 0, SIZE, b"") == model
+        reader.close()
+
+
+def test_the_identity_survives_what_qemu_does(path: Path) -> None:
+    known = BackingReference("nbd://localhost:10809/disk", "raw", SIZE, "sha256:known")
+    leaf = open_leaf(str(path))
+    leaf.record_backing(known)
+    leaf.close()
+    qemu_io(path, "write -P 5 1M 1M")
+    qemu_check(path, "qed")
+    leaf = open_leaf(str(path), read_only=True)
+    assert leaf.backing == known
+    leaf.close()
+
+
+def test_another_backing_set_by_qemu_has_no_identity_yet(path: Path) -> None:
+    leaf = open_leaf(str(path))
+    leaf.record_backing(BackingReference(BACKING.uri, "raw", SIZE, "sha256:known"))
+    leaf.close()
+    run(["qemu-img", "rebase", "-u", "-f", "qed", "-F", "raw", "-b", "nbd://elsewhere/x", path])
+    qemu_check(path, "qed")
+    leaf = open_leaf(str(path))
+    assert leaf.backing == BackingReference("nbd://elsewhere/x", "raw", 0, "")
+    again = BackingReference("nbd://elsewhere/x", "raw", SIZE, "sha256:other")
+    leaf.record_backing(again)
+    leaf.close()
+    leaf = open_leaf(str(path), read_only=True)
+    assert leaf.backing == again
+    assert read(leaf, 0, CLUSTER, b"") == pattern(0, CLUSTER, 1)
+    leaf.close()
+    shown = run(["qemu-img", "info", "-f", "qed", path])
+    assert "backing file: nbd://elsewhere/x" in shown
