@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steering an emulated link: its settings in text, the link as a process, the command."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,10 +14,6 @@ from testbed.link.control import (
 )
 from testbed.link.model import Shape
 from testbed.processes import python_environment
-from tests.link_echo import PATIENCE, ping
-
-MEGABIT = 1e6
-
 
 COMMAND = [sys.executable, "-m", "testbed.link"]
 
@@ -69,41 +63,6 @@ def test_addresses() -> None:
     for text in ("", "localhost", "host:port", "80"):
         with pytest.raises(ValueError):
             Address.parse(text)
-
-
-def test_the_command_takes_orders_on_its_control_socket(
-    listen: str, echo: str, directory: Path
-) -> None:
-    control = directory / "control"
-    options = ["--rate", "100M", "--delay", "15ms", "--control", str(control)]
-    process = subprocess.Popen(
-        [*COMMAND, "--listen", listen, "--to", echo, *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=python_environment(),
-    )
-    try:
-        assert process.stdout
-        address = Address.parse(process.stdout.readline().strip())
-        with address.connect(PATIENCE) as sock:
-            ping(sock)
-            assert ping(sock) >= 0.03
-        with Address(path=str(control)).connect(PATIENCE) as steering:
-            with steering.makefile("rw") as lines:
-                lines.write("stats\nset rate=broken\nquit\n")
-                lines.flush()
-                replies = [json.loads(lines.readline()) for _ in range(3)]
-        assert replies[0]["shape"]["rate"] == 100 * MEGABIT
-        assert "broken" in replies[1]["error"]
-        assert replies[2] == {}
-        assert process.wait(PATIENCE) == 0
-        assert not control.exists()
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
 
 
 @pytest.mark.parametrize(

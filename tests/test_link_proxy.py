@@ -7,9 +7,12 @@ things late and never early.
 """
 
 import contextlib
+import json
 import random
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +27,11 @@ from testbed.link.control import (
 from testbed.link.model import Shape
 from testbed.link.proxy import Link
 from testbed.peers import temporary_directory
+from testbed.processes import python_environment
 from tests.link_echo import PATIENCE, Echo, TcpServer, UnixServer, connect, connected, ping, receive
 
 MEGABIT = 1e6
+COMMAND = [sys.executable, "-m", "testbed.link"]
 
 
 def test_delay_is_added_in_each_direction(listen: str, echo: str) -> None:
@@ -257,3 +262,38 @@ def test_steering_a_process_is_the_same(listen: str, echo: str) -> None:
         with pytest.raises(ValueError, match="no such command"):
             link.command("fly")
         assert link.processor_seconds() > 0
+
+
+def test_the_command_takes_orders_on_its_control_socket(
+    listen: str, echo: str, directory: Path
+) -> None:
+    control = directory / "control"
+    options = ["--rate", "100M", "--delay", "15ms", "--control", str(control)]
+    process = subprocess.Popen(
+        [*COMMAND, "--listen", listen, "--to", echo, *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=python_environment(),
+    )
+    try:
+        assert process.stdout
+        address = Address.parse(process.stdout.readline().strip())
+        with address.connect(PATIENCE) as sock:
+            ping(sock)
+            assert ping(sock) >= 0.03
+        with Address(path=str(control)).connect(PATIENCE) as steering:
+            with steering.makefile("rw") as lines:
+                lines.write("stats\nset rate=broken\nquit\n")
+                lines.flush()
+                replies = [json.loads(lines.readline()) for _ in range(3)]
+        assert replies[0]["shape"]["rate"] == 100 * MEGABIT
+        assert "broken" in replies[1]["error"]
+        assert replies[2] == {}
+        assert process.wait(PATIENCE) == 0
+        assert not control.exists()
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
