@@ -39,7 +39,6 @@ FLOORS = (
 # list only gets shorter.
 OVER_LONG = {
     "testbed.link.proxy",
-    "testbed.migrations.faults",
     "tests.test_serve",
     "tests.test_server_robustness",
     "tests.test_server_transmission",

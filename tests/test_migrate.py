@@ -17,7 +17,7 @@ from nbdstream.handover.generation import export_name, generation_of, new_genera
 from nbdstream.handover.seal import Seal, read_seal, remove_seal, stamp_of, write_seal
 from nbdstream.migrate.memory import default_settings
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
-from nbdstream.migrate.switchover import PHASE_WORDS, Phase, There, Undo, canonical, undo, why_kept
+from nbdstream.migrate.switchover import PHASE_WORDS, Phase, There, Undo, owner, undo, why_kept
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import GenericError
 from nbdstream.server.server import STOP_TIMEOUT
@@ -99,10 +99,10 @@ def test_the_source_may_run_again_as_long_as_the_destination_was_not_told_to() -
         assert phase in PHASE_WORDS
         steps = undo(phase)
         if phase >= Phase.TOLD:
-            assert canonical(phase) == "destination"
+            assert owner(phase) == "destination"
             assert steps == ()
             continue
-        assert canonical(phase) == "source"
+        assert owner(phase) == "source"
         # Nobody is left who could run at the destination before the source may write, and
         # the source may write before it can run.
         assert steps.index(Undo.QUIT_DESTINATION) < steps.index(Undo.UNSEAL)
@@ -269,6 +269,8 @@ async def test_a_disk_is_handed_over(tmp_path: Path, image: Path, suffix: str) -
                 run(["qemu-io", "-f", "raw", "-c", "read -P 0x5a 0 64k", destination.uri])
                 write(destination.uri, "write -P 0x33 64k 4k")
                 await wait_local(destination)
+                made_for = await ask(destination, "x-nbdstream-standby-query")
+                assert made_for == {"generation": generation}
                 await ask(source, "x-nbdstream-export-remove", generation=generation)
                 run(["qemu-io", "-f", "raw", "-c", "read -P 0x33 64k 4k", destination.uri])
                 assert not (await ask(source, "x-nbdstream-stats"))["owner"]

@@ -47,4 +47,3 @@ async def test_no_acknowledged_write_is_lost(
     run = faults.Run(trial, Ends(tmp_path, busybox_image), busybox_disk)
     outcomes.append(run.outcome)
     await run.run()
-    run.delete_images()

@@ -24,6 +24,14 @@ class Standby:
         self._disk = disk
         self._job = job
         self._stream = stream
+        backing = disk.leaf.backing
+        self._generation = generation_of(backing.uri) if backing is not None else ""
+
+    @command("x-nbdstream-standby-query")
+    async def query(self) -> JSONObject:
+        """The generation that the leaf was made for, also once it is local; or the empty
+        object."""
+        return {"generation": self._generation} if self._generation else {}
 
     @command("x-nbdstream-activate")
     async def activate(self, generation: str, size: int, check: bool = False) -> JSONObject:

@@ -15,6 +15,7 @@ from nbdstream.handover.generation import STANDBY, generation_of
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference
 from nbdstream.migrate.destination import delete_leaf, quit_qemu
+from nbdstream.migrate.limits import answered, limit
 from nbdstream.migrate.memory import cancel, default_settings, resume, settled_status
 from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import DiskPlan, MigrationError, MigrationPlan
@@ -38,16 +39,17 @@ async def take_back(plan: MigrationPlan) -> str:
     """
     monitor = Monitor(plan.source_qmp)
     server = QemuServer(monitor)
-    async with monitor.session() as source:
+    async with answered(monitor.session(), "the source's QEMU") as source:
         await _refuse_if_late(source, plan)
         await quit_qemu(plan.destination_qmp, None)
         generations, troubles = [], []
         for disk, planned in zip(make_sources(plan.disks, server), plan.disks, strict=True):
             generation = ""
             try:
-                generation = await disk.adopt()
-                await disk.unseal()
-            except QMPError as error:
+                with limit("no answer"):
+                    generation = await disk.adopt()
+                    await disk.unseal()
+            except (QMPError, MigrationError) as error:
                 troubles.append(f"{planned.source} may still be sealed: {error}")
             generations.append(generation)
         if any(planned.source_node for planned in plan.disks):
@@ -115,11 +117,13 @@ async def _has_run(destination: QMPClient) -> bool:
 async def _discard(plan: DiskPlan, generation: str) -> bool:
     """End the destination's server and delete its leaf, if they belong to what was taken
     back; returns whether nothing is left."""
+    belongs = False
     with suppress(QMPError):
         async with QMPClient.connect(plan.control) as qmp:
-            disk = (await qmp.execute("query-block"))[0]["inserted"]
-            if not generation or generation_of(disk.get("backing_file", "")) != generation:
+            made_for = (await qmp.execute("x-nbdstream-standby-query")).get("generation")
+            if not generation or made_for != generation:
                 return False
+            belongs = True
             await qmp.execute("quit")
     with trio.move_on_after(END_SECONDS):
         while True:
@@ -134,7 +138,8 @@ async def _discard(plan: DiskPlan, generation: str) -> bool:
             else:
                 break
         known = generation_of(backing.uri) if backing is not None else ""
-        if backing is not None and (backing.identity == STANDBY or known == generation != ""):
+        stands_by = backing is not None and backing.identity == STANDBY
+        if belongs or stands_by or known == generation != "":
             delete_leaf(plan)
             return True
     return False

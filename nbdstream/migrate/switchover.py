@@ -63,8 +63,8 @@ PHASE_WORDS = {
 }
 
 
-def canonical(phase: Phase) -> str:
-    """Whose copy of the disks counts: "source" or "destination"."""
+def owner(phase: Phase) -> str:
+    """Which end owns the guest and its disks: "source" or "destination"."""
     return "destination" if phase >= Phase.TOLD else "source"
 
 
