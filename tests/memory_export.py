@@ -107,3 +107,11 @@ class MemoryExport:
             )
             offset = stop
         return extents
+
+
+def held_export(size: int) -> MemoryExport:
+    """An export whose requests all miss, and wait until a test sets its `gate`."""
+    export = MemoryExport(size)
+    export.misses = True
+    export.gate = trio.Event()
+    return export

@@ -8,10 +8,12 @@ run beside it as processes (`client`) or in a thread (`in_thread`).
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import trio
+import trio.lowlevel
 
 from nbdstream.export import Export
 from nbdstream.net.listeners import listen_unix
@@ -27,13 +29,16 @@ from nbdstream.server.constants import (
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
     Chunk,
+    Command,
     Option,
     OptionReply,
 )
 from nbdstream.server.server import Server
 from testbed.peers import run, temporary_directory
+from tests.memory_export import MemoryExport
 
 T = TypeVar("T")
+READ, WRITE, DISC = Command.READ, Command.WRITE, Command.DISC
 
 
 @contextlib.asynccontextmanager
@@ -182,3 +187,20 @@ class RawClient:
 
     async def aclose(self) -> None:
         await self.stream.aclose()
+
+
+@asynccontextmanager
+async def attended(disk: MemoryExport) -> AsyncIterator[tuple[Server, Path, RawClient]]:
+    """A server with one well-behaved client, which reads before and after the block."""
+    async with serving([disk]) as (server, path):
+        bystander = await RawClient.connect(path)
+        await bystander.go(structured=False)
+        await check_service(bystander, disk)
+        yield server, path, bystander
+        await check_service(bystander, disk)
+        await bystander.aclose()
+
+
+async def check_service(bystander: RawClient, disk: MemoryExport) -> None:
+    await bystander.send(request(READ, 1000, 100, cookie=77))
+    assert await bystander.reply(100) == (77, 0, bytes(disk.data[1000:1100]))

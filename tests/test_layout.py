@@ -39,9 +39,6 @@ FLOORS = (
 # list only gets shorter.
 OVER_LONG = {
     "testbed.link.proxy",
-    "tests.test_serve",
-    "tests.test_server_robustness",
-    "tests.test_server_transmission",
     "vm-tests.test_migrate",
 }
 
@@ -117,7 +114,6 @@ def arrows(tree: str, allowed: set[str]) -> list[str]:
 
 def test_the_map_of_imports_is_not_empty() -> None:
     assert imports("nbdstream.cli.serve") >= {"nbdstream.service"}
-    assert "testbed.peers" in imports("tests.test_serve")
     assert imports("vm-tests.test_boot") >= {"testbed.guests.systems"}
 
 

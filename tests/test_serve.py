@@ -1,16 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nbdstream serve`` as its users meet it: real backings, real clients, real trouble."""
+"""``nbdstream serve`` as its users meet it: real backings and real clients."""
 
-import os
 import re
-import signal
 import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import unquote
 
 import nbd
 import pytest
@@ -19,76 +13,30 @@ from testbed.peers import (
     Qmp,
     assert_same,
     binary,
-    make_image,
     nbdkit,
     nbdstream_serve,
     qemu_nbd,
     run,
-    temporary_directory,
 )
 from testbed.processes import children
-
-MIB = 1 << 20
-SIZE = 24 * MIB + 4096 + 512  # no multiple of any cluster size, nor of a block
-FORMATS = ["raw", "qcow2", "qed"]
+from tests.serve_support import (
+    FORMATS,
+    MIB,
+    SIZE,
+    check_clean,
+    client,
+    fetched_ranges,
+    format_of,
+    image_file,
+    leaf_path,
+    nbdstream,
+    wait_for,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
-
-@pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The backing's content, with holes, zeroes and data."""
-    path = tmp_path_factory.mktemp("backing") / "image"
-    make_image(path, SIZE)
-    return path
-
-
-@pytest.fixture(params=FORMATS)
-def leaf(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Where a leaf of each format will be."""
-    return tmp_path / f"leaf.{request.param}"
-
-
-def format_of(leaf: Path) -> str:
-    return leaf.suffix.removeprefix(".")
-
-
-def nbdstream(*args: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end."""
-    command = [binary("NBDSTREAM"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-@contextmanager
-def client(uri: str) -> Iterator[nbd.NBD]:
-    """A libnbd client that sees the three metadata contexts."""
-    handle = nbd.NBD()
-    for context in ("base:allocation", "qemu:allocation-depth", "nbdstream:local"):
-        handle.add_meta_context(context)
-    handle.connect_uri(uri)
-    yield handle
-    handle.shutdown()
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} in {seconds} s"
-        time.sleep(0.01)
-
-
-def check_clean(leaf: Path) -> None:
-    """The leaf is clean by our own check and, where it has one, by QEMU's."""
-    result = nbdstream("check", leaf)
-    assert result.returncode == 0, result.stdout + result.stderr
-    if format_of(leaf) != "raw":
-        run([binary("QEMU_IMG"), "check", "-q", leaf])
-
-
-def fetched_ranges(log: Path) -> list[tuple[int, int]]:
-    """What nbdkit's log filter saw being read, in order of offset."""
-    reads = re.findall(r"\bRead .*?offset=0x([0-9a-f]+) count=0x([0-9a-f]+)", log.read_text())
-    return sorted((int(offset, 16), int(count, 16)) for offset, count in reads)
+image = pytest.fixture(image_file, scope="session")
+leaf = pytest.fixture(leaf_path, params=FORMATS)
 
 
 # -- the main job --------------------------------------------------------------------------
@@ -351,94 +299,6 @@ def test_a_read_only_export_changes_nothing(leaf: Path, image: Path) -> None:
         assert leaf.read_bytes() == before
 
 
-# -- trouble with the backing --------------------------------------------------------------
-
-
-def test_a_lost_backing_holds_up_only_those_who_need_it(leaf: Path, image: Path) -> None:
-    expected = image.read_bytes()
-    with temporary_directory() as directory:
-        socket = directory / "backing"
-        with nbdkit("file", image, readonly=True, socket_path=socket) as backing:
-            with nbdstream_serve(leaf, backing.uri, "--stream", "off") as server:
-                with client(server.uri) as guest, client(server.uri) as other:
-                    assert guest.pread(MIB, 0) == expected[:MIB]
-                    backing.kill()
-                    answers: list[bytes] = []
-                    waiting = threading.Thread(
-                        target=lambda: answers.append(other.pread(9000, 10 * MIB))
-                    )
-                    waiting.start()
-                    for _ in range(20):
-                        assert guest.pread(MIB, 0) == expected[:MIB]
-                    # Whole blocks of the leaf need nothing (4 KiB, but for QED's clusters).
-                    guest.pwrite(b"w" * MIB, 4 * MIB)
-                    guest.zero(MIB, 6 * MIB)
-                    guest.flush()
-                    assert guest.pread(MIB, 4 * MIB) == b"w" * MIB
-                    assert not answers
-                    with nbdkit("file", image, readonly=True, socket_path=socket):
-                        waiting.join(30)
-                        assert answers == [expected[10 * MIB : 10 * MIB + 9000]]
-                    assert server.process.poll() is None
-
-
-def test_a_backing_timeout_turns_waiting_into_an_error(tmp_path: Path, image: Path) -> None:
-    leaf = tmp_path / "leaf.qcow2"
-    with nbdkit("file", image, readonly=True) as backing:
-        with nbdstream_serve(
-            leaf, backing.uri, "--stream", "off", "--backing-timeout", "1"
-        ) as server:
-            backing.kill()
-            with client(server.uri) as guest:
-                with pytest.raises(nbd.Error, match="Input/output error"):
-                    guest.pread(4096, 10 * MIB)
-                guest.pwrite(b"w" * 4096, 10 * MIB)
-                assert guest.pread(4096, 10 * MIB) == b"w" * 4096
-        assert re.search("[0-9]+ .*local", nbdstream("map", leaf).stdout)
-
-
-def test_errors_of_the_backing_are_never_data(leaf: Path, image: Path, tmp_path: Path) -> None:
-    switch = tmp_path / "fail"
-    switch.touch()
-    with nbdkit(
-        "file",
-        image,
-        "error-pread-rate=100%",
-        f"error-file={switch}",
-        filters=["error"],
-        readonly=True,
-    ) as backing:
-        switch.unlink()
-        assert nbdstream("create", leaf, "-b", backing.uri).returncode == 0
-        with nbdstream_serve(leaf, None, "--exit-when-complete", "--stream", "paused") as server:
-            switch.touch()
-            with Qmp(server.control) as qmp:  # type: ignore[arg-type]
-                qmp.execute("block-job-resume", device="disk0")
-                time.sleep(0.5)  # let it run into errors for a while
-                assert qmp.execute("query-block-jobs")[0]["status"] == "running"
-            switch.unlink()
-            assert server.wait(60) == 0
-    assert_same(leaf, image, format_of(leaf))
-
-
-def test_another_image_behind_the_same_uri_is_refused(tmp_path: Path, image: Path) -> None:
-    leaf, other, larger = tmp_path / "leaf.qcow2", tmp_path / "other", tmp_path / "larger"
-    make_image(other, SIZE, seed=1)
-    make_image(larger, 2 * SIZE)
-    with temporary_directory() as directory:
-        socket = directory / "backing"
-        with nbdkit("file", image, readonly=True, socket_path=socket) as backing:
-            assert nbdstream("create", leaf, "-b", backing.uri).returncode == 0
-        before = leaf.read_bytes()
-        for wrong in (other, larger):
-            with nbdkit("file", wrong, readonly=True, socket_path=socket):
-                result = nbdstream("serve", leaf, "-U", "-")
-                assert result.returncode == 1
-                assert result.stderr.count("\n") == 1
-                assert re.match(r"nbdstream: error: .*belongs to", result.stderr)
-        assert leaf.read_bytes() == before
-
-
 def test_a_backing_by_qemu_nbd(tmp_path: Path, image: Path) -> None:
     leaf = tmp_path / "leaf.qcow2"
     with qemu_nbd(image, "raw", readonly=True) as backing:
@@ -446,177 +306,6 @@ def test_a_backing_by_qemu_nbd(tmp_path: Path, image: Path) -> None:
             assert server.wait(60) == 0
     # qemu-nbd rounds the size up to whole sectors, which this one is.
     assert_same(leaf, image, "qcow2")
-
-
-# -- the end -------------------------------------------------------------------------------
-
-
-def test_sigterm_finishes_what_is_in_flight_and_closes_the_leaf_clean(
-    leaf: Path, image: Path
-) -> None:
-    with nbdkit(
-        "file", image, "rdelay=300ms", filters=["delay"], threads=16, readonly=True
-    ) as backing:
-        with nbdstream_serve(leaf, backing.uri, "--stream", "off") as server:
-            with client(server.uri) as guest:
-                buffer = nbd.Buffer(9000)
-                cookie = guest.aio_pread(buffer, 3 * MIB)
-                guest.pwrite(b"last words" * 100, 0)
-                server.process.send_signal(signal.SIGTERM)
-                while not guest.aio_command_completed(cookie):
-                    guest.poll(-1)
-                assert buffer.to_bytearray() == image.read_bytes()[3 * MIB : 3 * MIB + 9000]
-                assert server.wait(30) == 0
-            check_clean(leaf)
-            with nbdstream_serve(leaf, None, "--stream", "off") as again:
-                with client(again.uri) as guest:
-                    assert guest.pread(1000, 0) == b"last words" * 100
-
-
-def test_a_second_signal_ends_at_once(tmp_path: Path, image: Path) -> None:
-    leaf = tmp_path / "leaf.raw"
-    with nbdkit("file", image, readonly=True) as backing:
-        with nbdstream_serve(leaf, backing.uri, "--stream", "off") as server:
-            backing.kill()
-            with client(server.uri) as guest:
-                guest.aio_pread(nbd.Buffer(9000), 3 * MIB)  # cannot be finished
-                guest.pwrite(b"x" * 4096, 0)
-                server.process.send_signal(signal.SIGTERM)
-                with pytest.raises(subprocess.TimeoutExpired):
-                    server.wait(0.5)
-                server.process.send_signal(signal.SIGTERM)
-                assert server.wait(5) == 128 + signal.SIGTERM
-
-
-# -- bad input -----------------------------------------------------------------------------
-
-
-def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    no_server = f"nbd+unix:///?socket={tmp_path}/nobody"
-    cases = [
-        (["serve", "new.qcow2"], 2, "does not exist"),
-        (["serve", "new.qcow2", "-b", no_server], 1, "no server listens"),
-        (["serve", "new.qcow2", "-b", "gopher://x/y"], 2, "unknown|gopher"),
-        (["serve", "new.what", "-b", no_server], (1, 2), "format|no server"),
-        (["create", "new.qcow2"], 2, "--size"),
-        (["create", "new.qcow2", "--size", "12x"], 2, "12x"),
-        (["create", "new.qcow2", "--size", "0"], 2, "0 bytes"),
-        (["create", "new.xyz", "--size", "1M"], 2, "format"),
-        (["create", "new.qcow2", "--size", "1M", "--cluster-size", "1000"], 2, "cluster"),
-        (["create", "nowhere/new.qcow2", "--size", "1M"], 1, "No such file"),
-        (["info", "missing.raw"], 1, "missing.raw: No such file"),
-        (["serve", "missing.raw", "-U", "a", "--listen", "b:1"], 2, "one of"),
-        (["serve", "missing.raw", "--listen", "nonsense"], 2, "HOST:PORT"),
-        (["serve", "missing.raw", "--tls", "require"], 2, "--tls-certificates"),
-        (["serve", "missing.raw", "--tls-verify-peer"], 2, "--tls-certificates"),
-        (
-            [
-                "serve",
-                "missing.raw",
-                "--tls",
-                "off",
-                "--tls-certificates",
-                "a",
-                "--tls-verify-peer",
-            ],
-            2,
-            "--tls off",
-        ),
-        (["serve", "missing.raw", "--tls-certificates", "a"], 2, "server-cert.pem"),
-    ]
-    for command, status, pattern in cases:
-        done = subprocess.run(
-            [binary("NBDSTREAM"), *command],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=60,
-            check=False,
-        )
-        allowed = status if isinstance(status, tuple) else (status,)
-        assert done.returncode in allowed, (command, done.stderr)
-        assert re.search(pattern, done.stderr), (command, done.stderr)
-        assert "Traceback" not in done.stderr
-        # Ours are one line; click shows the usage before its own.
-        assert done.stderr.count("\n") == 1 or "Usage:" in done.stderr, (command, done.stderr)
-        assert list(tmp_path.iterdir()) == [], command
-
-
-def test_a_leaf_in_use_is_refused(leaf: Path, image: Path) -> None:
-    with nbdkit("file", image, readonly=True) as backing:
-        with nbdstream_serve(leaf, backing.uri, "--stream", "off") as server:
-            result = nbdstream("serve", leaf, "-U", "-")
-            assert result.returncode == 1
-            assert re.match(r"nbdstream: error: .*in use", result.stderr)
-            write = [binary("QEMU_IO"), "-f", format_of(leaf), "-c", "write 0 512", str(leaf)]
-            refused = subprocess.run(write, capture_output=True, text=True, check=False)
-            assert refused.returncode == 1
-            assert "lock" in refused.stderr
-            assert server.process.poll() is None
-
-
-def test_a_damaged_map_is_refused_and_left_alone(tmp_path: Path, image: Path) -> None:
-    leaf = tmp_path / "leaf.raw"
-    with nbdkit("file", image, readonly=True) as backing:
-        assert nbdstream("create", leaf, "-b", backing.uri).returncode == 0
-        allocation = tmp_path / "leaf.raw.map"
-        damaged = bytearray(allocation.read_bytes())
-        damaged[20] ^= 1
-        allocation.write_bytes(damaged)
-        result = nbdstream("serve", leaf, "-U", "-")
-        assert result.returncode == 1
-        assert result.stderr.startswith("nbdstream: error: ")
-        assert "damaged" in result.stderr
-        assert allocation.read_bytes() == damaged
-
-
-def test_a_read_only_directory(tmp_path: Path, image: Path) -> None:
-    if os.geteuid() == 0:
-        directory = Path("/proc/self")  # where not even root can create a file
-    else:
-        directory = tmp_path
-        directory.chmod(0o500)
-    with nbdkit("file", image, readonly=True) as backing:
-        result = nbdstream("serve", directory / "leaf.raw", "-b", backing.uri, "-U", "-")
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    directory = tmp_path / "small"
-    directory.mkdir()
-    run(["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", directory])
-    yield directory
-    run(["umount", directory])
-
-
-@pytest.mark.parametrize("image_format", FORMATS)
-def test_a_full_disk_pauses_the_job_and_guests_can_still_read(
-    small_disk: Path, image_format: str, image: Path
-) -> None:
-    leaf = small_disk / f"leaf.{image_format}"
-    expected = image.read_bytes()
-    with nbdkit("file", image, readonly=True) as backing:
-        with nbdstream_serve(leaf, backing.uri, "--exit-when-complete") as server:
-            assert server.control is not None
-            with Qmp(server.control) as qmp, client(server.uri) as guest:
-                wait_for(
-                    lambda: qmp.execute("query-block-jobs")[0]["io-status"] == "nospace",
-                    "pause for want of space",
-                )
-                assert guest.pread(MIB, 20 * MIB) == expected[20 * MIB : 21 * MIB]
-                with pytest.raises(nbd.Error, match="space"):
-                    guest.pwrite(b"x" * 4 * MIB, 18 * MIB)
-                run(["mount", "-o", "remount,size=64M", small_disk])
-                guest.pwrite(expected[18 * MIB : 22 * MIB], 18 * MIB)
-                guest.flush()
-                qmp.execute("block-job-resume", device="disk0")
-            assert server.wait(60) == 0
-    assert_same(leaf, image, image_format)
 
 
 def test_qemu_reads_a_leaf_whose_backing_is_no_raw_image(tmp_path: Path, image: Path) -> None:
@@ -631,29 +320,3 @@ def test_qemu_reads_a_leaf_whose_backing_is_no_raw_image(tmp_path: Path, image: 
         assert f"backing file: {backing.uri}\n" in found
         assert "backing file format: qcow2" in found
         assert_same(leaf, image, "qcow2")
-
-
-@pytest.mark.parametrize("runtime", [True, False])
-def test_the_default_socket_is_for_this_user_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: bool
-) -> None:
-    leaf = tmp_path / "a disk.raw"
-    assert nbdstream("create", leaf, "--size", "1M").returncode == 0
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    with temporary_directory() as directory:
-        directory.chmod(0o700)
-        if runtime:
-            monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
-        command = [binary("NBDSTREAM"), "serve", str(leaf)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            uri = process.stdout.readline().strip()
-            with client(uri) as guest:
-                assert guest.get_size() == MIB
-            socket = Path(unquote(uri.partition("socket=")[2]))
-            assert socket.stat().st_mode & 0o777 == 0o600
-            assert socket.parent.stat().st_mode & 0o777 == 0o700
-            if runtime:
-                assert socket == directory / "nbdstream" / "a disk.raw.sock"
-            process.terminate()
-        assert process.returncode == 0

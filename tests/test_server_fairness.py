@@ -18,10 +18,9 @@ from nbdstream.server.handshake import Agreement, Handshake
 from nbdstream.server.replies import MAX_DESCRIPTORS
 from nbdstream.server.transmission import BUDGET, COST_OF_OTHERS, Transmission
 from tests.memory_export import MemoryExport
-from tests.server_support import RawClient, info_data, option, request, serving
+from tests.server_support import READ, WRITE, RawClient, info_data, option, request, serving
 
 SIZE = 64 << 20
-READ, WRITE = Command.READ, Command.WRITE
 
 
 class CountingExport(MemoryExport):

@@ -23,8 +23,10 @@ from nbdstream.server.constants import (
 from nbdstream.server.server import Server
 from testbed.peers import PeerError, unix_uri
 from tests.doubles import GatedBacking, MemoryLeaf
-from tests.memory_export import MemoryExport
+from tests.memory_export import MemoryExport, held_export
 from tests.server_support import (
+    READ,
+    WRITE,
     RawClient,
     client,
     clients_gone,
@@ -36,7 +38,6 @@ from tests.server_support import (
 )
 
 SIZE = 4 << 20
-READ, WRITE = Command.READ, Command.WRITE
 
 
 @contextmanager
@@ -54,13 +55,6 @@ def raising(disk: MemoryExport, error: Exception) -> Iterator[None]:
         delattr(disk, name)
 
 
-def stuck(disk: MemoryExport) -> MemoryExport:
-    """Everything waits for a backing that never answers."""
-    disk.misses = True
-    disk.gate = trio.Event()
-    return disk
-
-
 async def calls(disk: MemoryExport, number: int) -> None:
     """Wait until the disk was asked so many times."""
     while len(disk.calls) < number:
@@ -74,7 +68,7 @@ async def test_changes_of_clients_that_are_gone_hold_no_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 4)
-    disk = stuck(MemoryExport(SIZE))
+    disk = held_export(SIZE)
     async with serving([disk]) as (server, path):
         for number in range(1, 13):  # three times as many as there are places
             gone = await RawClient.connect(path)
@@ -91,7 +85,7 @@ async def test_changes_of_clients_that_are_gone_hold_no_place(
 async def test_changes_that_cannot_be_finished_are_dropped_in_the_end(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    disk = stuck(MemoryExport(SIZE))
+    disk = held_export(SIZE)
     original = bytes(disk.data)
     async with serving([disk]) as (server, path):
         gone = await RawClient.connect(path)
@@ -113,7 +107,7 @@ async def test_a_client_that_is_gone_is_noticed_while_it_has_too_much_in_flight(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     monkeypatch.setattr("nbdstream.server.transmission.MAX_SLOW_REQUESTS", 4)
-    disk = stuck(MemoryExport(SIZE))
+    disk = held_export(SIZE)
     async with serving([disk]) as (server, path):
         gone = await RawClient.connect(path)
         await gone.go()
@@ -128,7 +122,7 @@ async def test_a_client_that_is_gone_is_noticed_while_it_has_too_much_in_flight(
 async def test_a_client_that_disconnects_and_goes_away_does_not_wait_for_its_replies(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    disk = stuck(MemoryExport(SIZE))
+    disk = held_export(SIZE)
     async with serving([disk]) as (server, path):
         gone = await RawClient.connect(path)
         await gone.go()
@@ -142,7 +136,7 @@ async def test_a_client_that_disconnects_and_goes_away_does_not_wait_for_its_rep
 async def test_stopping_takes_no_longer_than_it_may_whatever_clients_left_behind(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    disk = stuck(MemoryExport(SIZE))
+    disk = held_export(SIZE)
     async with serving([disk]) as (server, path):
         gone, waiting, deaf = [await RawClient.connect(path) for _ in range(3)]
         for each in (gone, waiting, deaf):
@@ -341,7 +335,7 @@ async def test_a_server_without_clients_stops_at_once() -> None:
 async def test_whatever_the_disk_raises_is_the_answer_to_that_request(
     error: Exception, command: int
 ) -> None:
-    disk = stuck(MemoryExport(SIZE))
+    disk = held_export(SIZE)
     disk.gate.set()
     async with serving([disk]) as (_, path):
         each = await RawClient.connect(path)

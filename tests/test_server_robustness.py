@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that are slow, rude, silent, gone or too many, while another notices nothing."""
+"""Clients that are slow, rude, silent or too many, while another notices nothing."""
 
 import logging
-import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 import trio
 import trio.lowlevel
-import trio.testing
 
 from nbdstream.net.listeners import listen_tcp, listen_unix
 from nbdstream.server import connection as connection_module
@@ -19,17 +14,20 @@ from nbdstream.server.constants import (
     GREETING,
     IHAVEOPT,
     OPTION,
-    Chunk,
     Command,
     Error,
     Option,
 )
 from nbdstream.server.server import Server
 from nbdstream.server.transmission import MAX_SLOW_BYTES, MAX_SLOW_REQUESTS
-from testbed.peers import binary, temporary_directory, unix_uri
-from tests.memory_export import MemoryExport
+from testbed.peers import temporary_directory, unix_uri
+from tests.memory_export import MemoryExport, held_export
 from tests.server_support import (
+    READ,
+    WRITE,
     RawClient,
+    attended,
+    check_service,
     client,
     clients_gone,
     info_data,
@@ -38,24 +36,6 @@ from tests.server_support import (
 )
 
 SIZE = 4 << 20
-READ, WRITE = Command.READ, Command.WRITE
-
-
-@asynccontextmanager
-async def attended(disk: MemoryExport) -> AsyncIterator[tuple[Server, Path, RawClient]]:
-    """A server with one well-behaved client, which reads before and after the block."""
-    async with serving([disk]) as (server, path):
-        bystander = await RawClient.connect(path)
-        await bystander.go(structured=False)
-        await check_service(bystander, disk)
-        yield server, path, bystander
-        await check_service(bystander, disk)
-        await bystander.aclose()
-
-
-async def check_service(bystander: RawClient, disk: MemoryExport) -> None:
-    await bystander.send(request(READ, 1000, 100, cookie=77))
-    assert await bystander.reply(100) == (77, 0, bytes(disk.data[1000:1100]))
 
 
 async def answered(rude: RawClient) -> bytes:
@@ -211,9 +191,7 @@ async def test_a_miss_never_holds_up_a_hit() -> None:
 
 @pytest.mark.parametrize("length", [1, 1 << 20])
 async def test_a_flood_of_misses_is_bounded_and_served(length: int) -> None:
-    disk = MemoryExport(SIZE)
-    disk.misses = True
-    disk.gate = trio.Event()
+    disk = held_export(SIZE)
     limit = min(MAX_SLOW_REQUESTS, MAX_SLOW_BYTES // length)
     total = 2 * limit
     async with serving([disk]) as (server, path):
@@ -261,79 +239,6 @@ async def test_a_client_that_does_not_read_stalls_only_itself() -> None:
             nursery.cancel_scope.cancel()
         await deaf.aclose()
         await clients_gone(server, 1)
-
-
-# --- clients that go away ---------------------------------------------------------------
-
-
-async def test_a_client_that_goes_away_cancels_its_reads_but_not_its_writes() -> None:
-    disk = MemoryExport(SIZE)
-    disk.misses = True
-    disk.gate = trio.Event()
-    async with serving([disk]) as (server, path):
-        gone = await RawClient.connect(path)
-        await gone.go()
-        await gone.send(request(READ, 0, 512) + request(WRITE, 0, 4) + b"data")
-        while len(disk.calls) < 2:
-            await trio.lowlevel.checkpoint()
-        await gone.aclose()
-        with trio.move_on_after(0.05):
-            await clients_gone(server)
-        assert server.clients == 1  # the write is not done yet
-        disk.gate.set()
-        await clients_gone(server)
-        assert disk.data[:4] == b"data"
-
-
-async def test_a_client_that_goes_away_while_only_reading_is_gone_at_once() -> None:
-    disk = MemoryExport(SIZE)
-    disk.misses = True
-    disk.gate = trio.Event()
-    async with serving([disk]) as (server, path):
-        gone = await RawClient.connect(path)
-        await gone.go()
-        await gone.send(request(READ, 0, 512) * 10)
-        while len(disk.calls) < 10:
-            await trio.lowlevel.checkpoint()
-        await gone.aclose()
-        await clients_gone(server)
-
-
-async def test_disconnect_waits_for_everything_in_flight() -> None:
-    disk = MemoryExport(SIZE)
-    disk.misses = True
-    disk.gate = trio.Event()
-    async with serving([disk]) as (server, path):
-        polite = await RawClient.connect(path)
-        await polite.go(structured=False)
-        await polite.send(request(READ, 0, 512) + request(Command.DISC))
-        while not disk.calls:
-            await trio.lowlevel.checkpoint()
-        disk.gate.set()
-        assert await polite.reply(512) == (1, 0, bytes(disk.data[:512]))
-        assert await polite.hung_up()
-        await clients_gone(server)
-        await polite.aclose()
-
-
-async def test_a_killed_client_is_noticed_by_nobody_else() -> None:
-    disk = MemoryExport(SIZE)
-    async with attended(disk) as (server, path, bystander):
-        command = [
-            binary("FIO"), "--name=killed", "--ioengine=nbd", f"--uri={unix_uri(path)}",
-            "--rw=randrw", "--bs=4k", "--iodepth=16", "--time_based", "--runtime=60",
-            "--offset=1M", "--size=3M", "--thread",
-        ]  # fmt: skip
-        for _ in range(5):
-            disk.data[1 << 20 :] = blank = bytes(3 << 20)
-            process = await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL)
-            try:
-                while disk.data[1 << 20 :] == blank:  # until it has begun to write
-                    await check_service(bystander, disk)
-            finally:
-                process.kill()
-                await process.wait()
-            await clients_gone(server, 1)
 
 
 async def test_many_clients_at_once() -> None:
@@ -396,97 +301,3 @@ async def test_tcp_clients() -> None:
         copied = await client("nbdcopy", uri, "null:")
         assert copied == ""
         server.stop()
-
-
-# --- the end ----------------------------------------------------------------------------
-
-
-async def test_stop_finishes_what_is_in_flight_and_closes() -> None:
-    disk = MemoryExport(SIZE)
-    disk.misses = True
-    disk.gate = trio.Event()
-    with temporary_directory() as directory:
-        path = directory / "nbd"
-        server = Server([disk])
-        ended = trio.Event()
-
-        async def run() -> None:
-            await server.run([listen_unix(path)])
-            ended.set()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(run)
-            await trio.testing.wait_all_tasks_blocked()
-            idle, haggling, busy = [await RawClient.connect(path) for _ in range(3)]
-            await idle.go()
-            await haggling.take(GREETING.size)
-            await busy.go()
-            await busy.send(request(READ, 512, 512) + request(WRITE, 0, 4, cookie=2) + b"data")
-            while len(disk.calls) < 2:
-                await trio.lowlevel.checkpoint()
-            server.stop()
-            assert await idle.hung_up()
-            assert await haggling.hung_up()
-            assert not path.exists()
-            with pytest.raises(FileNotFoundError):
-                await RawClient.connect(path)
-            assert not ended.is_set()
-            disk.gate.set()
-            replies = sorted([await busy.reply(), await busy.reply()])
-            position = (512).to_bytes(8, "big")
-            assert replies == [
-                (1, Chunk.OFFSET_DATA, position + disk.data[512:1024]),
-                (2, 0, b""),
-            ]
-            assert await busy.hung_up()
-            await ended.wait()
-            for each in (idle, haggling, busy):
-                await each.aclose()
-
-
-async def test_stop_drops_what_takes_too_long(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(server_module, "STOP_TIMEOUT", 0.05)
-    disk = MemoryExport(SIZE)
-    disk.misses = True
-    disk.gate = trio.Event()
-    async with serving([disk]) as (server, path):
-        waiting = await RawClient.connect(path)
-        await waiting.go()
-        await waiting.send(request(READ, 0, 512))
-        while not disk.calls:
-            await trio.lowlevel.checkpoint()
-        server.stop()
-        assert await waiting.hung_up()
-        await waiting.aclose()
-    assert "dropped" in caplog.messages[-1]
-
-
-async def test_stop_under_load_loses_no_reply() -> None:
-    """Whatever was answered was answered whole, however busy the connection was."""
-    disk = MemoryExport(SIZE)
-    async with serving([disk]) as (server, path):
-        busy = await RawClient.connect(path)
-        await busy.go(structured=False)
-        answered_reads = 0
-
-        async def flood() -> None:
-            try:
-                while True:
-                    await busy.send(request(READ, 0, 4096) * 64)
-            except trio.BrokenResourceError:
-                pass
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(flood)
-            try:
-                while True:
-                    assert await busy.reply(4096) == (1, 0, bytes(disk.data[:4096]))
-                    answered_reads += 1
-                    if answered_reads == 1000:
-                        server.stop()
-            except (EOFError, trio.BrokenResourceError):
-                pass
-        assert answered_reads >= 1000
-        await busy.aclose()

@@ -5,7 +5,6 @@ import pytest
 
 from nbdstream.server.constants import (
     OPTION_REPLY,
-    Command,
     Option,
     OptionReply,
 )
@@ -19,7 +18,6 @@ from tests.server_support import (
 
 MIB = 1 << 20
 FLAGS = (3).to_bytes(4, "big")
-READ, WRITE, DISC = Command.READ, Command.WRITE, Command.DISC
 
 
 def answer(handshake: Handshake, data: bytes) -> int:

@@ -9,7 +9,6 @@ import trio
 
 from nbdstream.server.constants import (
     GREETING,
-    Command,
     Option,
 )
 from testbed.peers import (
@@ -23,6 +22,9 @@ from testbed.peers import (
 from testbed.remotes import free_port
 from tests.pki import Pki, disk
 from tests.server_support import (
+    DISC,
+    READ,
+    WRITE,
     RawClient,
     option,
     request,
@@ -31,7 +33,6 @@ from tests.server_support import (
 
 MIB = 1 << 20
 FLAGS = (3).to_bytes(4, "big")
-READ, WRITE, DISC = Command.READ, Command.WRITE, Command.DISC
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])

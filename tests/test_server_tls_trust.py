@@ -22,6 +22,7 @@ from testbed.peers import (
 )
 from tests.pki import Pki, disk
 from tests.server_support import (
+    READ,
     RawClient,
     clients_gone,
     option,
@@ -31,7 +32,6 @@ from tests.server_support import (
 
 MIB = 1 << 20
 FLAGS = (3).to_bytes(4, "big")
-READ, WRITE, DISC = Command.READ, Command.WRITE, Command.DISC
 
 
 async def test_clear_and_secure_clients_where_both_may_come(pki: Pki) -> None:

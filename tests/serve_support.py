@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of ``nbdstream serve`` share: the program, a client, what is checked of a leaf.
+
+A test module makes fixtures: ``image = pytest.fixture(image_file, scope="session")`` and, for a
+test per format, ``leaf = pytest.fixture(leaf_path, params=FORMATS)``.
+"""
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbd
+import pytest
+
+from testbed.peers import (
+    binary,
+    make_image,
+    run,
+)
+
+MIB = 1 << 20
+SIZE = 24 * MIB + 4096 + 512  # no multiple of any cluster size, nor of a block
+FORMATS = ["raw", "qcow2", "qed"]
+
+
+def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The backing's content, with holes, zeroes and data."""
+    path = tmp_path_factory.mktemp("backing") / "image"
+    make_image(path, SIZE)
+    return path
+
+
+def leaf_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Where a leaf of each format will be."""
+    return tmp_path / f"leaf.{request.param}"
+
+
+def format_of(leaf: Path) -> str:
+    return leaf.suffix.removeprefix(".")
+
+
+def nbdstream(*args: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end."""
+    command = [binary("NBDSTREAM"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@contextmanager
+def client(uri: str) -> Iterator[nbd.NBD]:
+    """A libnbd client that sees the three metadata contexts."""
+    handle = nbd.NBD()
+    for context in ("base:allocation", "qemu:allocation-depth", "nbdstream:local"):
+        handle.add_meta_context(context)
+    handle.connect_uri(uri)
+    yield handle
+    handle.shutdown()
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} in {seconds} s"
+        time.sleep(0.01)
+
+
+def check_clean(leaf: Path) -> None:
+    """The leaf is clean by our own check and, where it has one, by QEMU's."""
+    result = nbdstream("check", leaf)
+    assert result.returncode == 0, result.stdout + result.stderr
+    if format_of(leaf) != "raw":
+        run([binary("QEMU_IMG"), "check", "-q", leaf])
+
+
+def fetched_ranges(log: Path) -> list[tuple[int, int]]:
+    """What nbdkit's log filter saw being read, in order of offset."""
+    reads = re.findall(r"\bRead .*?offset=0x([0-9a-f]+) count=0x([0-9a-f]+)", log.read_text())
+    return sorted((int(offset, 16), int(count, 16)) for offset, count in reads)
