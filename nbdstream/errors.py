@@ -4,6 +4,8 @@
     NbdstreamError
     ├── UsageError            the caller asked for something that makes no sense
     ├── ProfileError          a boot profile that is none, or is damaged
+    ├── StoreError            the host's store of images
+    │   └── ImageGoneError        the image was removed meanwhile
     ├── LeafError             the local image
     │   ├── LeafFormatError       not what it claims to be, or damaged
     │   ├── LeafUnsupportedError  well-formed, but uses a feature that we refuse by name
@@ -29,6 +31,14 @@ class UsageError(NbdstreamError):
 
 class ProfileError(NbdstreamError):
     """A file that is not a boot profile, is damaged, or does not fit another one."""
+
+
+class StoreError(NbdstreamError):
+    """Trouble with the host's store of images, or an image that is in use there."""
+
+
+class ImageGoneError(StoreError):
+    """An image is not in the store any more."""
 
 
 class LeafError(NbdstreamError):

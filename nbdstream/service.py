@@ -16,7 +16,7 @@ from functools import partial
 
 import trio
 
-from nbdstream.backing import named_by_image, open_backing, recorded_by_image
+from nbdstream.backing import BackingOpener, named_by_image, open_backing, recorded_by_image
 from nbdstream.backing.base import Backing
 from nbdstream.backing.identity import fingerprint
 from nbdstream.backing.nbd import NbdBacking
@@ -53,7 +53,9 @@ class ServeOptions:
     ``finish_in`` is in seconds from now, None for no deadline; ``prefetch`` the file of a boot
     profile; ``backing_timeout`` in seconds, None to wait for a lost backing for ever;
     ``standby``: the backing may still be written, so keep nothing of it until told; ``tls``: how
-    TLS is offered to clients, None for not at all.
+    TLS is offered to clients, None for not at all;
+    ``opener`` opens the backing, as `open_backing` does; ``shared``: many guests read the disk,
+    each with a server of its own that reads ahead, so here nothing is read ahead or recorded.
     """
 
     leaf: str
@@ -71,6 +73,8 @@ class ServeOptions:
     keep_backing: bool = False
     standby: bool = False
     tls: TlsPolicy | None = None
+    opener: BackingOpener = open_backing
+    shared: bool = False
 
 
 @dataclass
@@ -120,7 +124,7 @@ async def describe_backing(uri: str, leaf_format: str) -> BackingReference:
 
 
 async def _reference(backing: Backing, leaf_format: str) -> BackingReference:
-    identity = await fingerprint(backing)
+    identity = backing.known_identity or await fingerprint(backing)
     # QED has no room for any format but raw, and QEMU does not read our raw leaves' maps.
     named = recorded_by_image(backing.uri) if leaf_format == "qcow2" else (backing.uri, "raw")
     return BackingReference(*named, backing.size, identity)
@@ -152,6 +156,7 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
             health=health,
         ) as disk:
             disk.name = options.export
+            disk.reads_ahead = not options.shared
             if options.standby:
                 disk.stand_by()
             if seal is not None:
@@ -164,7 +169,8 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
                     tasks += [("stream job", job.run), ("deadline", job.deadline.run)]
                 if profile is not None and backing is not None:
                     tasks.append(("prefetch", Prefetcher(disk, profile).run))
-                tasks.append(("boot profile", partial(record_boot, disk)))
+                if not options.shared:
+                    tasks.append(("boot profile", partial(record_boot, disk)))
                 for name, task in tasks:
                     start_contained(nursery, name, health.report, task)
                 nursery.start_soon(_let_go_when_local, disk, let_go)
@@ -276,7 +282,7 @@ async def _open_images(
             known = leaf.backing
             uri = options.backing or _trusted(leaf, known)
             _check_hand_over(options, known, uri)
-            opening = open_backing(
+            opening = options.opener(
                 uri,
                 timeout=options.backing_timeout,
                 size=known.size,
@@ -290,7 +296,7 @@ async def _open_images(
         return
     assert options.backing is not None
     leaf_format = options.format or format_from_suffix(options.leaf)
-    opening = open_backing(options.backing, timeout=options.backing_timeout)
+    opening = options.opener(options.backing, timeout=options.backing_timeout)
     async with _holding(opening, health) as (backing, let_go):
         if options.standby:
             reference = BackingReference(backing.uri, "raw", backing.size, STANDBY)

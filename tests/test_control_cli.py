@@ -192,7 +192,7 @@ async def test_watch_of_a_job_that_ends_at_the_first_look(tmp_path: Path) -> Non
 
         qmp.execute = late  # type: ignore[assignment,method-assign]
         with trio.fail_after(20):
-            await steer._watch(qmp)
+            await steer.watch_job(qmp)
 
 
 async def test_watch_ends_quietly_on_control_c(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ FLOORS = (
     {"control"},
     {"handover"},
     {"service"},
-    {"migrate", "pivot"},
+    {"migrate", "pivot", "store"},
     {"cli"},
     {"__main__"},
 )

@@ -3,10 +3,11 @@
 
 from nbdstream.backing.base import Backing, BackingStatistics, Priority
 from nbdstream.backing.identity import fingerprint
-from nbdstream.backing.sources import named_by_image, open_backing, recorded_by_image
+from nbdstream.backing.sources import BackingOpener, named_by_image, open_backing, recorded_by_image
 
 __all__ = [
     "Backing",
+    "BackingOpener",
     "BackingStatistics",
     "Priority",
     "fingerprint",

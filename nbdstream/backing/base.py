@@ -47,10 +47,12 @@ class Backing(abc.ABC):
     Attributes:
         uri: as the user wrote it, for messages and for the leaf's own record.
         size: bytes.
+        known_identity: its fingerprint, where whoever serves it vouches for that, else "".
     """
 
     uri: str
     size: int
+    known_identity: str = ""
 
     @abc.abstractmethod
     async def read(

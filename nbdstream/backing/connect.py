@@ -15,6 +15,7 @@ a handle that is given up before its thread is done is left to the thread.
 import errno
 import os
 import socket
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import nbd
 import trio
 
 from nbdstream.backing.connection import Connection, plain, wait_ready
+from nbdstream.backing.grant import Priority
 from nbdstream.backing.tls import TlsClient
 from nbdstream.backing.window import UNIT_LEAST
 from nbdstream.errors import BackingError, BackingGoneError, UsageError
@@ -35,13 +37,27 @@ NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
+class OwnServer:
+    """What is known of a server that is a process of our own on this host.
+
+    ``identity``: the fingerprint of what it serves, which it vouches for by the export's name.
+    ``classes``: the URI for reads of each background class. ``wake`` starts the process if it
+    does not run; it raises BackingError if that fails.
+    """
+
+    identity: str
+    classes: Mapping[Priority, str]
+    wake: Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
 class Endpoint:
     """Where a backing is served, and what is known of serving it.
 
     ``name``: what the user calls it, for messages. ``tls``: how to speak TLS there, None for a
     connection in clear. ``unit_least``: a background read
     below this would not be worth its request. ``bulk_connections``: how many to make for
-    background reads.
+    background reads. ``own``: set if the server is ours.
     """
 
     uri: str
@@ -49,6 +65,7 @@ class Endpoint:
     tls: TlsClient | None = None
     unit_least: int = UNIT_LEAST
     bulk_connections: int = 3
+    own: OwnServer | None = None
 
 
 async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Connection:  # noqa: ASYNC109
@@ -74,6 +91,8 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
     started = connected = False
     try:
         with trio.move_on_after(timeout):
+            if endpoint.own is not None:
+                await endpoint.own.wake()
             await _start(handle, uri, endpoint.tls)
             started = True
             await _settle(handle)

@@ -20,6 +20,7 @@ What must hold:
   that out, so that every buffer is released by the same path as always.
 """
 
+import contextlib
 import errno
 import os
 import select
@@ -280,6 +281,14 @@ class Connection:
         if not extents:
             raise BackingReadError("the backing server answered block status with no extents")
         return extents
+
+    def hint(self, offset: int, length: int) -> None:
+        """Tell the server that the range is needed now (NBD_CMD_CACHE), and wait for nothing.
+        Does nothing if the server does not take hints, or the connection is lost."""
+        if self.lost or not self._handle.can_cache():
+            return
+        with contextlib.suppress(ConnectionLostError):
+            self._submit(0, lambda: self._handle.aio_cache(length, offset))
 
     def _send_read(self, view: memoryview, offset: int) -> _Request:
         return self._submit(len(view), lambda: self._handle.aio_pread(view, offset))

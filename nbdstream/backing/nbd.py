@@ -56,6 +56,7 @@ class NbdBacking(Backing):
 
     def __init__(self, endpoint: Endpoint, size: int, timeout: float | None) -> None:
         self.uri = endpoint.name
+        self.known_identity = endpoint.own.identity if endpoint.own is not None else ""
         self.size = size
         self.scheduler = Scheduler(endpoint.unit_least)
         self._timeout = timeout
@@ -166,6 +167,7 @@ class NbdBacking(Backing):
     def promote(self, offset: int, length: int) -> None:
         """See `Backing.promote`."""
         self.scheduler.promote(offset, length)
+        self._pool.hint(offset, length)
 
     async def wait_for_room(self, priority: Priority) -> Grant:
         """See `Backing.wait_for_room`."""
@@ -212,7 +214,7 @@ class NbdBacking(Backing):
                 f"{self.uri}: now has {connection.size} bytes, it had {self.size}: "
                 "not the image that the leaf belongs to"
             )
-        if self._identity:
+        if self._identity and not self.known_identity:
             identity = await fingerprint_of(connection.size, connection.read)
             if identity != self._identity:
                 raise BackingMismatchError(

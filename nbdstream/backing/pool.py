@@ -8,7 +8,14 @@ Otherwise, and until then, the one carries everything, which is correct, only le
 
 Each connection has a slot and a task that replaces it for as long as the pool lives,
 with backoff and jitter. A new connection goes into service only after ``verify`` has
-looked at what is served there. One that is silent for too long although something was
+looked at what is served there.
+
+A server of our own (`OwnServer`) has an export for each class of background reads, and a
+connection for each class is made when such a read first needs one. It is on this host, where
+the kernel tells at once that a process has ended, and it is silent for as long as the far end
+is: so silence is no reason to give up a connection to it.
+
+Elsewhere, one that is silent for too long although something was
 asked of it (a half-open or stalled link) is given up; patience grows with each such
 event and comes back to normal when data does, so a server that is merely slow gets
 its time.
@@ -18,7 +25,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -38,6 +45,8 @@ PATIENCE_FIRST = 5.0
 PATIENCE_MOST = 120.0
 WATCH_INTERVAL = 0.5
 
+_BACKGROUND = frozenset(Priority) - {Priority.DEMAND}
+
 Verify = Callable[[Connection], Awaitable[None]]
 
 
@@ -48,11 +57,24 @@ def jittered(delay: float) -> float:
 
 @dataclass(eq=False)
 class _Slot:
-    """A place for a connection. ``tried``: at least one attempt to fill it has ended."""
+    """A place for a connection to an endpoint, for reads of some classes.
 
-    bulk: bool
+    ``tried``: at least one attempt to fill it has ended. ``needed``: it is to be filled.
+    """
+
+    endpoint: Endpoint
+    carries: frozenset[Priority]
+    needed: trio.Event = field(default_factory=trio.Event)
     connection: Connection | None = None
     tried: bool = False
+
+
+def _live(slots: list[_Slot]) -> list[Connection]:
+    return [
+        slot.connection
+        for slot in slots
+        if slot.connection is not None and not slot.connection.lost
+    ]
 
 
 class Pool:
@@ -110,22 +132,18 @@ class Pool:
 
     def _pick(self, priority: Priority) -> Connection | None:
         """The least busy connection of those meant for the priority, if one is up."""
-        first = [connection for connection in self._live() if not self._is_bulk(connection)]
-        bulk = [connection for connection in self._live() if self._is_bulk(connection)]
-        # Bulk takes demand's connection for as long as its own are being made: they take a
-        # few round trips, in which the window is still small.
-        candidates = (first or bulk) if priority == Priority.DEMAND else (bulk or first)
+        meant = [slot for slot in self._slots if priority in slot.carries]
+        for slot in meant:
+            slot.needed.set()
+        candidates = _live(meant)
+        if not candidates and self._endpoint.own is None:
+            # Bulk takes demand's connection for as long as its own are being made: they take a
+            # few round trips, in which the window is still small.
+            candidates = _live(self._slots)
         return min(candidates, key=lambda connection: connection.in_flight, default=None)
 
     def _live(self) -> list[Connection]:
-        return [
-            slot.connection
-            for slot in self._slots
-            if slot.connection is not None and not slot.connection.lost
-        ]
-
-    def _is_bulk(self, connection: Connection) -> bool:
-        return any(slot.bulk and slot.connection is connection for slot in self._slots)
+        return _live(self._slots)
 
     @property
     def connections(self) -> int:
@@ -135,6 +153,14 @@ class Pool:
     def progress(self) -> None:
         """A request was answered: silence means what it usually does."""
         self._patience = PATIENCE_FIRST
+
+    def hint(self, offset: int, length: int) -> None:
+        """Tell a server of ours that a guest now waits for a range that was asked for in the
+        background; others could not do anything about it."""
+        if self._endpoint.own is not None:
+            connection = self._pick(Priority.DEMAND)
+            if connection is not None:
+                connection.hint(offset, length)
 
     def note(self, error: Exception) -> None:
         """Remember trouble for those who ask how things stand."""
@@ -151,10 +177,12 @@ class Pool:
             BackingMismatchError: ``first`` leads to another image.
             BackingGoneError: ``first`` was lost again.
         """
-        slot = _Slot(bulk=False)
+        slot = _Slot(self._endpoint, frozenset({Priority.DEMAND}))
+        slot.needed.set()
         self._slots.append(slot)
         nursery.start_soon(self._keep, slot, first, nursery)
-        nursery.start_soon(self._watch)
+        if self._endpoint.own is None or self._timeout is not None:
+            nursery.start_soon(self._watch)
         while first is not None and not slot.tried:
             await self._changed.park()
         if self._failure is not None:
@@ -190,11 +218,12 @@ class Pool:
     async def _keep(self, slot: _Slot, ready: Connection | None, nursery: trio.Nursery) -> None:
         """Fill the slot, again and again; the first time with ``ready`` if there is one."""
         delay = BACKOFF_FIRST
+        await slot.needed.wait()
         while self._failure is None:
             began = trio.current_time()
             first, ready = ready, None
             try:
-                connection = first or await connect(self._endpoint)
+                connection = first or await connect(slot.endpoint)
                 await self._serve(slot, connection, nursery)
             except BackingMismatchError as error:
                 if first is None:  # else `start` raises it
@@ -239,11 +268,20 @@ class Pool:
         raise BackingGoneError(f"{self._endpoint.name}: no answer in {CONNECT_TIMEOUT:g} s")
 
     def _add_bulk_slots(self, connection: Connection, nursery: trio.Nursery) -> None:
-        if connection.multi_conn and len(self._slots) == 1:
+        if len(self._slots) > 1:
+            return
+        own = self._endpoint.own
+        if own is not None:
+            for priority, uri in own.classes.items():
+                endpoint = replace(self._endpoint, uri=uri)
+                self._slots.append(_Slot(endpoint, frozenset({priority})))
+        elif connection.multi_conn:
             for _ in range(self._endpoint.bulk_connections):
-                slot = _Slot(bulk=True)
+                slot = _Slot(self._endpoint, _BACKGROUND)
+                slot.needed.set()
                 self._slots.append(slot)
-                nursery.start_soon(self._keep, slot, None, nursery)
+        for slot in self._slots[1:]:
+            nursery.start_soon(self._keep, slot, None, nursery)
 
     async def _watch(self) -> None:
         """Give up connections on which nothing comes although something should."""

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -34,6 +35,19 @@ log = logging.getLogger(__name__)
 LAST_WORDS = 0.5
 
 
+class BackingOpener(Protocol):
+    """Opens the backing that a URI names, as `open_backing` does."""
+
+    def __call__(
+        self,
+        uri: str,
+        *,
+        timeout: float | None = None,
+        size: int = 0,
+        identity: str = "",
+    ) -> AbstractAsyncContextManager[NbdBacking]: ...
+
+
 @dataclass(frozen=True)
 class _Served:
     """A source served over NBD; ``helper`` is the last process on the way, if any."""
@@ -49,13 +63,15 @@ async def open_backing(
     timeout: float | None = None,  # noqa: ASYNC109
     size: int = 0,
     identity: str = "",
+    later: bool = False,
 ) -> AsyncIterator[NbdBacking]:
     """Open the backing that a URI names; it is closed at the end of the block.
 
     ``timeout``: seconds for which reads wait for a lost backing; None is for ever.
     ``size`` and ``identity`` (see `nbdstream.backing.identity`), where known: what it has
     to be. With both of them a backing that is out of reach is no error: it opens
-    disconnected, and its reads wait.
+    disconnected, and its reads wait. ``later`` (with both of them): do not wait for a first
+    connection at all. Whatever is wrong with the server is told to those who read.
 
     Raises:
         UsageError: not a URI of a kind that is known.
@@ -69,7 +85,8 @@ async def open_backing(
     async with _serve(uri) as served:
         first: Connection | None = None
         try:
-            first = await _first_connection(uri, served)
+            if not later:
+                first = await _first_connection(uri, served)
         except BackingGoneError as error:
             if not (size and identity):
                 raise

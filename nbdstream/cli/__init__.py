@@ -39,6 +39,9 @@ _SECTIONS = {
         "cancel": "nbdstream.cli.steer",
         "stream": "nbdstream.cli.steer",
     },
+    "Share images among guests": {
+        "image": "nbdstream.cli.image",
+    },
     "Work with image files": {
         "create": "nbdstream.cli.images",
         "info": "nbdstream.cli.images",

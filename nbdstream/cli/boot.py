@@ -14,8 +14,17 @@ import click
 import trio
 
 from nbdstream.cli.output import say
-from nbdstream.cli.params import FORMAT, FORMAT_HELP, LEAF, ON_OFF, RATE, SIZE
-from nbdstream.cli.places import roomy_directory, warn_if_tight
+from nbdstream.cli.params import (
+    FORMAT,
+    FORMAT_HELP,
+    LEAF,
+    ON_OFF,
+    RATE,
+    SIZE,
+    StoreCommand,
+    store_option,
+)
+from nbdstream.cli.places import opener_for, roomy_directory, warn_if_tight
 from nbdstream.cli.progress import REDRAW_INTERVAL, Snapshot
 from nbdstream.cli.run import SIGNALLED, end_on_signals
 from nbdstream.control.report import statistics
@@ -29,12 +38,13 @@ DEFAULT_MEMORY = 1 << 30
 TEMPORARY_LEAF = "temporary-leaf.qcow2"
 
 
-@click.command()
+@click.command(cls=StoreCommand)
 @click.argument("image", metavar="URI|LEAF")
 @click.option(
     "--leaf", type=LEAF, help="Keep the guest's disk in this leaf; create it if it does not exist."
 )
 @click.option("-f", "--format", "image_format", type=FORMAT, help=FORMAT_HELP)
+@store_option
 @click.option(
     "-m", "--memory", type=SIZE, default=DEFAULT_MEMORY, help="Guest memory.  [default: 1G]"
 )
@@ -59,6 +69,7 @@ def boot(
     image: str,
     leaf: str | None,
     image_format: str | None,
+    store: str | None,
     memory: int,
     stream: str,
     speed: int,
@@ -80,6 +91,7 @@ def boot(
             stream=stream,
             speed=speed,
             prefetch=prefetch,
+            opener=opener_for(store, leaf_path, temporary=Path(leaf_path).name == TEMPORARY_LEAF),
         )
         listener = listen_unix(socket)
         machine = Machine(

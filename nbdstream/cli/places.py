@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things go that the user did not place: sockets, and the leaf of a passing guest.
+"""Where things go that the user did not place: sockets, the leaf of a passing guest, the store.
 
 A socket that anybody could connect to would let every user of the host write the disk, so it
 is in a directory that only its owner can enter. A leaf grows as large as its disk, so it does
@@ -14,9 +14,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from nbdstream.backing import BackingOpener, open_backing
+from nbdstream.errors import UsageError
 from nbdstream.leaf.files import is_in_memory
 from nbdstream.units import format_size
+
+if TYPE_CHECKING:
+    from nbdstream.store.layout import Store
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +64,30 @@ def roomy_directory() -> Iterator[Path]:
     place = next(name for name in places if name)
     with tempfile.TemporaryDirectory(prefix="nbdstream-", dir=place) as directory:
         yield Path(directory)
+
+
+def opener_for(
+    store: str | None, leaf: str, *, temporary: bool = False, standby: bool = False
+) -> BackingOpener:
+    """How to open a leaf's backing: by way of a store if there is one ("": the host's).
+
+    Raises UsageError, StoreError.
+    """
+    if store is None:
+        return open_backing
+    if standby:
+        raise UsageError("--standby follows a disk that is in use: it does not go with --store")
+    # Here: most servers do without a store.
+    from nbdstream.store.client import StoreOpener
+
+    return StoreOpener(open_store(store), leaf, temporary)
+
+
+def open_store(place: str) -> "Store":
+    """The image store in a directory, "" for the host's. Raises StoreError."""
+    from nbdstream.store.layout import Store, default_place
+
+    return Store(Path(place) if place else default_place())
 
 
 def warn_if_tight(leaf: Path, size: int) -> None:

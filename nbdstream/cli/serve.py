@@ -13,8 +13,17 @@ import click
 import trio
 
 from nbdstream.cli.output import emit, say
-from nbdstream.cli.params import DURATION, FORMAT, FORMAT_HELP, LEAF, ON_OFF, RATE
-from nbdstream.cli.places import SOCKET_MODE, private_socket
+from nbdstream.cli.params import (
+    DURATION,
+    FORMAT,
+    FORMAT_HELP,
+    LEAF,
+    ON_OFF,
+    RATE,
+    StoreCommand,
+    store_option,
+)
+from nbdstream.cli.places import SOCKET_MODE, opener_for, private_socket
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
 from nbdstream.control import control_server, listen_control
 from nbdstream.control.report import statistics
@@ -29,7 +38,7 @@ from nbdstream.server.handshake import Tls
 from nbdstream.service import ServeOptions, Service, device_name, open_service
 
 
-@click.command()
+@click.command(cls=StoreCommand)
 @click.argument("leaf", type=LEAF)
 @click.option(
     "-b",
@@ -65,6 +74,7 @@ from nbdstream.service import ServeOptions, Service, device_name, open_service
     help="Demand client certificates that DIR's ca-cert.pem has signed.",
 )
 @click.option("-e", "--export", default="", metavar="NAME", help="The export's name.")
+@store_option
 @click.option("--read-only", is_flag=True, help="Refuse writes and do not change the leaf.")
 @click.option(
     "--copy-on-read",
@@ -140,6 +150,7 @@ def serve(
     tls: str | None,
     tls_verify_peer: bool,
     export: str,
+    store: str | None,
     read_only: bool,
     copy_on_read: str,
     stream: str,
@@ -181,6 +192,7 @@ def serve(
         keep_backing=keep_backing,
         standby=standby,
         tls=tls_policy(tls, tls_certificates, verify_peer=tls_verify_peer),
+        opener=opener_for(store, leaf, standby=standby),
     )
     with listening(leaf, socket, listen, private=command is not None) as listeners:
         with steering(control, metrics) as (control_listener, metrics_listeners):

@@ -34,7 +34,7 @@ _control = click.argument("control", type=click.Path(), metavar="CONTROL")
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def _run(control: str, work: Callable[[QMPClient], Awaitable[T]]) -> T:
+def run_on(control: str, work: Callable[[QMPClient], Awaitable[T]]) -> T:
     """Do some work over a connection to the control socket. Raises QMPError, NbdstreamError."""
 
     async def main() -> T:
@@ -82,7 +82,7 @@ def status(control: str, as_json: bool) -> None:
     async def look(qmp: QMPClient) -> tuple[JSONObject, JSONObject]:
         return (await qmp.execute("query-block"))[0], await _report(qmp)
 
-    block, report = _run(control, look)
+    block, report = run_on(control, look)
     if as_json:
         emit(json.dumps({"block": block, "stats": report}, indent=4))
         return
@@ -144,14 +144,15 @@ def watch(control: str) -> None:
     """
     interrupted = False
     try:
-        _run(control, _watch)
+        run_on(control, watch_job)
     except* KeyboardInterrupt:
         interrupted = True  # an exit from here would end up in a group
     if interrupted:
         sys.exit(128 + signal.SIGINT)
 
 
-async def _watch(qmp: QMPClient) -> None:
+async def watch_job(qmp: QMPClient) -> None:
+    """Show progress until the job ends. Raises NbdstreamError if the disk is not local then."""
     # In this order: a job that ends after the first look has left its event, and one that had
     # ended before it shows in the second.
     jobs = await qmp.execute("query-jobs")
@@ -200,7 +201,7 @@ def pause(control: str) -> None:
     async def work(qmp: QMPClient) -> None:
         await qmp.execute("job-pause", {"id": await _job_id(qmp)})
 
-    _run(control, work)
+    run_on(control, work)
 
 
 @click.command()
@@ -214,7 +215,7 @@ def resume(control: str) -> None:
         else:
             await qmp.execute("block-stream", {"device": await _device(qmp)})
 
-    _run(control, work)
+    run_on(control, work)
 
 
 @click.command()
@@ -227,7 +228,7 @@ def speed(control: str, rate: int) -> None:
         arguments = {"device": await _job_id(qmp), "speed": rate}
         await qmp.execute("block-job-set-speed", arguments)
 
-    _run(control, work)
+    run_on(control, work)
 
 
 @click.command()
@@ -238,7 +239,7 @@ def cancel(control: str) -> None:
     async def work(qmp: QMPClient) -> None:
         await qmp.execute("job-cancel", {"id": await _job_id(qmp)})
 
-    _run(control, work)
+    run_on(control, work)
 
 
 @click.command()
@@ -257,7 +258,7 @@ def stream(control: str, offset: int, length: int, as_json: bool) -> None:
         arguments = {"device": await _device(qmp), "offset": offset, "length": length}
         return await qmp.execute("x-nbdstream-stream", arguments)
 
-    step = _run(control, work)
+    step = run_on(control, work)
     if as_json:
         emit(json.dumps(step))
         return

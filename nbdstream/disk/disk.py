@@ -56,6 +56,7 @@ class StreamedDisk:
 
     Attributes:
         copy_on_read: whether what a guest reads is kept; may be set at any time.
+        reads_ahead: whether more is fetched for guests that read sequentially; likewise.
         detect_zeroes: what becomes of guest writes of zeroes.
         backing: None once everything is local, or if there never was one.
         gate: whether guests may change the disk now.
@@ -84,6 +85,7 @@ class StreamedDisk:
         self.read_only = leaf.read_only
         self.preferred_block_size = max(leaf.block_size, 4096)
         self.copy_on_read = copy_on_read
+        self.reads_ahead = True
         self.demand_misses = 0
         self.demand_bytes = 0
         self.copy_on_write = 0
@@ -206,7 +208,7 @@ class StreamedDisk:
         """Fetch what a guest waits for."""
         self.demand_misses += 1
         keep = self.copy_on_read and not self.gate.standing_by
-        readahead = self._readahead if keep else None
+        readahead = self._readahead if keep and self.reads_ahead else None
         fetches: list[Fetch] = []
         for extent in missing:
             self.demand_bytes += extent.length

@@ -29,7 +29,7 @@ _USES = 100  # first byte of "I use this permission"
 _DENIES = 200  # first byte of "nobody else may use it"
 
 # struct flock of the 64-bit Linux ABI: l_type, l_whence, l_start, l_len, l_pid
-_FLOCK = struct.Struct("hhqqi4x")
+FLOCK = struct.Struct("hhqqi4x")
 
 
 class Permission(enum.IntEnum):
@@ -97,10 +97,10 @@ def _verb(permission: Permission) -> str:
 def _take(fd: int, byte: int) -> None:
     # Nobody holds these bytes exclusively except for a passing probe's sake, and probes
     # (F_OFD_GETLK) acquire nothing: a refusal here is a real error.
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
 
 
 def _held_by_others(fd: int, byte: int) -> bool:
-    probe = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    probe = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe)
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    return bool(FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

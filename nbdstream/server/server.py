@@ -44,7 +44,8 @@ class Server:
     """Serves ``exports`` (no two of the same name).
 
     ``tls``: certificates for TLS, None to offer none. ``clients_changed`` is called with the number
-    of connected clients whenever it changes.
+    of connected clients whenever it changes; ``max_clients`` may be in the transmission phase at
+    any time.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Server:
         *,
         tls: Certificates | None = None,
         clients_changed: Callable[[int], None] | None = None,
+        max_clients: int = MAX_CLIENTS,
     ) -> None:
         self._exports: Sequence[Export] = tuple(exports)
         names = [export.name for export in self._exports]
         assert len(set(names)) == len(names), names
         self._tls = TlsOffer(tls) if tls is not None else None
         self._clients_changed = clients_changed
+        self._max_clients = max_clients
         self._connections: set[Connection] = set()
         self._admitted: dict[Connection, None] = {}  # those that count, in order of admission
         self._full = Episode()
@@ -121,12 +124,13 @@ class Server:
 
     def _admit(self, connection: Connection) -> str:
         """Why the connection may not go on to the transmission phase, or "" if it may."""
-        if len(self._admitted) >= MAX_CLIENTS:
+        most = self._max_clients
+        if len(self._admitted) >= most:
             gone = next((each for each in self._admitted if each.lingering), None)
             if gone is None:
                 if self._full.begins():
-                    logger.warning("%d clients are connected: no more are served", MAX_CLIENTS)
-                return f"{MAX_CLIENTS} clients are connected, and no more are served at once"
+                    logger.warning("%d clients are connected: no more are served", most)
+                return f"{most} clients are connected, and no more are served at once"
             gone.drop()
             self._admitted.pop(gone)
         self._admitted[connection] = None

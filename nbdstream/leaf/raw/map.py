@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from nbdstream.errors import LeafError, LeafFormatError
 from nbdstream.extents import align_up
-from nbdstream.leaf.base import BackingReference, read_exactly, write_exactly
+from nbdstream.leaf.base import BackingReference, ColdMetadata, read_exactly, write_exactly
 from nbdstream.leaf.bits import bit_run, set_bits
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.pages import FULL_PAGE, PAGE_SIZE, ZERO_PAGE, PageCache
@@ -126,6 +126,24 @@ def create_map(path: str, header: MapHeader) -> None:
 
 def _file_length(size: int) -> int:
     return (FIRST_PAGE + align_up(size, SPAN) // SPAN) * PAGE_SIZE
+
+
+def local_bytes(path: str) -> int:
+    """How many bytes a map says are local (worker). It takes no lock: of a leaf in use, it tells
+    what was durable a moment ago. Raises LeafFormatError, OSError."""
+    allocation = AllocationMap(path, read_only=True)
+    try:
+        size, offset, count = allocation.header.size, 0, 0
+        while offset < size:
+            try:
+                for start, end, local in allocation.runs(offset, size - offset):
+                    count += (end - start) * local
+                    offset = end
+            except ColdMetadata as cold:
+                cold.warm()
+        return count
+    finally:
+        allocation.close()
 
 
 class AllocationMap:

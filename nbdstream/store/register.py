@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The register of an image's users: who needs the image, now or later.
+
+Each user has a file in the image's directory ``users``, and holds the lock on it while it runs
+(`nbdstream.store.locks`). The file is durable *before* the user's leaf depends on the image,
+and it stays when the user ends without having made its leaf whole: a guest that is switched
+off, or was killed, needs the rest of its disk when it is started again. So a user is
+
+- RUNNING: its lock is held;
+- WAITING: nobody holds the lock, and the leaf exists and still has this image as its backing, or
+  it cannot be said that it has not (its file system is not mounted, another process has it open);
+- GONE: anything else. The file is then deleted by whoever holds the image's lock.
+
+All functions may block: they are for worker threads.
+"""
+
+import enum
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdstream.errors import LeafError, NbdstreamError
+from nbdstream.leaf import open_leaf
+from nbdstream.leaf.files import sync_directory
+from nbdstream.store.files import read_record, write_record
+from nbdstream.store.layout import Image
+from nbdstream.store.locks import FileLock, is_held
+
+_SUFFIX = ".json"
+
+
+class UserState(enum.Enum):
+    """Whether an image is still needed by a user."""
+
+    RUNNING = "running"
+    WAITING = "waiting"
+    GONE = "gone"
+
+
+@dataclass(frozen=True)
+class User:
+    """An entry of the register.
+
+    ``leaf`` is the user's own image, an absolute path. ``device`` is the file system that it was
+    on. ``temporary``: nothing of it is needed once its process has ended. ``since``: POSIX time.
+    """
+
+    leaf: str
+    pid: int
+    since: float
+    device: int
+    temporary: bool
+    state: UserState
+
+
+class Membership:
+    """This process's own entry."""
+
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        self._path = path
+        self._lock = lock
+
+    def leave(self) -> None:
+        """Nothing of ours needs the image any more. Raises OSError."""
+        self._path.unlink(missing_ok=True)
+        self._lock.release()
+
+    def pause(self) -> None:
+        """We end, and the leaf still needs the image."""
+        self._lock.release()
+
+
+def join(image: Image, leaf: str, *, temporary: bool) -> Membership:
+    """Enter a user of an image, durably. It counts from the moment in which this returns.
+
+    Raises:
+        ImageGoneError: the image is not in the store any more.
+        StoreError, OSError: it cannot be entered.
+    """
+    path = os.path.realpath(leaf)
+    values = {
+        "leaf": path,
+        "pid": os.getpid(),
+        "since": time.time(),
+        "device": _device(Path(path)),
+        "temporary": temporary,
+    }
+    token = secrets.token_hex(8)
+    entry, new = image.users / f"{token}{_SUFFIX}", image.users / f".{token}"
+    with image.lock():
+        write_record(new, values)
+        # Locked under a name that does not count yet: nobody ever sees it without its lock.
+        lock = FileLock(os.open(new, os.O_RDWR | os.O_CLOEXEC))
+        try:
+            new.rename(entry)
+            sync_directory(str(entry))
+            image.use()
+        except BaseException:
+            lock.release()
+            new.unlink(missing_ok=True)
+            entry.unlink(missing_ok=True)
+            raise
+    return Membership(entry, lock)
+
+
+def users(image: Image) -> list[User]:
+    """All entries that count, in the order in which they came; disturbs nobody. Raises OSError."""
+    found = [user for _, user in _entries(image) if user.state is not UserState.GONE]
+    return sorted(found, key=lambda user: (user.since, user.leaf))
+
+
+def sweep(image: Image) -> list[User]:
+    """Delete entries of users that are gone, and return the others. The caller holds the
+    image's lock. Raises OSError."""
+    for path, user in _entries(image):
+        if user.state is UserState.GONE:
+            path.unlink(missing_ok=True)
+    return users(image)
+
+
+def _entries(image: Image) -> list[tuple[Path, User]]:
+    try:
+        paths = sorted(image.users.iterdir())
+    except FileNotFoundError:
+        return []
+    return [(path, _look(path, image)) for path in paths if path.suffix == _SUFFIX]
+
+
+def _look(path: Path, image: Image) -> User:
+    """An entry and its state. What cannot be read counts as a user that waits."""
+    running = is_held(path)
+    values = read_record(path) or {}
+    leaf = str(values.get("leaf", ""))
+    temporary = values.get("temporary") is True
+    device = _number(values.get("device"))
+    if running:
+        state = UserState.RUNNING
+    elif temporary or not path.exists() or (leaf and not _needs(Path(leaf), device, image)):
+        state = UserState.GONE
+    else:
+        state = UserState.WAITING
+    return User(
+        leaf or f"(unreadable entry {path})",
+        _number(values.get("pid")),
+        float(_number(values.get("since"))),
+        device,
+        temporary,
+        state,
+    )
+
+
+def _needs(leaf: Path, device: int, image: Image) -> bool:
+    """Whether a leaf that nobody has open through us still needs the image, or may need it."""
+    if not os.path.lexists(leaf):
+        return _device(leaf) != device
+    try:
+        opened = open_leaf(str(leaf), read_only=True)
+    except LeafError:
+        return True  # in use by another program, or damaged: not ours to judge
+    except (NbdstreamError, OSError):
+        return True
+    try:
+        backing = opened.backing
+        return backing is not None and backing.identity in ("", image.record.identity)
+    finally:
+        opened.close()
+
+
+def _device(path: Path) -> int:
+    """The file system that a path is on, or would be on; -1 if that cannot be told."""
+    for place in (path, *path.parents):
+        try:
+            return place.stat().st_dev
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
+    return -1
+
+
+def _number(value: object) -> int:
+    return int(value) if isinstance(value, int | float) else -1

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking after a store: what is in it, and removing what nobody needs.
+
+An image is only ever removed while its lock is held and its register is empty, after its process
+has ended. So nobody can begin to use it meanwhile, and nobody who uses it loses it.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import trio
+
+from nbdstream.errors import ImageGoneError, StoreError
+from nbdstream.leaf import MAP_SUFFIX
+from nbdstream.leaf.raw.map import local_bytes
+from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import QMPError
+from nbdstream.store.launch import waker
+from nbdstream.store.layout import Image, Store
+from nbdstream.store.locks import acquire
+from nbdstream.store.register import User, UserState, sweep, users
+from nbdstream.units import format_count
+
+log = logging.getLogger(__name__)
+
+# Seconds that an image's process gets to end when it is told to.
+END_TIMEOUT = 40.0
+# Of the leaves that need an image, so many are named.
+LEAVES_SHOWN = 3
+_SECTOR = 512  # stat(2): st_blocks
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How an image is now. Sizes in bytes, times POSIX.
+
+    ``local`` counts what is local, zeroes included; ``stored`` is the space that it takes.
+    ``pulling``: all of it was asked for, and is not there yet.
+    """
+
+    image: Image
+    local: int
+    stored: int
+    users: list[User]
+    served: bool
+    pulling: bool
+    last_used: float
+
+    @property
+    def users_text(self) -> str:
+        """Who needs it, in a few words."""
+        running = sum(user.state is UserState.RUNNING for user in self.users)
+        waiting = len(self.users) - running
+        parts = [f"{running} running"] * bool(running) + [f"{waiting} waiting"] * bool(waiting)
+        return ", ".join(parts) or "none"
+
+
+def facts_of(image: Image) -> Facts:
+    """Look at an image; disturbs nobody (worker).
+
+    Raises:
+        ImageGoneError: it was removed meanwhile.
+        LeafError, OSError: what is there cannot be read.
+    """
+    try:
+        status = image.leaf.stat()
+        try:
+            local = local_bytes(f"{image.leaf}{MAP_SUFFIX}")
+        except FileNotFoundError:
+            local = image.record.size
+        found = users(image)
+        return Facts(
+            image,
+            local=local,
+            stored=status.st_blocks * _SECTOR,
+            users=found,
+            served=image.served,
+            pulling=image.pull.exists() and local < image.record.size,
+            last_used=time.time() if _running(found) else image.last_used,
+        )
+    except FileNotFoundError as error:
+        raise ImageGoneError(f"image {image.id} is not in the store any more") from error
+
+
+def all_facts(store: Store) -> list[Facts]:
+    """`facts_of` each image that is still there (worker)."""
+    found = []
+    for image in store.images():
+        try:
+            found.append(facts_of(image))
+        except ImageGoneError:
+            continue
+    return found
+
+
+def _running(found: list[User]) -> bool:
+    return any(user.state is UserState.RUNNING for user in found)
+
+
+async def pull(image: Image, uri: str) -> None:
+    """Have all of an image fetched, whether or not anybody uses it: now, and after a restart of
+    its process. Raises StoreError, BackingError, OSError."""
+    if image.complete:
+        return
+    await trio.to_thread.run_sync(image.use)
+    await trio.to_thread.run_sync(lambda: image.pull.touch(mode=0o600))
+    await waker(image, uri)()
+    async with QMPClient.connect(str(image.control)) as qmp:
+        if not await qmp.execute("query-jobs"):
+            try:
+                device = (await qmp.execute("query-block"))[0]["device"]
+                await qmp.execute("block-stream", {"device": device})
+            except QMPError:
+                if not image.complete:  # it may have become so in between
+                    raise
+
+
+async def remove(store: Store, image: Image) -> None:
+    """Remove an image that nobody needs.
+
+    Raises:
+        StoreError: somebody needs it, or its process does not end; one line says who.
+        ImageGoneError: it is not there any more.
+        OSError: it could not be deleted.
+    """
+    lock = await trio.to_thread.run_sync(image.lock)
+    with lock:
+        left = await trio.to_thread.run_sync(sweep, image)
+        if left:
+            leaves = ", ".join(sorted({user.leaf for user in left})[:LEAVES_SHOWN])
+            raise StoreError(
+                f"image {image.id} is needed by {format_count(len(left), 'user')} ({leaves}): "
+                "stop the guests, and delete the leaves or let them become complete"
+            )
+        await _end_process(image)
+        await trio.to_thread.run_sync(store.discard, image)
+    await trio.to_thread.run_sync(store.clean)
+
+
+async def _end_process(image: Image) -> None:
+    """End the process of an image that has no users."""
+    if not await trio.to_thread.run_sync(lambda: image.served):
+        return
+    try:
+        async with QMPClient.connect(str(image.control)) as qmp:
+            await qmp.execute("quit")
+    except (QMPError, OSError) as error:
+        log.info("image %s: %s", image.id, error)  # it is ending, or was killed
+    lock = await trio.to_thread.run_sync(lambda: acquire(image.serving, timeout=END_TIMEOUT))
+    lock.release()
+
+
+async def prune(store: Store, keep: int) -> list[Facts]:
+    """Remove images that nobody needs, those first that were used longest ago, until all images
+    together take at most ``keep`` bytes. Returns what was removed. Raises as `remove` does."""
+    await trio.to_thread.run_sync(store.clean)
+    found = await trio.to_thread.run_sync(all_facts, store)
+    total = sum(facts.stored for facts in found)
+    removed = []
+    for facts in sorted(found, key=lambda facts: facts.last_used):
+        if total <= keep:
+            break
+        if facts.users or facts.pulling:
+            continue
+        try:
+            await remove(store, facts.image)
+        except ImageGoneError:
+            pass
+        except StoreError as error:
+            log.info("%s", error)  # somebody has begun to use it
+            continue
+        else:
+            removed.append(facts)
+        total -= facts.stored
+    return removed
