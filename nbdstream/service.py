@@ -16,7 +16,13 @@ from functools import partial
 
 import trio
 
-from nbdstream.backing import BackingOpener, named_by_image, open_backing, recorded_by_image
+from nbdstream.backing import (
+    BackingOpener,
+    named_by_image,
+    open_backing,
+    recorded_by_image,
+    runs_program,
+)
 from nbdstream.backing.base import Backing
 from nbdstream.backing.identity import fingerprint
 from nbdstream.backing.nbd import NbdBacking
@@ -320,6 +326,8 @@ def _trusted(leaf: Leaf, known: BackingReference) -> str:
     Whoever made the image could name any file or address (invariant 13). Raises UsageError.
     """
     uri = named_by_image(leaf.path, known.uri, known.format)
+    if runs_program(uri):
+        raise UsageError(f"{leaf.path}: the backing {uri} runs a program: name it with -b")
     if not is_vouched_for(leaf.fd, known):
         raise UsageError(
             f"{leaf.path} names the backing {known.uri}, and nobody here has confirmed that: "

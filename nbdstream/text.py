@@ -18,8 +18,8 @@ HIDDEN = "***"
 # Control characters (Cc) and what changes the direction or the joining of others (Cf), line
 # and paragraph separators, lone surrogates, private use.
 _UNFIT = {"Cc", "Cf", "Zl", "Zp", "Cs", "Co"}
-# A URI with an authority, as it stands in a message.
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
+# A URI with an authority, or one that names an nbdkit plugin, as it stands in a message.
+_URI = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|\bnbdkit:)[^\s\"'<>]+")
 # The userinfo is all up to the last @ before the path.
 _USERINFO = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\s]*)@")
 # Names of parameters that grant access, in signed URLs of S3, GCS, Azure and others.
@@ -50,11 +50,11 @@ def redacted(uri: str) -> str:
 
     Idempotent. What is not a URI stays as it is.
     """
-    if "://" not in uri:
+    if "://" not in uri and "nbdkit:" not in uri:
         return uri
     uri = _USERINFO.sub(_without_password, uri)
     head, mark, query = uri.partition("?")
-    if not mark or head.partition(":")[0].startswith("nbd"):
+    if not mark or head.startswith(("nbd:", "nbds:", "nbd+", "nbds+")):
         return uri
     query, hash_mark, fragment = query.partition("#")
     pairs = [_without_value(pair) for pair in query.split("&")]
@@ -63,7 +63,7 @@ def redacted(uri: str) -> str:
 
 def redacted_text(text: str) -> str:
     """Text in which each URI is `redacted`."""
-    return _URI.sub(lambda found: redacted(found[0]), text) if "://" in text else text
+    return _URI.sub(lambda found: redacted(found[0]), text) if ":" in text else text
 
 
 def shown(text: str, *, keep: str = "") -> str:

@@ -3,7 +3,13 @@
 
 from nbdstream.backing.base import Backing, BackingStatistics, Priority
 from nbdstream.backing.identity import fingerprint
-from nbdstream.backing.sources import BackingOpener, named_by_image, open_backing, recorded_by_image
+from nbdstream.backing.sources import (
+    BackingOpener,
+    named_by_image,
+    open_backing,
+    recorded_by_image,
+    runs_program,
+)
 
 __all__ = [
     "Backing",
@@ -14,4 +20,5 @@ __all__ = [
     "named_by_image",
     "open_backing",
     "recorded_by_image",
+    "runs_program",
 ]

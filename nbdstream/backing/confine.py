@@ -126,10 +126,9 @@ def _enter_namespaces(policy: dict[str, Any], *, landlock: bool) -> None:
     for path in (*policy["libraries"], *policy["files"], *_DEVICES):
         if os.path.exists(path):
             _bind(root, path, path)
-    if policy["socket"]:
-        # A server that is started again makes its socket again. With Landlock below, the
-        # directory may be seen, since nothing in it can be opened but sockets.
-        shown = os.path.dirname(policy["socket"]) if landlock else policy["socket"]
+    # A server that is started again makes its socket again. With Landlock below, the
+    # directory may be seen, since nothing in it can be opened but sockets.
+    for shown in {os.path.dirname(path) if landlock else path for path in policy["sockets"]}:
         _bind(root, shown, shown)
     if policy["image"]:
         _bind(root, policy["image"], IMAGE)
@@ -189,6 +188,10 @@ def _restrict(policy: dict[str, Any], version: int) -> None:
     granted: dict[str, int] = {}
     for path in (*policy["libraries"], *policy["files"], *policy["trees"]):
         granted[path] = _READ_FILE | _READ_DIR
+    if policy["runs"]:
+        for path in policy["trees"]:
+            granted[path] |= _EXECUTE
+        granted["/tmp"] = handled  # nbdkit's sh plugin has to have a directory there
     for path in _DEVICES:
         granted[path] = _READ_FILE | _WRITE_FILE
     for path in (policy["program"], *_loaders()):

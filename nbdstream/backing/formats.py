@@ -5,7 +5,8 @@ An image can name other files as parts of itself: a backing file, an external da
 extents. QEMU opens them by itself. Three things keep it from that:
 
 1. The node graph is explicit and whole: the format on top of one file or one NBD export, and
-   ``backing`` null. It is the same each time that the helper is started.
+   ``backing`` null, or an image that the user has named. It is the same each time that the
+   helper is started.
 2. qemu-nbd runs where there is nothing else to be opened (`nbdstream.backing.sandbox`). This is
    what safety rests on: an image may show another header the second time that it is read.
 3. `inspect` looks at the image first and refuses, by name, what would be read wrongly or not at
@@ -16,6 +17,7 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,46 +45,87 @@ LOOK_MOST = 1 << 20
 
 @dataclass(frozen=True)
 class Node:
-    """An image as QEMU sees it: a node graph as JSON, what opening it takes, and arguments
-    that QEMU's tools need besides."""
+    """An image as QEMU sees it: a block node, what opening it takes, and arguments that QEMU's
+    tools need besides."""
 
-    graph: str
+    node: dict[str, Any]
     policy: Policy
     arguments: tuple[str, ...] = ()
+
+    @property
+    def graph(self) -> str:
+        """The node graph, as QEMU's tools take it for a file name."""
+        return "json:" + json.dumps(self.node)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Images each on the next, as qemu-storage-daemon is told of them: arguments that end with
+    the node ``top``, and what opening them takes."""
+
+    arguments: tuple[str, ...]
+    top: str
+    policy: Policy
+
+
+def chained(nodes: Sequence[Node]) -> Chain:
+    """A chain of images, the top first, as nodes that refer to each other by name.
+
+    A graph in one piece, as qemu-nbd takes it, would have QEMU work out what the name of the
+    backing in each image's header means, and it refuses where that is a relative path.
+    """
+    arguments: tuple[str, ...] = ()
+    below: dict[str, Any] = {}
+    name = ""
+    for level, image in reversed(list(enumerate(nodes))):
+        name = f"image{level}"
+        file = image.node["file"] | {"read-only": True}
+        node = image.node | below | {"node-name": name, "read-only": True, "file": file}
+        arguments += (*image.arguments, "--blockdev", json.dumps(node))
+        below = {"backing": name}
+    policies = [image.policy for image in nodes]
+    policy = Policy(
+        sockets=tuple(path for policy in policies for path in policy.sockets),
+        ports=tuple(port for policy in policies for port in policy.ports or ()),
+        files=tuple(path for policy in policies for path in policy.files),
+    )
+    return Chain(arguments, name, policy)
 
 
 def file_node(image_format: str, path: str, fd: int) -> Node:
     """An image in a file or block device that is open as ``fd``."""
     driver = "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file"
-    node = {"driver": driver, "filename": IMAGE}
-    return Node(_graph(image_format, node), Policy(image=fd, path=os.path.realpath(path)))
+    policy = Policy(image=fd, path=os.path.realpath(path))
+    return Node(_node(image_format, {"driver": driver, "filename": IMAGE}), policy)
 
 
-async def nbd_node(name: str, image_format: str, endpoint: Endpoint) -> Node:
-    """An image in an NBD export; ``name`` is what the user calls it.
+async def nbd_node(name: str, image_format: str, endpoint: Endpoint, level: int = 0) -> Node:
+    """An image in an NBD export; ``name`` is what the user calls it, ``level`` its place in a
+    chain.
 
     The host's name is looked up here: what reads the image reaches one port, and asks nobody.
     Raises BackingError.
     """
     export = NbdUri.parse(endpoint.uri)
-    tls = endpoint.tls.for_qemu() if endpoint.tls is not None else QemuTls()
+    tls = endpoint.tls.for_qemu(f"tls{level}") if endpoint.tls is not None else QemuTls()
     node: dict[str, Any] = {"driver": "nbd", "export": export.export, **dict(tls.node)}
     match export.address:
         case UnixAddress(path):
             absolute = str(Path.cwd() / path)
             node["server"] = {"type": "unix", "path": absolute}
-            policy = Policy(socket=absolute, files=tls.files)
+            policy = Policy(sockets=(absolute,), files=tls.files)
         case TcpAddress(_, port) as address:
             node["server"] = {"type": "inet", "host": await _resolved(name, address)}
             node["server"]["port"] = str(port)
             policy = Policy(ports=(port,), files=tls.files)
         case _:
             raise BackingError(f"{name}: QEMU reads image formats over TCP and Unix sockets only")
-    return Node(_graph(image_format, node), policy, tls.arguments)
+    return Node(_node(image_format, node), policy, tls.arguments)
 
 
-def _graph(image_format: str, file: dict[str, Any]) -> str:
-    return "json:" + json.dumps({"driver": image_format, "backing": None, "file": file})
+def _node(image_format: str, file: dict[str, Any]) -> dict[str, Any]:
+    whole = {"driver": image_format, "file": file}
+    return whole if image_format == "raw" else whole | {"backing": None}
 
 
 async def _resolved(name: str, address: TcpAddress) -> str:
@@ -97,8 +140,9 @@ async def _resolved(name: str, address: TcpAddress) -> str:
         raise BackingGoneError(f"{name}: {words}") from error
 
 
-async def inspect(name: str, image_format: str, node: Node) -> None:
-    """Refuse an image that is more than one file. ``name`` is what the user calls it.
+async def inspect(name: str, image_format: str, node: Node, *, based: bool = False) -> None:
+    """Refuse an image that is more than one file. ``name`` is what the user calls it;
+    ``based``: the user has named its backing as well.
 
     Raises BackingError, also if it cannot be read.
     """
@@ -112,8 +156,14 @@ async def inspect(name: str, image_format: str, node: Node) -> None:
     if not facts:
         raise BackingError(f"{name}: {_plain(words, node)}{_hint(image_format)}")
     named = facts.get("backing-filename")
-    if named:
-        raise BackingError(f"{name}: the image has a backing file of its own ({named}): flatten it")
+    if named and not based:
+        raise BackingError(
+            f"{name}: the image has a backing file of its own ({named}): flatten it, or name that "
+            "one, too ('IMAGE on BACKING')"
+        )
+    if based and not named:
+        # QEMU would show the content of the other image where this one has zeroes.
+        raise BackingError(f"{name}: the image has no backing file, so it is on no other image")
     details = facts.get("format-specific", {}).get("data", {})
     if "data-file" in details:
         raise BackingError(

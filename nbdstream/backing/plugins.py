@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from nbdstream.backing import confine
 from nbdstream.backing.helper import SECRET_FD, program
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # so it takes large requests on many connections to use a link.
 DEAR_UNIT = 256 << 10
 DEAR_CONNECTIONS = 8
+# What a URI begins with that names a plugin of nbdkit's itself.
+NBDKIT = "nbdkit:"
 # How nbdkit is told to read a password from the helper's secret.
 SECRET = f"+/dev/fd/{SECRET_FD}"
 
@@ -56,7 +58,7 @@ class Plugin:
     its connection is lost; the retry filter opens it again.
 
     ``trees`` and ``environment``: what it needs of the user's home and environment (names that
-    end in ``*``: all that begin so).
+    end in ``*``: all that begin so). ``runs``: it may run programs from these trees.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Plugin:
     connections: int = DEAR_CONNECTIONS
     trees: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
+    runs: bool = False
 
 
 def _curl(uri: str, parts: SplitResult) -> Told:
@@ -142,6 +145,33 @@ for _scheme in ("http", "https", "ftp", "ftps"):
     PLUGINS[_scheme] = Plugin("curl", "nbdkit", _curl, environment=(*_CERTIFICATES, *_PROXIES))
 
 
+def named_plugin(uri: str) -> Plugin:
+    """The plugin of ``nbdkit:PLUGIN?KEY=VALUE&...``, which the user has chosen.
+
+    ``filter=NAME`` names a filter of nbdkit's, the one next to the client first; all other
+    pairs are the plugin's (and the filters') parameters, percent-encoded.
+    It may read whatever the user may read, and run programs: a shell script can be a plugin.
+    Raises UsageError.
+    """
+    name, _, query = uri.removeprefix(NBDKIT).partition("?")
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        pairs = [("", "")]
+    if not name or not all(key for key, _ in pairs):
+        raise UsageError(f"{redacted(uri)}: wanted: nbdkit:PLUGIN?KEY=VALUE&KEY=VALUE")
+    parameters = [f"{key}={value}" for key, value in pairs if key != "filter"]
+    return Plugin(
+        unquote(name),
+        f"nbdkit-plugin-{name}",
+        lambda _uri, _parts: Told(parameters),
+        filters=tuple(value for key, value in pairs if key == "filter"),
+        trees=("/",),
+        environment=("*",),
+        runs=True,
+    )
+
+
 def has_plugin(name: str) -> bool:
     """Whether nbdkit can load a plugin (worker: runs nbdkit)."""
     nbdkit = program("nbdkit", "nbdkit")
@@ -171,6 +201,8 @@ def split(uri: str) -> SplitResult:
 
 def local_path(uri: str) -> str | None:
     """The path that a local source names, or None if it is not local."""
+    if uri.startswith(NBDKIT):
+        return None
     if "://" not in uri:
         return uri
     parts = split(uri)

@@ -44,20 +44,21 @@ class Policy:
     """What a program may do besides reading its libraries.
 
     ``image``: an open descriptor of the one file that it reads, -1 for none, and ``path`` where
-    it is. ``socket``: the one Unix socket that it connects to. ``ports``: the TCP ports that it
+    it is. ``sockets``: the Unix sockets that it connects to. ``ports``: the TCP ports that it
     may connect to, None for any. ``files`` and ``trees``: what else it may read, single files and
-    directories; a strict program has the files only. ``environment``: the names of further
-    variables that it gets. ``strict``: it parses what strangers wrote, and does not start
-    unconfined.
+    directories; a strict program has the files only. ``runs``: it may run programs from the
+    trees, and write below ``/tmp``. ``environment``: the names of further variables that it
+    gets. ``strict``: it parses what strangers wrote, and does not start unconfined.
     """
 
     strict: bool = True
     image: int = -1
     path: str = ""
-    socket: str = ""
+    sockets: tuple[str, ...] = ()
     ports: tuple[int, ...] | None = ()
     files: tuple[str, ...] = ()
     trees: tuple[str, ...] = ()
+    runs: bool = False
     environment: tuple[str, ...] = ()
     limits: dict[str, int] = field(default_factory=lambda: dict(LIMITS))
 
@@ -66,7 +67,7 @@ class Policy:
         program's path. For a child of this process. ``directory``: an empty one of its own.
         ``image_fd``: the image's descriptor in the child."""
         privileged = os.geteuid() == 0 and any(
-            map(_needs_root, (self.path, self.socket, *self.files))
+            map(_needs_root, (self.path, *self.sockets, *self.files))
         )
         policy = {
             "parent": os.getpid(),
@@ -79,9 +80,10 @@ class Policy:
             "libraries": [path for path in LIBRARIES if Path(path).is_dir()],
             "files": [*LIBRARY_FILES, os.path.realpath(command[0]), *self.files],
             "trees": list(self.trees),
+            "runs": self.runs,
             "image": self.path,
             "image_fd": image_fd,
-            "socket": self.socket,
+            "sockets": list(self.sockets),
             "ports": self.ports if self.ports is None else list(self.ports),
             "limits": self.limits,
         }
@@ -98,10 +100,13 @@ class Policy:
         return given | TUNING
 
 
-def source_policy(trees: Sequence[str], environment: Sequence[str]) -> Policy:
+def source_policy(
+    trees: Sequence[str], environment: Sequence[str], *, runs: bool = False
+) -> Policy:
     """The policy of a helper that speaks a protocol and reads no format."""
     return Policy(
         strict=False,
+        runs=runs,
         ports=None,
         trees=(*SYSTEM, *map(os.path.expanduser, trees), *_named_by(environment)),
         environment=("HOME", *environment),

@@ -4,13 +4,19 @@
 libnbd reads the NBD schemes by itself. For everything else a helper process
 (`nbdstream.backing.helper`) turns the source into an NBD export: nbdkit's plugins for
 where an image is, qemu-nbd for what format it has, one on top of the other where both
-are asked for (``qcow2+https://…``). What can be named is what is installed.
+are asked for (``qcow2+https://…``). A chain of images is each of them, and
+qemu-storage-daemon on top. What can be named is what is installed.
 """
 
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -19,10 +25,19 @@ import trio
 
 from nbdstream.backing.connect import Endpoint, connect
 from nbdstream.backing.connection import Connection
-from nbdstream.backing.formats import FORMATS, Node, file_node, inspect, nbd_node
-from nbdstream.backing.helper import Helper, Launch, program, run_helper
+from nbdstream.backing.formats import FORMATS, Node, chained, file_node, inspect, nbd_node
+from nbdstream.backing.helper import LISTEN_FD, Helper, Launch, program, run_helper
 from nbdstream.backing.nbd import NbdBacking, open_nbd
-from nbdstream.backing.plugins import PLUGINS, Plugin, has_plugin, local_path, script_of, split
+from nbdstream.backing.plugins import (
+    NBDKIT,
+    PLUGINS,
+    Plugin,
+    has_plugin,
+    local_path,
+    named_plugin,
+    script_of,
+    split,
+)
 from nbdstream.backing.sandbox import Policy, open_image, source_policy
 from nbdstream.backing.tls import anchored_tls, tls_credentials
 from nbdstream.errors import BackingError, BackingGoneError, UsageError
@@ -31,6 +46,8 @@ from nbdstream.text import has_hidden, redacted
 
 log = logging.getLogger(__name__)
 
+# Between the images of a chain, the top first.
+CHAINED = " on "
 # How long a failed helper may take to say why.
 LAST_WORDS = 0.5
 
@@ -100,16 +117,42 @@ async def open_backing(
             yield backing
 
 
+def chain(uri: str) -> list[str]:
+    """The images of a backing, the top first: ``IMAGE on IMAGE on IMAGE``.
+
+    All but the last have a format, because a raw image has no backing. Otherwise it is the path
+    of one file that has the word in its name. Raises UsageError.
+    """
+    images = uri.split(CHAINED)
+    for image in images[:-1]:
+        if _taken_apart(image)[0] == "raw":
+            if "://" in uri:
+                raise UsageError(
+                    f"{redacted(image)}: only an image in a format (qcow2+..., say) is on another"
+                )
+            return [uri]
+    return images
+
+
 def anchored(uri: str, directory: Path) -> str:
     """A backing's URI; a relative path in it is taken from ``directory``."""
+    images = chain(uri)
+    if len(images) > 1:
+        return CHAINED.join(anchored(image, directory) for image in images)
     prefix, _, rest = uri.partition("+")
-    if rest and prefix in FORMATS:
+    if rest and prefix in FORMATS:  # as it was written: vhd is not made vpc
         return f"{prefix}+{anchored(rest, directory)}"
     if split(uri).scheme in NBD_SCHEMES:
         return anchored_tls(uri, directory)
-    if "://" in uri:
+    if "://" in uri or uri.startswith(NBDKIT):
         return uri
     return str(directory.absolute() / uri)
+
+
+def runs_program(uri: str) -> bool:
+    """Whether a backing is read by a program that its URI chooses (``nbdkit:``). Such a URI is
+    taken from the user only, never from a leaf: an image must not choose what is run."""
+    return any(image.rpartition("+")[2].startswith(NBDKIT) for image in uri.split(CHAINED))
 
 
 def named_by_image(image: str, name: str, image_format: str) -> str:
@@ -133,10 +176,17 @@ def recorded_by_image(uri: str) -> tuple[str, str]:
 
     The opposite of `named_by_image`: ``qcow2+nbd://host`` is ``nbd://host``, a qcow2 image.
     """
+    image_format, source = _taken_apart(uri)
+    # No image can name a chain in a way that QEMU understands.
+    return (source, image_format) if len(chain(uri)) == 1 else (uri, "raw")
+
+
+def _taken_apart(uri: str) -> tuple[str, str]:
+    """Format and source of one image."""
     prefix, _, rest = uri.partition("+")
     if rest and prefix in FORMATS:
-        return rest, FORMATS[prefix]
-    return uri, "raw"
+        return FORMATS[prefix], rest
+    return "raw", uri
 
 
 async def _first_connection(uri: str, served: _Served) -> Connection:
@@ -169,12 +219,17 @@ async def _first_connection(uri: str, served: _Served) -> Connection:
 
 def _serve(uri: str) -> AbstractAsyncContextManager[_Served]:
     """Have a source served over NBD for the length of the block."""
+    images = chain(uri)
+    if len(images) > 1:
+        return _serve_chain(uri, images)
     scheme = split(uri).scheme
     if scheme in NBD_SCHEMES:
         return _serve_as_is(uri)
-    prefix, _, rest = uri.partition("+")
-    if rest and prefix in FORMATS:
-        return _serve_format(uri, FORMATS[prefix], rest)
+    image_format, inner = _taken_apart(uri)
+    if image_format != "raw":
+        return _serve_format(uri, image_format, inner)
+    if uri.startswith(NBDKIT):
+        return _serve_plugin(uri, uri, named_plugin(uri))
     source = uri
     if "://" not in uri:
         source, scheme = Path(uri).absolute().as_uri(), "file"
@@ -220,7 +275,7 @@ def _policy(plugin: Plugin, source: str) -> Iterator[Policy]:
     """What a plugin may open. Raises BackingError if that is a file that cannot be."""
     path = local_path(source)
     if path is None:
-        yield source_policy(plugin.trees, plugin.environment)
+        yield source_policy(plugin.trees, plugin.environment, runs=plugin.runs)
         return
     with _opened(path) as fd:
         yield Policy(image=fd, path=os.path.realpath(path))
@@ -230,24 +285,54 @@ def _policy(plugin: Plugin, source: str) -> Iterator[Policy]:
 async def _serve_format(uri: str, image_format: str, inner: str) -> AsyncIterator[_Served]:
     """qemu-nbd on what ``inner`` names: a file itself, anything else by way of NBD."""
     program("qemu-nbd", "qemu-utils")
+    name = redacted(uri)
     path = local_path(inner)
     if path is not None:
         with _opened(path) as fd:
             node = file_node(image_format, path, fd)
-            async with _serve_node(uri, image_format, node) as helper:
-                yield _Served(Endpoint(helper.uri, redacted(uri)), helper)
+            await inspect(name, image_format, node)
+            async with _serve_node(node) as helper:
+                yield _Served(Endpoint(helper.uri, name), helper)
         return
     async with _serve(inner) as served:
-        node = await nbd_node(redacted(uri), image_format, served.endpoint)
-        async with _serve_node(uri, image_format, node) as helper:
-            endpoint = replace(served.endpoint, uri=helper.uri, name=redacted(uri), tls=None)
+        node = await nbd_node(name, image_format, served.endpoint)
+        await inspect(name, image_format, node)
+        async with _serve_node(node) as helper:
+            endpoint = replace(served.endpoint, uri=helper.uri, name=name, tls=None)
             yield _Served(endpoint, helper)
 
 
 @asynccontextmanager
-async def _serve_node(uri: str, image_format: str, node: Node) -> AsyncIterator[Helper]:
-    """qemu-nbd on an image, after a look at it. Raises BackingError if it is refused."""
-    await inspect(redacted(uri), image_format, node)
+async def _serve_chain(uri: str, images: list[str]) -> AsyncIterator[_Served]:
+    """QEMU on a chain of images, the top first; each comes to it by way of NBD."""
+    daemon = program("qemu-storage-daemon", "qemu-system-common")
+    async with AsyncExitStack() as stack:
+        nodes, endpoints = [], []
+        for level, image in enumerate(images):
+            image_format, source = _taken_apart(image)
+            served = await stack.enter_async_context(_serve(source))
+            name = redacted(image)
+            node = await nbd_node(name, image_format, served.endpoint, level)
+            await inspect(name, image_format, node, based=level < len(images) - 1)
+            nodes.append(node)
+            endpoints.append(served.endpoint)
+        whole = chained(nodes)
+        server = f"addr.type=fd,addr.str={LISTEN_FD},max-connections=0"
+        export = f"type=nbd,id=chain,node-name={whole.top},name="
+        command = [daemon, *whole.arguments, "--nbd-server", server, "--export", export]
+        helper = await stack.enter_async_context(run_helper(Launch(command, whole.policy)))
+        endpoint = Endpoint(
+            helper.uri,
+            redacted(uri),
+            unit_least=max(endpoint.unit_least for endpoint in endpoints),
+            bulk_connections=max(endpoint.bulk_connections for endpoint in endpoints),
+        )
+        yield _Served(endpoint, helper)
+
+
+@asynccontextmanager
+async def _serve_node(node: Node) -> AsyncIterator[Helper]:
+    """qemu-nbd on an image."""
     qemu_nbd = program("qemu-nbd", "qemu-utils")
     command = [qemu_nbd, "--read-only", "--persistent", "--shared=0"]
     command += [*node.arguments, node.graph]
@@ -270,4 +355,5 @@ def known_kinds() -> list[str]:
     usable = set(filter(has_plugin, {plugin.name for plugin in PLUGINS.values()}))
     schemes = [scheme for scheme, plugin in PLUGINS.items() if plugin.name in usable]
     formats = [f"{name}+..." for name in FORMATS]
-    return [*(f"{scheme}://" for scheme in (*NBD_SCHEMES, *schemes)), "a file's path", *formats]
+    uris = [f"{scheme}://" for scheme in (*NBD_SCHEMES, *schemes)]
+    return [*uris, "a file's path", f"{NBDKIT}PLUGIN?...", *formats]

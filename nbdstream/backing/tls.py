@@ -46,7 +46,6 @@ _AUTHORITY = "ca-cert.pem"
 _KEYS = "keys.psk"
 _X509_FILES = (_AUTHORITY, "ca-crl.pem", "client-cert.pem", "client-key.pem")
 # The name of the object on the command lines of QEMU's tools.
-_OBJECT = "tls0"
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,9 @@ class TlsClient:
         if self.user:
             handle.set_tls_username(self.user)
 
-    def for_qemu(self) -> QemuTls:
-        """The same for QEMU."""
-        creds: dict[str, Any] = {"id": _OBJECT, "endpoint": "client", "dir": self.directory}
+    def for_qemu(self, name: str) -> QemuTls:
+        """The same for QEMU, as an object called ``name``."""
+        creds: dict[str, Any] = {"id": name, "endpoint": "client", "dir": self.directory}
         if self.psk_file:
             creds |= {"qom-type": "tls-creds-psk", "username": self._psk_user()}
             names: tuple[str, ...] = (_KEYS,)
@@ -109,7 +108,7 @@ class TlsClient:
             # Its opinion of each of the system's many authorities does not matter.
             creds["sanity-check"] = False
             names = _X509_FILES
-        node = {"tls-creds": _OBJECT} | ({"tls-hostname": self.hostname} if self.hostname else {})
+        node = {"tls-creds": name} | ({"tls-hostname": self.hostname} if self.hostname else {})
         paths = (os.path.join(self.directory, name) for name in names)
         return QemuTls(
             ("--object", json.dumps(creds)),
