@@ -69,6 +69,18 @@ async def test_an_object(image: Path) -> None:
     await assert_serves("s3://images/disks/image.raw", image)
 
 
+async def test_a_chain_from_two_kinds_of_servers(
+    image: Path, aws: ObjectStore, ssh: SshServer, tmp_path: Path
+) -> None:
+    top, shown = tmp_path / "top.qcow2", tmp_path / "shown.raw"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", top])
+    run(["qemu-io", "-f", "qcow2", "-c", "write -P 9 100k 1M", top])
+    run(["qemu-img", "convert", "-O", "raw", top, shown])
+    uri = f"qcow2+{ssh.uri(top)} on s3://images/disks/image.raw"
+    with serve(ssh, tmp_path / "leaf.qcow2", uri) as peer:
+        assert_same(peer.uri, shown)
+
+
 @pytest.mark.usefixtures("aws")
 @pytest.mark.parametrize("uri", ["s3://images/none", "s3://nowhere/image.raw"])
 async def test_an_object_that_is_not_there(uri: str) -> None:
