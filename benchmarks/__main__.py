@@ -13,6 +13,7 @@ from testbed.peers import MissingPeer, PeerError
 
 # Each is a module with `run(options: Options) -> Report`.
 NAMES = (
+    "startup",
     "hotpath",
     "tls",
     "misses",

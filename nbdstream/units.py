@@ -10,7 +10,6 @@ Every ``parse_…`` raises UsageError, whose message names the text and shows a 
 """
 
 import re
-from fractions import Fraction
 
 from nbdstream.errors import UsageError
 
@@ -27,13 +26,7 @@ _LONGEST = 1000
 _NUMBER = r"\d+(?:\.\d+)?"
 _SIZE_SUFFIXES = "kMGTPE"
 _SIZE = re.compile(rf"({_NUMBER}) ?(?:([kmgtpe])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
-_DURATION_UNITS = {
-    "ms": Fraction(1, 1000),
-    "s": Fraction(1),
-    "m": Fraction(60),
-    "h": Fraction(3600),
-    "d": Fraction(86400),
-}
+_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _DURATION_PART = re.compile(rf"({_NUMBER})(ms|s|m|h|d)", re.ASCII)
 
 
@@ -44,6 +37,8 @@ def parse_size(text: str) -> int:
         raise UsageError(f"{text!r} is not a size: give a number of bytes, or such as 64k, 1.5G")
     number, suffix = match.groups()
     power = _SIZE_SUFFIXES.lower().index(suffix.lower()) + 1 if suffix else 0
+    from fractions import Fraction  # which loads `decimal`: start-up need not wait for it
+
     size = Fraction(number) * 1024**power
     if size.denominator != 1:
         raise UsageError(f"{text!r} is not a whole number of bytes")
@@ -71,7 +66,9 @@ def parse_duration(text: str) -> float:
     whole = "".join(number + unit for number, unit in parts)
     if not parts or whole != bare or len(text) > _LONGEST:
         raise UsageError(f"{text!r} is not a duration: give seconds, or such as 90s, 10m, 1h30m")
-    seconds = sum(Fraction(number) * _DURATION_UNITS[unit] for number, unit in parts)
+    from fractions import Fraction  # as in `parse_size`
+
+    seconds = sum(Fraction(number) * _MILLISECONDS[unit] for number, unit in parts) / 1000
     if seconds > MAX_DURATION:
         raise UsageError(f"{text!r} is longer than any wait makes sense")
     return float(seconds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Confine this process, then become another program: ``python confine.py POLICY COMMAND...``
+"""Confine this process, then become another program: ``main([POLICY, *COMMAND])``.
 
 Helpers parse bytes that strangers wrote: image formats above all. What such a program
 opens must not depend on those bytes (invariant 13), so it is started by this script, which
@@ -16,9 +16,9 @@ Each is used where the kernel has it. One line on standard error says which were
 line always comes first. A ``strict`` policy demands namespaces or Landlock: without both,
 nothing is started.
 
-It runs alone, as a script, on the standard library: it must start fast
-(without pathlib), and as a module of
-the package it would load all of it. `nbdstream.backing.sandbox` is what calls it.
+It runs alone, on the standard library: as a module of the package it would load all of that.
+A guest waits for the helper, so this module has to load fast: no pathlib, no json, no typing,
+nothing that needs `re` or `enum`. `nbdstream.backing.sandbox` is what calls it.
 
 Sources: landlock(7), seccomp(2), user_namespaces(7), pivot_root(2), capset(2); the numbers are
 those of the kernel's uapi headers.
@@ -26,18 +26,20 @@ those of the kernel's uapi headers.
 
 # ruff: noqa: PTH103, PTH110, PTH112, PTH114, PTH115, PTH116, PTH120, PTH208, PTH211
 
+from __future__ import annotations
+
 import ctypes
 import errno
-import json
+import marshal
 import os
-import platform
 import resource
-import signal
 import stat
 import struct
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 # What the first line on standard error begins with.
 REPORT = "sandbox: "
@@ -49,6 +51,8 @@ REFUSED = 126
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
+
+_SIGKILL = 9  # the same on every architecture; importing `signal` would load `enum`
 
 # Files that programs need besides their libraries.
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
@@ -135,7 +139,7 @@ def _enter_namespaces(policy: dict[str, Any], *, landlock: bool) -> None:
         if os.stat(root + IMAGE) != os.fstat(policy["image_fd"]):
             raise OSError(errno.ESTALE, "the image's path leads elsewhere by now")
     os.chdir(root)
-    _syscall(_PIVOT_ROOT[platform.machine()], b".", b".")
+    _syscall(_PIVOT_ROOT[os.uname().machine], b".", b".")
     _check(_libc.umount2(b".", _MNT_DETACH), "umount")
     os.chdir("/")
     _mount("", "/", "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
@@ -288,7 +292,7 @@ def _filter_calls(policy: dict[str, Any]) -> None:
     families = [_AF_UNIX]
     if policy["ports"] is None or policy["ports"]:
         families += [_AF_INET, _AF_INET6, _AF_NETLINK]
-    code = ctypes.create_string_buffer(_filter(platform.machine(), families))
+    code = ctypes.create_string_buffer(_filter(os.uname().machine, families))
     program = struct.pack("@HP", (len(code) - 1) // 8, ctypes.addressof(code))
     buffer = ctypes.create_string_buffer(program)
     _prctl(_PR_SET_SECCOMP, 2, ctypes.addressof(buffer))
@@ -354,14 +358,19 @@ def _refuse(words: str) -> NoReturn:
     os._exit(REFUSED)
 
 
+def encode(policy: dict[str, Any]) -> str:
+    """A policy as an argument for `main`. Text and numbers only: the parent is trusted."""
+    return marshal.dumps(policy).hex()
+
+
 def main(arguments: list[str]) -> NoReturn:
-    """Confine, report, and become the command."""
-    policy, command = json.loads(arguments[0]), arguments[1:]
+    """Confine, report, and become the command. The first argument is an encoded policy."""
+    policy, command = marshal.loads(bytes.fromhex(arguments[0])), arguments[1:]
     parent = policy["parent"]
     os.chdir(policy["root"])
     try:
         used, inside = _confine(policy)
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     except OSError as error:
         _refuse(f"the sandbox could not be set up: {error.strerror}")
     if os.getppid() not in (parent, 0):
@@ -376,7 +385,3 @@ def main(arguments: list[str]) -> NoReturn:
     except OSError as error:
         os.write(2, f"{policy['program']}: {error.strerror}\n".encode())
         os._exit(REFUSED)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -10,7 +10,6 @@ The image itself is opened here, once, and passed on as a descriptor: what its p
 later does not matter. ``confine.IMAGE`` stands for it in a command.
 """
 
-import json
 import os
 import shutil
 import stat
@@ -37,6 +36,9 @@ GIB = 1 << 30
 LIMITS = {"CORE": 0, "DATA": 2 * GIB, "FSIZE": 0, "NOFILE": 1024}
 # Fewer of malloc's arenas, whose reserve would count against DATA.
 TUNING = {"MALLOC_ARENA_MAX": "4"}
+
+# Imported, and not run as a script, so that Python keeps its bytecode.
+_LAUNCHER = "import sys; sys.path.append(sys.argv[1]); import confine; confine.main(sys.argv[2:])"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Policy:
             "ports": self.ports if self.ports is None else list(self.ports),
             "limits": self.limits,
         }
-        return [_python(), "-I", "-S", confine.__file__, json.dumps(policy), *command]
+        place = str(Path(confine.__file__).parent)
+        return [_python(), "-I", "-S", "-c", _LAUNCHER, place, confine.encode(policy), *command]
 
     def variables(self) -> dict[str, str]:
         """The environment of the program."""

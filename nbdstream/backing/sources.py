@@ -252,11 +252,6 @@ async def _serve_plugin(uri: str, source: str, plugin: Plugin) -> AsyncIterator[
     """nbdkit with the plugin on ``source``. Raises BackingError if that is not installed."""
     told = plugin.told(source, split(source))
     nbdkit = program("nbdkit", "nbdkit")
-    if not await trio.to_thread.run_sync(has_plugin, plugin.name):
-        raise BackingError(
-            f"{redacted(uri)}: nbdkit has no working {plugin.name} plugin "
-            f"(apt install {plugin.package})"
-        )
     kind = [plugin.name]
     if plugin.script:
         kind = ["python", await trio.to_thread.run_sync(script_of, plugin.name)]
@@ -264,6 +259,12 @@ async def _serve_plugin(uri: str, source: str, plugin: Plugin) -> AsyncIterator[
     command = [nbdkit, "--foreground", "--readonly", *filters, *kind, *told.parameters]
     with _policy(plugin, source) as policy:
         async with run_helper(Launch(command, policy, told.secret)) as helper:
+            # Asked while the helper starts: what it says itself of a missing plugin helps less.
+            if not await trio.to_thread.run_sync(has_plugin, plugin.name):
+                raise BackingError(
+                    f"{redacted(uri)}: nbdkit has no working {plugin.name} plugin "
+                    f"(apt install {plugin.package})"
+                )
             endpoint = Endpoint(
                 helper.uri, redacted(uri), None, plugin.unit_least, plugin.connections
             )

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""serve: the server."""
+"""serve: the server.
+
+A guest may be waiting while this module loads. So what only some options need (control socket,
+metrics, progress) is imported where they ask for it; ``tests/test_startup.py`` holds that.
+"""
 
 import gc
 import os
@@ -8,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import trio
@@ -25,14 +30,10 @@ from nbdstream.cli.params import (
 )
 from nbdstream.cli.places import SOCKET_MODE, opener_for, private_socket
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
-from nbdstream.control import control_server, listen_control
-from nbdstream.control.report import statistics
 from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
-from nbdstream.handover.commands import hand_over_commands
 from nbdstream.net.address import parse_tcp
 from nbdstream.net.listeners import Listener, close_all, from_systemd, listen_tcp, listen_unix
-from nbdstream.qmp.protocol import JSONObject
 from nbdstream.server.certificates import TlsPolicy
 from nbdstream.server.handshake import Tls
 from nbdstream.service import ServeOptions, Service, device_name, open_service
@@ -259,11 +260,14 @@ def steering(
     """The control socket's listener and those of the metrics, where they are asked for."""
     listeners: list[Listener] = []
     try:
-        control_listener = listen_control(Path(control)) if control else None
-        listeners += [control_listener] if control_listener else []
+        control_listener: Listener | None = None
+        if control:
+            from nbdstream.control import listen_control
+
+            control_listener = listen_control(Path(control))
+            listeners.append(control_listener)
         metrics_listeners: list[Listener] = []
         if metrics:
-            # Here, as `progress` below: it takes a while, and a guest may be waiting.
             from nbdstream.control.metrics import listen_metrics
 
             metrics_listeners = listen_metrics(metrics)
@@ -315,6 +319,22 @@ def start_steering(
 ) -> None:
     """Serve the control socket and the metrics until the nursery is cancelled."""
     disk, job = service.opened.disk, service.opened.job
+    if control is not None or service.opened.seal is not None:
+        _start_control(service, nursery, control, stream)
+    if metrics:
+        from nbdstream.control.metrics import DiskCollector, serve_metrics
+
+        nursery.start_soon(serve_metrics, metrics, DiskCollector(disk, job, device_name(disk)))
+
+
+def _start_control(
+    service: Service, nursery: trio.Nursery, control: Listener | None, stream: str
+) -> None:
+    """Offer a sealed disk again; serve the control socket."""
+    from nbdstream.control import control_server
+    from nbdstream.handover.commands import hand_over_commands
+
+    disk, job = service.opened.disk, service.opened.job
     hand_over = hand_over_commands(
         disk,
         job,
@@ -330,17 +350,14 @@ def start_steering(
             disk, job, device=device_name(disk), stop=service.stop, more=hand_over
         )
         nursery.start_soon(server.serve, control)
-    if metrics:
-        from nbdstream.control.metrics import DiskCollector, serve_metrics
-
-        nursery.start_soon(serve_metrics, metrics, DiskCollector(disk, job, device_name(disk)))
 
 
 async def progress(service: Service) -> None:
     """Show on stderr how the stream job does, until it ends."""
     from nbdstream.cli.progress import show_progress
+    from nbdstream.control.report import statistics
 
-    async def report() -> JSONObject:
+    async def report() -> dict[str, Any]:
         return statistics(service.opened.disk, service.opened.job)
 
     await show_progress(report)
