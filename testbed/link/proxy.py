@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The emulated link itself: a proxy between sockets, driven by the model.
 
-One thread, one edge-triggered epoll loop. It receives from whoever has something to send,
+One thread, one edge-triggered epoll loop. It receives from each socket that has data,
 passes chunks through the model (`model`: FIFO queue, rate, delay, jitter), and sends
 those that are due. Setting up a connection takes the three one-way delays of TCP's
 handshake before the target is connected to, whatever kind of socket is used.
@@ -28,7 +28,6 @@ import os
 import queue
 import select
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -38,50 +37,13 @@ from dataclasses import asdict
 from typing import Any
 
 from testbed.link.control import Address, Command, Steering, parse_command
-from testbed.link.model import KIB, MIB, WINDOW, Direction, Lane, LinkClock, Shape, Slab
+from testbed.link.flow import Connection, Flow, tune
+from testbed.link.model import KIB, WINDOW, Direction, Lane, LinkClock, Shape, Slab
 
 LISTEN_BACKLOG = 128
 CONNECT_SECONDS = 5.0
 ALIVE_SECONDS = 0.5
-SEND_BUFFER = 4 * MIB
 RATED_RECEIVE_BUFFER = 64 * KIB
-MAX_GATHER = 64
-# Closing sends RST instead of FIN: struct linger {on, 0 seconds}.
-LINGER_RESET = struct.pack("ii", 1, 0)
-
-
-class Flow:
-    """A lane with its two sockets and what epoll last said of them."""
-
-    def __init__(self, lane: Lane, direction: Direction) -> None:
-        self.lane = lane
-        self.direction = direction
-        self.source: socket.socket | None = None
-        self.sink: socket.socket | None = None
-        self.readable = False
-        self.hung_up = False  # the source's end or error may follow data already read
-        self.ended = False  # the source has nothing more
-        self.writable = False
-        self.finished = False  # the sink was told so
-
-
-class Connection:
-    """A client, and from `opens_at` on its own connection to the target."""
-
-    def __init__(self, client: socket.socket, up: Flow, down: Flow, opens_at: float) -> None:
-        self.client = client
-        self.server: socket.socket | None = None
-        self.up, self.down = up, down
-        self.opens_at = opens_at
-        up.source = down.sink = client
-
-    @property
-    def flows(self) -> tuple[Flow, Flow]:
-        return self.up, self.down
-
-    @property
-    def sockets(self) -> list[socket.socket]:
-        return [self.client, *([self.server] if self.server else [])]
 
 
 class Link(Steering):
@@ -104,7 +66,7 @@ class Link(Steering):
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._epoll = select.epoll()
         self._listener: socket.socket | None = None
-        self._ignoring = False  # the listener is open, and nobody accepts
+        self._ignoring = False  # the listener is open, and nothing is accepted
         self.address = Address.parse(listen)
         self._listen()
         self._commands: queue.SimpleQueue[tuple[str, Future[dict[str, Any]]]] = queue.SimpleQueue()
@@ -120,7 +82,7 @@ class Link(Steering):
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ConnectionError):  # somebody said so before
+        with contextlib.suppress(ConnectionError):  # it was closed before
             self.command("quit")
         self.wait_closed()
         os.close(self._wake)
@@ -142,7 +104,7 @@ class Link(Steering):
         self._obey()
 
     def wait_closed(self) -> None:
-        """Until somebody said `quit`."""
+        """Until the command `quit` was carried out."""
         self._closed.wait()
 
     # --- the loop
@@ -170,8 +132,8 @@ class Link(Steering):
             direction.advance(now)
         for connection in self._connections.copy():
             for flow in connection.flows:
-                self._deliver(connection, flow, now)
-                if connection not in self._connections:  # it was found reset
+                if not flow.deliver(now):
+                    self._reset(connection)
                     break
             else:
                 if connection.up.finished and connection.down.finished:
@@ -210,63 +172,9 @@ class Link(Steering):
                 return
             flow = ready.popleft()
             if flow.lane.buffered < WINDOW:
-                self._receive(flow, now)
+                flow.receive(now)
             if flow.readable:
                 ready.append(flow)
-
-    def _receive(self, flow: Flow, now: float) -> None:
-        assert flow.source
-        space = flow.lane.space(flow.direction.shape.chunk_size)
-        try:
-            length = flow.source.recv_into(space)
-        except BlockingIOError:
-            flow.readable = False
-            return
-        except OSError:  # a reset: it travels behind the data that came before it
-            flow.readable, flow.ended = False, True
-            flow.direction.arrive(now, flow.lane, None)
-            return
-        if length == 0:
-            flow.readable, flow.ended = False, True
-            flow.direction.arrive(now, flow.lane, memoryview(b""))
-            return
-        data, slab = flow.lane.received(length)
-        flow.direction.arrive(now, flow.lane, data, slab)
-        # Less than asked for: drained, and what comes next is a new event. Only an end
-        # that was announced together with this data is not announced again.
-        if length < len(space) and not flow.hung_up:
-            flow.readable = False
-
-    def _deliver(self, connection: Connection, flow: Flow, now: float) -> None:
-        """Send what is due, until the sink takes no more."""
-        in_flight = flow.lane.in_flight
-        while flow.writable and in_flight and in_flight[0].due <= now:
-            first = in_flight[0].data
-            if first is None:
-                self._reset(connection)
-                return
-            assert flow.sink
-            try:
-                if not first:
-                    flow.finished, flow.writable = True, False
-                    in_flight.popleft()
-                    flow.sink.shutdown(socket.SHUT_WR)
-                    return
-                flow.lane.delivered(flow.sink.sendmsg(self._due_data(flow.lane, now)))
-            except BlockingIOError:
-                flow.writable = False
-            except OSError:  # the receiver is gone: the sender learns by a reset
-                self._reset(connection)
-                return
-
-    @staticmethod
-    def _due_data(lane: Lane, now: float) -> list[memoryview]:
-        due: list[memoryview] = []
-        for chunk in lane.in_flight:
-            if chunk.due > now or not chunk.data or len(due) == MAX_GATHER:
-                break
-            due.append(chunk.data)
-        return due
 
     # --- connections
 
@@ -288,7 +196,7 @@ class Link(Steering):
             client, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        self._tune(client)
+        tune(client)
         self._accepted += 1
         up = Flow(Lane(self._spare), self._up)
         down = Flow(Lane(self._spare), self._down)
@@ -305,18 +213,9 @@ class Link(Steering):
         except OSError:
             self._reset(connection)
             return
-        self._tune(server)
+        tune(server)
         connection.server = connection.up.sink = connection.down.source = server
         self._watch_flow(server, source_of=connection.down, sink_of=connection.up)
-
-    def _tune(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Some systems default to a congestion control that paces even on loopback.
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
     def _watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
         self._handlers[fd] = handler
@@ -355,9 +254,7 @@ class Link(Steering):
 
     def _reset(self, connection: Connection) -> None:
         """Close both ends; over TCP with an RST, as a unix socket has none."""
-        for sock in connection.sockets:
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+        connection.reset_on_close()
         self._close(connection)
 
     def _ignore_listener(self) -> None:
