@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import trio
@@ -96,15 +96,17 @@ class Opened:
 
 @dataclass
 class Service:
-    """A leaf being served; ``finished`` is set once all clients are gone after `stop`."""
+    """A leaf being served; ``stopping`` is set by `stop`, ``finished`` once all clients are gone
+    after it."""
 
     opened: Opened
     server: Server
     listeners: Sequence[Listener]
     clients_changed: trio.lowlevel.ParkingLot
-    finished: trio.Event
     custody: Custody
     tls: TlsPolicy | None = None
+    stopping: trio.Event = field(default_factory=trio.Event)
+    finished: trio.Event = field(default_factory=trio.Event)
 
     @property
     def uris(self) -> list[str]:
@@ -120,6 +122,7 @@ class Service:
 
     def stop(self) -> None:
         """Begin a clean end: no new clients, finish what is in flight."""
+        self.stopping.set()
         self.server.stop()
 
 
@@ -207,7 +210,7 @@ async def open_service(
         if opened.seal is not None:
             export = ReadOnlyExport(export, export.name, opened.seal.reason)
         server = Server([export], tls=certificates, clients_changed=clients_changed)
-        service = Service(opened, server, listeners, clients, trio.Event(), custody, options.tls)
+        service = Service(opened, server, listeners, clients, custody, options.tls)
         nursery.start_soon(_serve, service)
         yield service
         nursery.cancel_scope.cancel()

@@ -123,5 +123,6 @@ async def test_on_the_command_line(ends: Ends, busybox_disk: Path) -> None:
         done = await trio.run_process([*command, *fast], capture_stdout=True)
         summary = json.loads(done.stdout)
         assert 0 < summary["downtime"] < summary["until_running"] < summary["until_local"]
+        assert summary["pivot"] > 0
         seen = last_acknowledged(guest.console.transcript)
-    await finish(ends, disk.leaf, seen)
+    await finish(ends, disk.leaf, seen, pivoted=True)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest that writes all the time goes on from its leaf; what it was told is durable is there."""
 
+import subprocess
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,15 +10,18 @@ from typing import Any
 import pytest
 import trio
 
+from nbdstream.guest.console import Console
 from nbdstream.guest.disks import Disk
 from nbdstream.pivot.leftovers import PivotDisk
 from nbdstream.pivot.run import pivot
 from nbdstream.pivot.servers import ControlledServer, Monitor, PivotError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import GenericError
+from nbdstream.tasks import open_background_nursery
+from testbed.guests import systems
 from testbed.migrations import arrangement, pulse
 from testbed.migrations.arrangement import Ends, last_acknowledged, records
-from testbed.peers import nbdkit, nbdstream_serve, run
+from testbed.peers import binary, nbdkit, nbdstream_serve, run
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -103,3 +108,39 @@ async def wait_local(control: str) -> None:
                 if "backing" not in await qmp.execute("x-nbdstream-stats"):
                     return
             await trio.sleep(0.1)
+
+
+async def test_boot_leaves_the_guest_to_its_leaf(tmp_path: Path, busybox_image: Path) -> None:
+    """By default, without a word of it to the guest's terminal; the exit status is QEMU's."""
+    leaf, image = tmp_path / "leaf.qcow2", busybox_image / "disk.raw"
+    kernel = systems.direct_boot(busybox_image)
+    command = [binary("NBDSTREAM"), "boot", f"file://{image}", "--leaf", str(leaf), "-m", "256M"]
+    process = await trio.lowlevel.open_process(
+        [*command, "--", "-no-reboot", *kernel],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    async with open_background_nursery() as nursery:
+        console = Console(trio.StapledStream(process.stdin, process.stdout))
+        nursery.start_soon(console.pump)
+        await console.wait_for(systems.BUSYBOX.prompt, systems.BOOT_TIMEOUT)
+        with trio.fail_after(120):
+            while leaf in files_of(process.pid):  # noqa: ASYNC110
+                await trio.sleep(0.1)
+        await console.run("echo kept > /root/note && sync && cd /data && sha256sum -c SHA256SUMS")
+        await console.send(f"{systems.BUSYBOX.power_off}\n")
+        assert await process.wait() == 0
+        (words,) = (await process.stderr.receive_some()).decode().splitlines()
+        assert words.endswith("; pivoted, the guest uses its disk without nbdstream")
+    systems.check_filesystem(leaf, "qcow2")
+
+
+def files_of(pid: int) -> list[Path]:
+    """The files that a process has open."""
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(fd.readlink())
+    return found

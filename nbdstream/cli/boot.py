@@ -7,7 +7,7 @@ import sys
 import tempfile
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click
@@ -30,9 +30,12 @@ from nbdstream.cli.run import SIGNALLED, end_on_signals
 from nbdstream.control.report import statistics
 from nbdstream.errors import UsageError
 from nbdstream.guest.disks import Disk
-from nbdstream.guest.qemu import Machine, run_qemu
+from nbdstream.guest.qemu import Guest, Machine, run_qemu
 from nbdstream.net.listeners import Listener, close_all, listen_unix
+from nbdstream.pivot.auto import pivot_when_complete
+from nbdstream.pivot.servers import Monitor
 from nbdstream.service import ServeOptions, Service, open_service
+from nbdstream.tasks import open_background_nursery
 
 DEFAULT_MEMORY = 1 << 30
 TEMPORARY_LEAF = "temporary-leaf.qcow2"
@@ -64,6 +67,11 @@ TEMPORARY_LEAF = "temporary-leaf.qcow2"
     metavar="PROFILE",
     help="Fetch the ranges of this boot profile first.",
 )
+@click.option(
+    "--pivot/--no-pivot",
+    default=True,
+    help="Have QEMU use the leaf itself once the disk is local.  [default: pivot]",
+)
 @click.argument("qemu_arguments", nargs=-1, metavar="[-- QEMU ARGUMENTS]")
 def boot(
     image: str,
@@ -74,6 +82,7 @@ def boot(
     stream: str,
     speed: int,
     prefetch: str | None,
+    pivot: bool,
     qemu_arguments: tuple[str, ...],
 ) -> None:
     """Boot a guest from a remote image, or from a leaf, on this terminal.
@@ -102,7 +111,7 @@ def boot(
             extra=qemu_arguments,
         )
         try:
-            status = trio.run(_boot, options, listener, machine)
+            status = trio.run(_boot, options, listener, machine, pivot)
         finally:
             close_all([listener])
     sys.exit(status)
@@ -139,25 +148,59 @@ def _terminal_restored() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 
-async def _boot(options: ServeOptions, listener: Listener, machine: Machine) -> int:
-    """Serve, run the guest until it ends, stop serving; the exit status."""
-    async with open_service(options, [listener]) as service, trio.open_nursery() as nursery:
+async def _boot(options: ServeOptions, listener: Listener, machine: Machine, pivot: bool) -> int:
+    """Serve, run the guest until it ends, stop serving; the exit status. With ``pivot`` serving
+    may end before the guest does."""
+    async with open_background_nursery() as background:
+        closed = trio.Event()
+        service: Service = await background.start(_serve, options, listener, closed)
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as guest_scope:
+                # The guest goes first: QEMU flushes what it has before we stop serving.
+                await nursery.start(end_on_signals, guest_scope.cancel)
+                async with run_qemu(machine) as guest:
+                    if pivot:
+                        nursery.start_soon(_pivot, service, guest)
+                    if sys.stderr.isatty():
+                        nursery.start_soon(_title, service)
+                    status = await guest.wait()
+            if guest_scope.cancelled_caught:
+                status = SIGNALLED + signal.SIGTERM
+            service.stop()
+            await closed.wait()
+            nursery.cancel_scope.cancel()
+        say(f"nbdstream: {_words(service)}", err=True)
+    return status if status >= 0 else SIGNALLED - status
+
+
+async def _serve(
+    options: ServeOptions,
+    listener: Listener,
+    closed: trio.Event,
+    *,
+    task_status: trio.TaskStatus[Service],
+) -> None:
+    """A task: serve until the service is stopped."""
+    async with open_service(options, [listener]) as service:
         if Path(options.leaf).name == TEMPORARY_LEAF:
             warn_if_tight(Path(options.leaf), service.opened.leaf.size)
-        with trio.CancelScope() as guest_scope:
-            # The guest goes first: QEMU flushes what it has before we stop serving.
-            await nursery.start(end_on_signals, guest_scope.cancel)
-            if sys.stderr.isatty():
-                nursery.start_soon(_title, service)
-            async with run_qemu(machine) as guest:
-                status = await guest.wait()
-        if guest_scope.cancelled_caught:
-            status = SIGNALLED + signal.SIGTERM
-        service.stop()
+        task_status.started(service)
         await service.finished.wait()
-        say(f"nbdstream: {_snapshot(service)}", err=True)
-        nursery.cancel_scope.cancel()
-    return status if status >= 0 else SIGNALLED - status
+    closed.set()
+
+
+async def _pivot(service: Service, guest: Guest) -> None:
+    """A task: have the guest go on from the leaf once that is complete. Nothing is served then;
+    the terminal is the guest's, so its title says so."""
+    monitor = Monitor(lambda: nullcontext(guest.qmp), guest.process.pid)
+    await pivot_when_complete(service, monitor)
+    service.stop()
+
+
+def _words(service: Service) -> str:
+    words = str(_snapshot(service))
+    gone = service.custody.let_go
+    return f"{words}; pivoted, the guest uses its disk without nbdstream" if gone else words
 
 
 def _snapshot(service: Service) -> Snapshot:
@@ -167,6 +210,6 @@ def _snapshot(service: Service) -> Snapshot:
 async def _title(service: Service) -> None:
     """Show progress in the terminal's title: the guest has the rest of the screen."""
     while True:
-        sys.stderr.write(f"\x1b]0;nbdstream: {_snapshot(service)}\x07")
+        sys.stderr.write(f"\x1b]0;nbdstream: {_words(service)}\x07")
         sys.stderr.flush()
         await trio.sleep(4 * REDRAW_INTERVAL)

@@ -13,11 +13,16 @@ from rich.console import Console
 
 from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import DURATION, RATE
+from nbdstream.cli.pivot import pivoted
 from nbdstream.cli.progress import Snapshot
+from nbdstream.errors import NbdstreamError
 from nbdstream.migrate.plan import DiskPlan, MigrationPlan
 from nbdstream.migrate.recover import take_back
 from nbdstream.migrate.run import Migration, Summary
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase
+from nbdstream.pivot.leftovers import PivotDisk
+from nbdstream.pivot.run import pivot as run_pivot
+from nbdstream.pivot.servers import ControlledServer, Monitor
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.tasks import open_background_nursery
 from nbdstream.text import shown
@@ -73,6 +78,11 @@ CANCELLED = 130
 @click.option(
     "--no-follow", is_flag=True, help="Exit as soon as the guest runs at the destination."
 )
+@click.option(
+    "--pivot/--no-pivot",
+    default=True,
+    help="Have the guest use its leaves itself once all is local.  [default: pivot]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the steps and do nothing.")
 @click.option("--cancel", is_flag=True, help="Undo what a killed 'migrate' left behind.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -88,6 +98,7 @@ def migrate(
     max_bandwidth: int,
     downtime_limit: float,
     no_follow: bool,
+    pivot: bool,
     dry_run: bool,
     cancel: bool,
     as_json: bool,
@@ -110,6 +121,7 @@ def migrate(
         postcopy_ram=postcopy_ram,
         max_bandwidth=max_bandwidth,
         downtime_limit=downtime_limit,
+        pivot=pivot and no_follow,
     )
     if cancel:
         say(trio.run(take_back, plan))
@@ -124,11 +136,25 @@ def migrate(
     if summary is None:
         say("nbdstream: cancelled; the guest stays at the source", err=True)
         sys.exit(CANCELLED)
+    pause = trio.run(_pivot, plan) if pivot and not no_follow else None
     if as_json:
-        emit(json.dumps(asdict(summary)))
-    else:
-        for line in _words(summary, follow=not no_follow):
-            say(line)
+        emit(json.dumps(asdict(summary) | {"pivot": pause}))
+        return
+    for line in _words(summary, follow=not no_follow):
+        say(line)
+    if pause is not None:
+        say(pivoted(pause))
+
+
+async def _pivot(plan: MigrationPlan) -> float | None:
+    """All is local: have the guest go on from its leaves. Seconds for which it was stopped, or
+    None if it goes on through the servers; that is no failure of the migration."""
+    disks = [PivotDisk(ControlledServer(disk.control)) for disk in plan.disks]
+    try:
+        return await run_pivot(Monitor.at(plan.destination_qmp), disks)
+    except (NbdstreamError, OSError) as error:
+        say(f"nbdstream: no pivot: {error}; try 'nbdstream pivot' later", err=True)
+        return None
 
 
 async def _run(migration: Migration, follow: bool) -> Summary | None:

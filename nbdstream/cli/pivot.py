@@ -6,9 +6,11 @@ import trio
 
 from nbdstream.cli.output import say
 from nbdstream.errors import UsageError
+from nbdstream.pivot.auto import pivot_when_complete
 from nbdstream.pivot.leftovers import PivotDisk
 from nbdstream.pivot.run import pivot as run_pivot
 from nbdstream.pivot.servers import ControlledServer, Monitor
+from nbdstream.service import Service
 
 
 @click.command()
@@ -37,4 +39,16 @@ def pivot(controls: tuple[str, ...], qmp: str, leaf_paths: tuple[str, ...]) -> N
         for control, path in zip(controls, paths, strict=True)
     ]
     pause = trio.run(run_pivot, Monitor.at(qmp), disks)
-    say(f"pivoted: QEMU uses the leaf itself; the guest was stopped for {pause:.3f} s")
+    say(pivoted(pause))
+
+
+def pivoted(pause: float) -> str:
+    """What is said of a pivot for which the guest was stopped for so many seconds."""
+    return f"pivoted: QEMU uses the leaf itself; the guest was stopped for {pause:.3f} s"
+
+
+async def pivot_itself(service: Service, monitor: Monitor) -> None:
+    """A task: pivot when the disk is complete, say so, and end the service."""
+    pause = await pivot_when_complete(service, monitor)
+    say(f"nbdstream: {pivoted(pause)}", err=True)
+    service.stop()

@@ -17,6 +17,7 @@ from typing import Any
 import click
 import trio
 
+from nbdstream.cli.notify import notify
 from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import (
     DURATION,
@@ -128,6 +129,12 @@ from nbdstream.service import ServeOptions, Service, device_name, open_service
     help="Exit once the whole disk is local and no client is connected.",
 )
 @click.option(
+    "--pivot",
+    "qmp",
+    metavar="QMP",
+    help="QMP socket of the guest's QEMU: once the disk is local, have it use the leaf, and exit.",
+)
+@click.option(
     "--keep-backing", is_flag=True, help="Keep the backing's name in the leaf after completion."
 )
 @click.option(
@@ -164,6 +171,7 @@ def serve(
     control: str | None,
     metrics: str | None,
     exit_when_complete: bool,
+    qmp: str | None,
     keep_backing: bool,
     standby: bool,
     command: str | None,
@@ -177,6 +185,10 @@ def serve(
     if finish_by is not None:
         say("nbdstream: warning: --finish-by is deprecated: use --finish-in", err=True)
         finish_in = finish_by if finish_in is None else finish_in
+    if qmp is not None and read_only:
+        raise UsageError(
+            "--pivot gives the leaf to the guest's QEMU: it does not go with --read-only"
+        )
     options = ServeOptions(
         leaf=leaf,
         backing=backing,
@@ -204,6 +216,7 @@ def serve(
                     control=control_listener,
                     metrics=metrics_listeners,
                     exit_when_complete=exit_when_complete,
+                    qmp=qmp,
                     command=command,
                 )
             )
@@ -284,6 +297,7 @@ async def serve_until_done(
     control: Listener | None,
     metrics: list[Listener],
     exit_when_complete: bool,
+    qmp: str | None,
     command: str | None,
 ) -> int:
     """Serve until something ends it; return the exit status."""
@@ -294,8 +308,14 @@ async def serve_until_done(
         # What has been loaded so far stays for good. Without this, looking through it for
         # garbage stops all guests for 10 ms now and then.
         gc.freeze()
+        notify("READY=1")
         if exit_when_complete:
             nursery.start_soon(stop_when_complete, service)
+        if qmp is not None:
+            from nbdstream.cli.pivot import pivot_itself
+            from nbdstream.pivot.servers import Monitor
+
+            nursery.start_soon(pivot_itself, service, Monitor.at(qmp))
         if command is None:
             # A parent that hands over sockets may write data to the same stdout (nbdcopy).
             if not any(listener.inherited for listener in listeners):
@@ -305,6 +325,8 @@ async def serve_until_done(
                 nursery.start_soon(progress, service)
         else:
             status = await run_command(service, command)
+        await service.stopping.wait()
+        notify("STOPPING=1")
         await service.finished.wait()
         nursery.cancel_scope.cancel()
     return status

@@ -90,16 +90,18 @@ class Spawned:
 class DestinationDisk:
     """One disk's nbdstream at the destination."""
 
-    def __init__(self, plan: DiskPlan, prefix: tuple[str, ...]) -> None:
+    def __init__(self, plan: DiskPlan, prefix: tuple[str, ...], pivot: str = "") -> None:
+        """``pivot``: the QMP socket of the QEMU that is to use the leaf in the end, if it is."""
         self.plan = plan
         self._prefix = prefix
+        self._pivot = ("--pivot", pivot) if pivot else ()
         self.process: Spawned | None = None
 
     async def start(self, offer: Offer) -> None:
         """Make the leaf, and have it stand by. Raises MigrationError."""
         plan = self.plan
         command = [*self._prefix, *nbdstream_command(), "serve", plan.leaf, "-b", offer.uri]
-        command += ["-U", plan.socket, "--control", plan.control, "--standby"]
+        command += ["-U", plan.socket, "--control", plan.control, "--standby", *self._pivot]
         for path in (plan.socket, plan.control):
             if os.path.lexists(path) and not Path(path).is_socket():  # noqa: ASYNC240
                 raise MigrationError(f"{path} exists and is no socket")

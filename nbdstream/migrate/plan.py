@@ -69,7 +69,7 @@ class MigrationPlan:
     starts one once the disks are served.
 
     ``max_bandwidth`` is in bytes per second, 0 for QEMU's own limit; ``downtime_limit`` in
-    seconds, 0 likewise.
+    seconds, 0 likewise. ``pivot``: the destination's servers are told to pivot by themselves.
     """
 
     source_qmp: str
@@ -82,6 +82,7 @@ class MigrationPlan:
     postcopy_ram: bool = False
     max_bandwidth: int = 0
     downtime_limit: float = 0.0
+    pivot: bool = False
 
     def check(self) -> None:
         """Raises UsageError for what cannot work."""

@@ -83,7 +83,8 @@ class Migration:
         self._monitor = Monitor(plan.source_qmp)
         self._sources = make_sources(plan.disks, QemuServer(self._monitor))
         self._offers: list[Offer] = []
-        self.disks = [DestinationDisk(disk, plan.prefix) for disk in plan.disks]
+        pivot = plan.destination_qmp if plan.pivot else ""
+        self.disks = [DestinationDisk(disk, plan.prefix, pivot) for disk in plan.disks]
         self.qemu: Spawned | None = None
         self._settings: Settings | None = None
         self._work = trio.CancelScope(shield=True)

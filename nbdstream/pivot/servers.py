@@ -81,7 +81,6 @@ class OwnServer:
     """The server that runs in this process."""
 
     def __init__(self, service: Service) -> None:
-        self._service = service
         self._commands = LetGo(service.custody, service.uris)
 
     async def facts(self) -> JSONObject:
@@ -97,8 +96,7 @@ class OwnServer:
         await self._commands.take_back()
 
     async def end(self) -> None:
-        """See `DiskServer`: only begins the end, which `Service.finished` tells of."""
-        self._service.stop()
+        """See `DiskServer`: who has it pivot ends it afterwards."""
 
 
 @asynccontextmanager

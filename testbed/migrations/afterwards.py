@@ -54,12 +54,15 @@ async def ask(control: str | Path | None, command: str) -> JSONObject:
         return answer
 
 
-async def finish(ends: Ends, leaf: str, seen: int) -> None:
+async def finish(ends: Ends, leaf: str, seen: int, *, pivoted: bool = False) -> None:
     """The guest goes on writing at the destination; all that it acknowledged is in the leaf,
-    which needs nobody any more."""
+    which needs nobody any more. ``pivoted``: there is no server even now."""
     async with destination(ends):
         await wait_acknowledged(ends, seen + 3)
     last = last_acknowledged(Path(ends.path("there.console")).read_text())  # noqa: ASYNC240
-    await arrangement.end_server(ends.path("there0.control"))
+    control = ends.path("there0.control")
+    assert Path(control).exists() is not pivoted  # noqa: ASYNC240
+    if not pivoted:
+        await arrangement.end_server(control)
     path = Path(leaf)
     assert records(as_raw(path, path.suffix[1:])) >= last > seen

@@ -228,7 +228,8 @@ def options(plan: MigrationPlan) -> list[str]:
     options = ["--source-qmp", plan.source_qmp, "--destination-qmp", plan.destination_qmp]
     options += ["--memory", plan.memory, "--disk", spelled]
     options += ["--memory-listen", plan.memory_listen] if plan.memory_listen else []
-    options += ["--max-bandwidth", str(plan.max_bandwidth)]
+    # The destination's server is looked at afterwards.
+    options += ["--max-bandwidth", str(plan.max_bandwidth), "--no-pivot"]
     options += ["--postcopy-ram"] if plan.postcopy_ram else []
     return [*options, "--", *plan.command]
 
