@@ -240,19 +240,7 @@ def run(options: Options) -> Report:
                     sample = way(scratch)
                 progress(name, f"{sample.login:.1f} s, QEMU {sample.processor:.1f} s")
                 samples.setdefault(name, []).append(sample)
-    report.add_recipe(
-        [
-            "python",
-            "-m",
-            "testbed.link",
-            "--rate",
-            "100M",
-            "--delay",
-            "50ms",
-            "--to",
-            "unix:BACKING",
-        ]
-    )
+    report.add_link("--rate", "100M", "--delay", "50ms")
     report.add_recipe(["nbdkit", "file", "disk.raw", "--filter=log"])
     report.add_recipe(["nbdstream", "serve", "leaf.raw", "-b", "URI", "--prefetch", "PROFILE"])
     report.add_recipe(["qemu-img", "create", "-f", "qcow2", "-F", "raw", "-b", "URI", "overlay"])

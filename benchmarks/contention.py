@@ -147,19 +147,7 @@ def _off_and_on(name: str, seconds: float) -> tuple[Sample, Sample]:
 def run(options: Options) -> Report:
     columns = ["", "use of the link", "p50 off ms", "p50 on ms", "p99 off ms", "p99 on ms"]
     report = Report("100 Mbit/s, 20 ms, FIFO: streaming and demand reads", [*columns, "p99 on/off"])
-    report.add_recipe(
-        [
-            "python",
-            "-m",
-            "testbed.link",
-            "--rate",
-            "100M",
-            "--delay",
-            "10ms",
-            "--to",
-            "unix:BACKING",
-        ]
-    )
+    report.add_link("--rate", "100M", "--delay", "10ms")
     report.add_recipe(["nbdkit", "pattern", f"size={SIZE}"])
     pace = f"--rate_iops={READS_PER_SECOND}"
     report.add_recipe(fio_command("URI", "randread", "4k", 32, pace, "--rate_process=poisson"))

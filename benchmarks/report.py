@@ -55,6 +55,10 @@ class Report:
         if line not in self.recipe:
             self.recipe.append(line)
 
+    def add_link(self, *options: str) -> None:
+        """Note how the emulated link is started, with such options of `testbed.link`."""
+        self.add_recipe(["python", "-m", "testbed.link", *options, "--to", "unix:BACKING"])
+
     def add_peer(self, peer: Peer, *directories: Path) -> None:
         self.add_recipe(peer.command, peer.directory, *directories)
 

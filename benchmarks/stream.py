@@ -129,19 +129,7 @@ def run(options: Options) -> Report:
                         with memory_directory() as scratch:
                             sample = runner(far, scratch, options)
                         samples.setdefault((name, round_trip), []).append(sample)
-    report.add_recipe(
-        [
-            "python",
-            "-m",
-            "testbed.link",
-            "--listen",
-            "unix:LINK",
-            "--to",
-            "unix:DIR/nbd",
-            "--delay",
-            "D",
-        ]
-    )
+    report.add_link("--delay", "D")
     report.add_recipe(["nbdcopy", "URI", "copy.raw"])
     report.add_recipe(["nbdstream", "serve", "leaf.raw", "-b", "URI", "--stream", "paused"])
     _fill(report, samples)

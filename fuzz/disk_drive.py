@@ -9,24 +9,24 @@ import trio
 
 from fuzz.images import BACKING_BYTE
 from fuzz.source import Source
-from nbdstream.backing.base import Backing, BackingStatistics, Grant, Priority
+from nbdstream.backing.base import Grant, Priority
 from nbdstream.disk import StreamedDisk, open_disk
 from nbdstream.errors import NbdstreamError
 from nbdstream.extents import BackingExtent
 from nbdstream.leaf.base import Leaf
 from nbdstream.streamer.job import JobStatus, StreamJob
+from testbed.backings import PlainBacking
 
 REFUSALS = (NbdstreamError, OSError)
 # Seconds of the virtual clock for the job, once all requests are done.
 JOB_SECONDS = 60.0
 
 
-class ByteBacking(Backing):
+class ByteBacking(PlainBacking):
     """A backing that has everything at once: one byte, with holes where it pleases."""
 
     def __init__(self, size: int) -> None:
-        self.uri = "nbd://fuzz"
-        self.size = size
+        super().__init__("nbd://fuzz", size, identity="s1:fuzz")
 
     def _zero(self, offset: int) -> bool:
         return offset >> 18 & 3 == 3
@@ -38,18 +38,6 @@ class ByteBacking(Backing):
         await trio.lowlevel.checkpoint()
         view[:] = bytes([BACKING_BYTE]) * len(view)
 
-    def promote(self, offset: int, length: int) -> None:
-        pass
-
-    def known_zero(self, offset: int, length: int) -> bool:
-        return False
-
-    def forget(self) -> None:
-        pass
-
-    async def pin(self) -> str:
-        return "s1:fuzz"
-
     async def extents(self, offset: int, length: int) -> list[BackingExtent]:
         await trio.lowlevel.checkpoint()
         stop = min(offset + length, (offset >> 18) + 1 << 18)
@@ -58,18 +46,6 @@ class ByteBacking(Backing):
     async def wait_for_room(self, priority: Priority) -> Grant:
         await trio.lowlevel.checkpoint()
         return Grant(65536, priority)
-
-    def set_unit_least(self, length: int) -> None:
-        pass
-
-    def set_speed(self, speed: int) -> None:
-        pass
-
-    def statistics(self) -> BackingStatistics:
-        return BackingStatistics(True, 0.0, 1, "", 0, 0, {}, {}, 0, 0, 0.0, 0.0)
-
-    async def aclose(self) -> None:
-        pass
 
 
 async def serve(leaf: Leaf, source: Source) -> list[object]:

@@ -14,6 +14,7 @@ import trio
 
 from fuzz.export import pattern
 from fuzz.source import Source
+from testbed.streams import receive_exactly
 
 OPTION_REPLY = 0x0003E889045565A9
 STRUCTURED = 0x668E33EF
@@ -81,10 +82,10 @@ class Liar:
             return False
         if lie == 3:
             return True
-        await _receive(stream, 4)
+        await receive_exactly(stream, 4)
         while True:
-            _, option, length = struct.unpack(">8sII", await _receive(stream, 16))
-            await _receive(stream, min(length, LONGEST))
+            _, option, length = struct.unpack(">8sII", await receive_exactly(stream, 16))
+            await receive_exactly(stream, min(length, LONGEST))
             ending = await self._option(stream.send_all, option)
             if ending is not None:
                 return ending
@@ -145,7 +146,7 @@ class Liar:
 
     async def _transmission(self, stream: trio.SocketStream) -> None:
         while True:
-            request = await _receive(stream, 28)
+            request = await receive_exactly(stream, 28)
             magic, _, command, cookie, offset, length = struct.unpack(">IHH8sQI", request)
             if magic != 0x25609513 or command == 2:
                 return
@@ -243,13 +244,3 @@ class Liar:
 def _chunk(cookie: bytes, kind: int, body: bytes, *, last: bool = True) -> bytes:
     flags = DONE if last else 0
     return struct.pack(">IHH8sI", STRUCTURED, flags, kind, cookie, len(body)) + body
-
-
-async def _receive(stream: trio.SocketStream, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = await stream.receive_some(count - len(data))
-        if not more:
-            raise trio.BrokenResourceError
-        data += more
-    return data

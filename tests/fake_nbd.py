@@ -14,6 +14,7 @@ from pathlib import Path
 import trio
 
 from testbed.peers import unix_uri
+from testbed.streams import receive_exactly
 
 OPTION_REPLY = 0x0003E889045565A9
 STRUCTURED = 0x668E33EF
@@ -39,20 +40,11 @@ def error_chunk(cookie: bytes, code: int) -> bytes:
 
 
 async def _handshake(stream: trio.SocketStream, size: int) -> None:
-    async def receive(count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            more = await stream.receive_some(count - len(data))
-            if not more:
-                raise trio.BrokenResourceError
-            data += more
-        return data
-
     await stream.send_all(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
-    await receive(4)
+    await receive_exactly(stream, 4)
     while True:
-        _, option, length = struct.unpack(">8sII", await receive(16))
-        await receive(length)
+        _, option, length = struct.unpack(">8sII", await receive_exactly(stream, 16))
+        await receive_exactly(stream, length)
 
         async def reply(kind: int, body: bytes = b"", *, to: int = option) -> None:
             await stream.send_all(struct.pack(">QIII", OPTION_REPLY, to, kind, len(body)) + body)

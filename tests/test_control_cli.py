@@ -6,7 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,25 +74,32 @@ async def test_status_of_a_plain_local_disk(tmp_path: Path) -> None:
 
 
 async def test_watch_follows_the_job_to_its_end(tmp_path: Path) -> None:
-    async with control_room(tmp_path, gated=True) as room, trio.open_nursery() as nursery:
+    async with control_room(tmp_path, gated=True) as room:
         room.stream.start()
-        results: list[Done] = []
-
-        async def watch() -> None:
-            results.append(await nbdstream("watch", room.path))
-
-        nursery.start_soon(watch)
-        await listening(room)
-        open_gates(room)
-        await room.stream.completed.wait()
+        async with watching(room) as results:
+            open_gates(room)
     (done,) = results
     assert done.returncode == 0 and done.stdout == ""
     lines = done.stderr.splitlines()
     assert lines[0].startswith("0.0 % local, ") and lines[-1].startswith("100.0 % local, ")
 
 
+@asynccontextmanager
+async def watching(room: Room) -> AsyncIterator[list[Done]]:
+    """`nbdstream watch` has shown its first line; what came of it is there after the block."""
+    results: list[Done] = []
+
+    async def watch() -> None:
+        results.append(await nbdstream("watch", room.path))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await listening(room)
+        yield results
+
+
 async def listening(room: Room) -> None:
-    """Wait until somebody watches: what the first line says has been looked up."""
+    """Wait until a client watches: what the first line says has been looked up."""
     watched = trio.Event()
     looks = 0
     original = room.disk.statistics
@@ -156,14 +164,8 @@ async def test_watch_succeeds_though_the_server_ends_with_the_job(tmp_path: Path
 
         room = await nursery.start(serve)
         room.stream.start()
-        results: list[Done] = []
-
-        async def watch() -> None:
-            results.append(await nbdstream("watch", room.path))
-
-        nursery.start_soon(watch)
-        await listening(room)
-        open_gates(room)
+        async with watching(room) as results:
+            open_gates(room)
     assert results[0].returncode == 0, results[0].stderr
 
 

@@ -135,6 +135,19 @@ async def test_busy_threads_do_not_delay_a_flush(kind: ImageKind, tmp_path: Path
     leaf.close()
 
 
+async def written_by_the_next_flush(
+    flusher: Flusher, leaf: Leaf, kind: ImageKind, path: Path
+) -> None:
+    """A flush has failed; the next one makes durable what it should have."""
+    await flusher.flush()
+    assert not leaf.dirty
+    leaf.close()
+    again = kind.open(path)
+    block = again.block_size
+    assert read(again, 0, block, b"") == pattern(0, block, 1)
+    again.close()
+
+
 @pytest.mark.parametrize(
     ("target", "error"),
     [
@@ -151,20 +164,14 @@ async def test_any_error_ends_the_flush(
     """What was in its snapshot is dirty again, and the next flush has it."""
     path = tmp_path / "disk"
     leaf = kind.new(path, SIZE)
-    block = leaf.block_size
     flusher = Flusher(leaf)
-    write(leaf, 0, pattern(0, block, 1))
+    write(leaf, 0, pattern(0, leaf.block_size, 1))
     where = (trio.to_thread, "run_sync") if target == "thread" else (os, target)
     expected = KeyError if isinstance(error, KeyError) else OSError
     with mock.patch.object(*where, side_effect=error), pytest.raises(expected):
         await flusher.flush()
     assert leaf.dirty
-    await flusher.flush()
-    assert not leaf.dirty
-    leaf.close()
-    again = kind.open(path)
-    assert read(again, 0, block, b"") == pattern(0, block, 1)
-    again.close()
+    await written_by_the_next_flush(flusher, leaf, kind, path)
 
 
 @pytest.mark.parametrize("point", range(6))
@@ -174,9 +181,8 @@ async def test_memory_runs_out_while_a_snapshot_is_taken(
     """Wherever `Leaf.begin_flush` is interrupted, nothing is forgotten."""
     path = tmp_path / "disk"
     leaf = kind.new(path, SIZE)
-    block = leaf.block_size
     flusher = Flusher(leaf)
-    write(leaf, 0, pattern(0, block, 1))
+    write(leaf, 0, pattern(0, leaf.block_size, 1))
     calls = 0
 
     def trace(frame: object, event: str, argument: object) -> None:
@@ -200,12 +206,7 @@ async def test_memory_runs_out_while_a_snapshot_is_taken(
             await flusher.flush()
         except OSError:
             assert leaf.dirty
-    await flusher.flush()
-    assert not leaf.dirty
-    leaf.close()
-    again = kind.open(path)
-    assert read(again, 0, block, b"") == pattern(0, block, 1)
-    again.close()
+    await written_by_the_next_flush(flusher, leaf, kind, path)
 
 
 async def test_a_failed_sync_is_final_for_all_who_flush(kind: ImageKind, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ TOP = Path(__file__).parent.parent
 CHECKS = ("tests", "vm-tests", "benchmarks")
 TREES = ("nbdstream", "testbed", "fuzz", "plugins", *CHECKS)
 LINES_MOST = 400
+ALIKE_MOST = 5  # lines in a row that may stand in two places
 
 # The product's floors, lowest first. A room is a folder of nbdstream/ or a module of its
 # top level. Rooms of one floor do not import each other.
@@ -40,6 +41,12 @@ def name_of(path: Path) -> str:
     """A module's dotted name, as it is imported from the top of the checkout."""
     parts = path.relative_to(TOP).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def path_of(name: str) -> Path:
+    """Where a module of that name is."""
+    path = TOP / f"{name.replace('.', '/')}.py"
+    return path if path.exists() else TOP / name.replace(".", "/") / "__init__.py"
 
 
 @cache
@@ -208,10 +215,49 @@ def test_long_modules_say_why_they_are_one_thing() -> None:
     """A docstring that says so has the words "one module" in it."""
     found = []
     for name, tree in sources().items():
-        path = TOP / f"{name.replace('.', '/')}.py"
-        if not path.exists():
-            path = TOP / name.replace(".", "/") / "__init__.py"
-        lines = len(path.read_text().splitlines())
+        lines = len(path_of(name).read_text().splitlines())
         if lines > LINES_MOST and "one module" not in (ast.get_docstring(tree) or ""):
             found.append(f"{name}: {lines} lines")
+    assert found == []
+
+
+def comparable(path: Path, tree: ast.Module) -> list[tuple[int, str]]:
+    """The lines of a module that must not stand twice, with their numbers.
+
+    Left out: blank lines and comments, lone punctuation, docstrings, imports, and tables
+    (assignments at the top level of a module or class). Of a function's signature its name
+    is left, because an implementation repeats the signatures of its interface.
+    """
+    passed_over: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            passed_over |= set(range(node.lineno + 1, node.body[0].lineno))
+        elif isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
+            passed_over |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+        if isinstance(node, ast.Module | ast.ClassDef):
+            for child in node.body:
+                if isinstance(child, ast.Assign | ast.AnnAssign):
+                    passed_over |= set(range(child.lineno, (child.end_lineno or 0) + 1))
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        text = line.strip()
+        if number not in passed_over and any(map(str.isalnum, text)) and not text.startswith("#"):
+            lines.append((number, text.partition("(")[0] if "def " in text else text))
+    return lines
+
+
+def test_no_six_lines_stand_in_two_places() -> None:
+    first: dict[tuple[str, ...], str] = {}
+    found = []
+    for name, tree in sources().items():
+        path = path_of(name)
+        lines = comparable(path, tree)
+        for start in range(len(lines) - ALIKE_MOST):
+            run = tuple(text for _, text in lines[start : start + ALIKE_MOST + 1])
+            place = f"{name}:{lines[start][0]}"
+            other = first.setdefault(run, place)
+            if other != place:
+                found.append(f"{place} ~ {other}")
     assert found == []

@@ -12,7 +12,7 @@ import pytest
 
 from nbdstream.errors import LeafError, LeafFormatError, LeafUnsupportedError
 from nbdstream.leaf import open_leaf
-from nbdstream.leaf.base import State
+from nbdstream.leaf.base import Leaf, State
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qed.check import check_image
 from nbdstream.leaf.qed.header import NEED_CHECK, Header, read_header
@@ -187,21 +187,33 @@ def test_feature_bits(path: Path) -> None:
         open_leaf(str(path))
 
 
+def looked_at(path: Path, image: bytes, look: Callable[[Leaf], object]) -> None:
+    """Open an image, look at it and check it. It may be refused as damaged; nothing changes."""
+    path.write_bytes(image)
+    try:
+        leaf = open_leaf(str(path), format="qed")
+    except LeafError:
+        pass
+    else:
+        try:
+            look(leaf)
+        except LeafFormatError:
+            pass
+        leaf.check(repair=False)
+        leaf.close()
+    assert path.read_bytes() == image
+
+
+def read_a_part_of_each_extent(leaf: Leaf) -> None:
+    for extent in list(leaf.extents(0, min(leaf.size, 1 << 30))):
+        if extent.state is State.DATA:
+            leaf.read(extent, memoryview(bytearray(min(extent.length, 4096))))
+
+
 def test_truncated_images(path: Path) -> None:
     content = path.read_bytes()
     for length in [*range(64), *range(64, len(content), 509)]:
-        path.write_bytes(content[:length])
-        try:
-            leaf = open_leaf(str(path), format="qed")
-        except LeafError:
-            pass
-        else:
-            try:
-                read(leaf, 0, SIZE, b"")
-            except LeafFormatError:
-                pass
-            leaf.close()
-        assert path.read_bytes() == content[:length]
+        looked_at(path, content[:length], lambda leaf: read(leaf, 0, SIZE, b""))
 
 
 def test_noise_in_header_and_tables(path: Path) -> None:
@@ -215,21 +227,7 @@ def test_noise_in_header_and_tables(path: Path) -> None:
             damaged[where] = rng.choice((0, 1, 255, rng.randrange(256)))
         struct.pack_into("<Q", damaged, 16, damaged[16] & 5)  # without NEED_CHECK
         struct.pack_into("<Q", damaged, 32, 0)
-        path.write_bytes(damaged)
-        try:
-            leaf = open_leaf(str(path), format="qed")
-        except LeafError:
-            pass
-        else:
-            try:
-                for extent in list(leaf.extents(0, min(leaf.size, 1 << 30))):
-                    if extent.state is State.DATA:
-                        leaf.read(extent, memoryview(bytearray(min(extent.length, 4096))))
-            except LeafFormatError:
-                pass
-            leaf.check(repair=False)
-            leaf.close()
-        assert path.read_bytes() == damaged
+        looked_at(path, bytes(damaged), read_a_part_of_each_extent)
 
 
 def test_a_hostile_image_is_not_taken_at_its_word(tmp_path: Path) -> None:

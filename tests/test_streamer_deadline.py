@@ -50,6 +50,15 @@ class SteadyJob:
         self.remaining = max(0, self.remaining - int(self.rate * seconds))
 
 
+def due(*, in_seconds: int, link_rate: float, speed: int = 0) -> tuple[SteadyJob, Deadline]:
+    """A job of 1000 MiB with a deadline. ``speed``: the user's cap."""
+    job = SteadyJob(1000 * MIB, link_rate)
+    job.speed = speed
+    deadline = Deadline(job)
+    deadline.set(in_seconds)
+    return job, deadline
+
+
 async def follow(job: SteadyJob, deadline: Deadline, seconds: int) -> None:
     for _ in range(seconds):
         job.work(1.0)
@@ -58,9 +67,7 @@ async def follow(job: SteadyJob, deadline: Deadline, seconds: int) -> None:
 
 
 async def test_the_pace_follows_what_remains(autojump_clock: trio.testing.MockClock) -> None:
-    job = SteadyJob(1000 * MIB, 100.0 * MIB)
-    deadline = Deadline(job)
-    deadline.set(1000)
+    job, deadline = due(in_seconds=1000, link_rate=100.0 * MIB)
     assert job.pace == 0  # the link is being measured
     await follow(job, deadline, math.ceil(MEASURE_TIME))
     assert MIB / 2 < job.pace < 1.06 * MIB
@@ -76,9 +83,7 @@ async def test_the_pace_follows_what_remains(autojump_clock: trio.testing.MockCl
 
 
 async def test_it_is_met_and_not_long_before(autojump_clock: trio.testing.MockClock) -> None:
-    job = SteadyJob(1000 * MIB, 100.0 * MIB)
-    deadline = Deadline(job)
-    deadline.set(1000)
+    job, deadline = due(in_seconds=1000, link_rate=100.0 * MIB)
     start = trio.current_time()
     while job.remaining:
         await follow(job, deadline, 1)
@@ -89,9 +94,7 @@ async def test_it_is_met_and_not_long_before(autojump_clock: trio.testing.MockCl
 async def test_a_link_that_is_too_slow_is_known_within_seconds(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = SteadyJob(1000 * MIB, 0.9 * MIB)
-    deadline = Deadline(job)
-    deadline.set(1000)
+    job, deadline = due(in_seconds=1000, link_rate=0.9 * MIB)
     await follow(job, deadline, math.ceil(MEASURE_TIME) + 1)
     assert deadline.late == pytest.approx(1000 / 0.9 - 1000, rel=0.02)
     await follow(job, deadline, 100)
@@ -103,10 +106,7 @@ async def test_a_link_that_is_too_slow_is_known_within_seconds(
 async def test_a_cap_that_is_too_low_is_named(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = SteadyJob(1000 * MIB, 100.0 * MIB)
-    job.speed = MIB // 2
-    deadline = Deadline(job)
-    deadline.set(1000)
+    job, deadline = due(in_seconds=1000, link_rate=100.0 * MIB, speed=MIB // 2)
     await follow(job, deadline, 5)
     assert deadline.late > 900
     assert "capped by --speed" in caplog.text
@@ -117,12 +117,10 @@ async def test_a_cap_that_is_too_low_is_named(
     assert "can be met again" in caplog.text
 
 
-async def test_a_stall_is_late_by_nobody_knows_how_much(
+async def test_a_stall_is_late_without_a_number(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = SteadyJob(1000 * MIB, 10.0 * MIB)
-    deadline = Deadline(job)
-    deadline.set(1000)
+    job, deadline = due(in_seconds=1000, link_rate=10.0 * MIB)
     await follow(job, deadline, 20)
     assert deadline.late == 0
     job.link_rate = 0.0
@@ -137,15 +135,13 @@ async def test_a_stall_is_late_by_nobody_knows_how_much(
 async def test_behind_the_deadline_it_goes_as_fast_as_it_can(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = SteadyJob(1000 * MIB, 10.0 * MIB)
-    deadline = Deadline(job)
-    deadline.set(50)
+    job, deadline = due(in_seconds=50, link_rate=10.0 * MIB)
     await follow(job, deadline, 60)
     assert job.pace == 0
     assert deadline.left is not None and deadline.left < 0
     assert deadline.late == pytest.approx(50, abs=2)
     assert len(caplog.records) == 1
-    # Nobody can make it up to a deadline that is 0 seconds away.
+    # A deadline that is 0 seconds away cannot be met.
     caplog.clear()
     other = Deadline(job)
     other.set(0)
@@ -156,9 +152,7 @@ async def test_behind_the_deadline_it_goes_as_fast_as_it_can(
 async def test_a_paused_job_is_not_paced_and_not_judged(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = SteadyJob(1000 * MIB, 10.0 * MIB)
-    deadline = Deadline(job)
-    deadline.set(1000)
+    job, deadline = due(in_seconds=1000, link_rate=10.0 * MIB)
     await follow(job, deadline, 10)
     job.running = False
     await follow(job, deadline, 100)

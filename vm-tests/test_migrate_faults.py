@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from testbed.migrations import faults
+from testbed.migrations import faults, moving
 from testbed.migrations.arrangement import Ends
 from testbed.migrations.faults import Outcome, Trial
 
 COUNT = int(os.environ.get("NBDSTREAM_MIGRATIONS", "6"))
 SEED = int(os.environ.get("NBDSTREAM_SEED", "0")) or random.randrange(1, 1 << 31)
 
-pytestmark = pytest.mark.timeout(faults.TRIAL_SECONDS + 60)
+pytestmark = pytest.mark.timeout(moving.TRIAL_SECONDS + 60)
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from testbed.migrations import faults, walk
+from testbed.migrations import moving, walk
 
 COUNT = int(os.environ.get("NBDSTREAM_KILLS", "5"))
 SEED = int(os.environ.get("NBDSTREAM_SEED", "0")) or random.randrange(1, 1 << 31)
 
-pytestmark = pytest.mark.timeout(faults.TRIAL_SECONDS + 60)
+pytestmark = pytest.mark.timeout(moving.TRIAL_SECONDS + 60)
 
 
 @pytest.mark.parametrize("cell", walk.sample(COUNT, SEED), ids=str)

@@ -13,16 +13,19 @@ from pathlib import Path
 import click
 import trio
 
+from nbdstream.cli.options import (
+    StoreCommand,
+    prefetch_option,
+    speed_option,
+    store_option,
+    stream_option,
+)
 from nbdstream.cli.output import say
 from nbdstream.cli.params import (
     FORMAT,
     FORMAT_HELP,
     LEAF,
-    ON_OFF,
-    RATE,
     SIZE,
-    StoreCommand,
-    store_option,
 )
 from nbdstream.cli.places import opener_for, roomy_directory, warn_if_tight
 from nbdstream.cli.progress import REDRAW_INTERVAL, Snapshot
@@ -51,22 +54,9 @@ TEMPORARY_LEAF = "temporary-leaf.qcow2"
 @click.option(
     "-m", "--memory", type=SIZE, default=DEFAULT_MEMORY, help="Guest memory.  [default: 1G]"
 )
-@click.option(
-    "--stream",
-    type=ON_OFF,
-    default="on",
-    show_default=True,
-    help="Fetch the rest of the disk in the background.",
-)
-@click.option(
-    "--speed", type=RATE, default=0, help="Limit of the stream job, bytes per second; 0: none."
-)
-@click.option(
-    "--prefetch",
-    type=LEAF,
-    metavar="PROFILE",
-    help="Fetch the ranges of this boot profile first.",
-)
+@stream_option(["on", "off"])
+@speed_option
+@prefetch_option
 @click.option(
     "--pivot/--no-pivot",
     default=True,

@@ -9,22 +9,6 @@ from nbdstream.errors import UsageError
 from nbdstream.units import parse_duration, parse_rate, parse_size
 
 
-class StoreCommand(click.Command):
-    """A command with an option ``--store[=DIR]``. click would take the next argument for DIR."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        own = args.index("--") if "--" in args else len(args)
-        words = [f"{word}=" if word == "--store" else word for word in args[:own]]
-        return super().parse_args(ctx, words + args[own:])
-
-
-store_option = click.option(
-    "--store",
-    metavar="DIR",
-    help="Fetch through the host's image store (--store, or --store=DIR).",
-)
-
-
 class _Parsed(click.ParamType[int | float]):
     """A value that a function of ours parses, raising UsageError."""
 

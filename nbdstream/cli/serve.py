@@ -18,6 +18,13 @@ import click
 import trio
 
 from nbdstream.cli.notify import notify
+from nbdstream.cli.options import (
+    StoreCommand,
+    prefetch_option,
+    speed_option,
+    store_option,
+    stream_option,
+)
 from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import (
     DURATION,
@@ -25,9 +32,6 @@ from nbdstream.cli.params import (
     FORMAT_HELP,
     LEAF,
     ON_OFF,
-    RATE,
-    StoreCommand,
-    store_option,
 )
 from nbdstream.cli.places import SOCKET_MODE, opener_for, private_socket
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
@@ -85,28 +89,15 @@ from nbdstream.service import ServeOptions, Service, device_name, open_service
     show_default=True,
     help="Store the remote data that guests read.",
 )
-@click.option(
-    "--stream",
-    type=click.Choice(["on", "off", "paused"]),
-    default="on",
-    show_default=True,
-    help="Fetch the rest of the disk in the background.",
-)
-@click.option(
-    "--speed", type=RATE, default=0, help="Limit of the stream job, bytes per second; 0: none."
-)
+@stream_option(["on", "off", "paused"])
+@speed_option
 @click.option(
     "--finish-in",
     type=DURATION,
     help="Stream just fast enough to finish in this time, e.g. 2h; warn if it is too short.",
 )
 @click.option("--finish-by", type=DURATION, hidden=True)  # the old name, until version 0.2
-@click.option(
-    "--prefetch",
-    metavar="PROFILE",
-    type=click.Path(dir_okay=False),
-    help="Fetch the ranges of this boot profile first.",
-)
+@prefetch_option
 @click.option(
     "--detect-zeroes",
     type=click.Choice([mode.value for mode in DetectZeroes]),

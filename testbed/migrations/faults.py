@@ -31,7 +31,6 @@ from testbed.migrations.moving import PATIENCE, WATCH_SECONDS, Moving
 
 MiB = 1 << 20
 # The whole trial.
-TRIAL_SECONDS = 400.0
 # The tool, until it has ended.
 TOOL_SECONDS = 180.0
 # Memory takes some seconds, and so does the disk.
@@ -147,14 +146,7 @@ class Run:
 
     async def run(self) -> Outcome:
         """Carry it out. Raises AssertionError if a rule was broken."""
-        try:
-            with trio.fail_after(TRIAL_SECONDS):
-                async with AsyncExitStack() as stack:
-                    await self._run(stack)
-        finally:
-            self.outcome.acknowledged = self._move.acknowledged
-            self.outcome.found = self._move.found
-        self._move.delete_images()
+        await self._move.carry_out(self._run, self.outcome)
         return self.outcome
 
     async def _run(self, stack: AsyncExitStack) -> None:

@@ -11,9 +11,10 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -35,6 +36,14 @@ from testbed.peers import Peer, nbdkit, nbdstream_serve, run
 PATIENCE = 120.0
 WATCH_SECONDS = 0.05
 MORE_RECORDS = 3
+TRIAL_SECONDS = 400.0
+
+
+class Counts(Protocol):
+    """Where the counts of a life go: `Moving` has the same two."""
+
+    acknowledged: int
+    found: int
 
 
 class Moving:
@@ -114,7 +123,22 @@ class Moving:
             with suppress(OSError):
                 os.kill(listener(self.disk.control), signal.SIGKILL)
 
-    def delete_images(self) -> None:
+    async def carry_out(
+        self, life: Callable[[AsyncExitStack], Awaitable[None]], counts: Counts
+    ) -> None:
+        """Let the guest live its ``life``, and note the counts of records whatever comes of it.
+
+        Images are deleted afterwards; if it failed they stay, to be looked at.
+        """
+        try:
+            with trio.fail_after(TRIAL_SECONDS):
+                async with AsyncExitStack() as stack:
+                    await life(stack)
+        finally:
+            counts.acknowledged, counts.found = self.acknowledged, self.found
+        self._delete_images()
+
+    def _delete_images(self) -> None:
         """Make room; logs stay."""
         for pattern in ("*.raw", "*.q*", "*.partition"):
             for image in self.ends.directory.glob(pattern):

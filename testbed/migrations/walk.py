@@ -32,7 +32,7 @@ from testbed.guests import images
 from testbed.guests.systems import RunningGuest
 from testbed.migrations import arrangement, moving
 from testbed.migrations.arrangement import Ends
-from testbed.migrations.faults import MEMORY_BANDWIDTH, TRIAL_SECONDS
+from testbed.migrations.faults import MEMORY_BANDWIDTH
 from testbed.migrations.moving import WATCH_SECONDS, Moving
 from testbed.migrations.struck import MOMENTS, STEPS, TOOL, Moment
 from testbed.processes import python_environment
@@ -149,14 +149,7 @@ class Walk:
 
     async def run(self) -> Found:
         """Carry it out. Raises AssertionError and others if something is not as promised."""
-        try:
-            with trio.fail_after(TRIAL_SECONDS):
-                async with AsyncExitStack() as stack:
-                    await self._run(stack)
-        finally:
-            self.found.acknowledged = self._move.acknowledged
-            self.found.found = self._move.found
-        self._move.delete_images()
+        await self._move.carry_out(self._run, self.found)
         return self.found
 
     async def _run(self, stack: AsyncExitStack) -> None:
