@@ -33,7 +33,6 @@ from testbed.migrations.ways import (
     Outcome,
     Way,
     WayError,
-    grow,
     migrate,
 )
 from testbed.peers import PeerError, temporary_directory
@@ -62,7 +61,7 @@ def run(options: Options) -> Report:
     with temporary_directory() as directory, road(directory, LINK) as between:
         report.notes.append(f"Over {between.what}.")
         disk = images.copy_image(image / "disk.raw", directory / "disk.raw")
-        grow(disk, SIZE, ALLOCATED - disk.stat().st_blocks * 512)
+        images.grow(disk, SIZE, ALLOCATED - disk.stat().st_blocks * 512)
         for _ in range(options.rounds):
             for way in WAYS:
                 outcome = one(way, Ends(directory, image), between, disk)

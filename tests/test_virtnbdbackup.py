@@ -6,7 +6,6 @@ import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlencode
 
 import lz4.frame
 import pytest
@@ -14,17 +13,12 @@ from libvirtnbdbackup.sparsestream import streamer, types
 
 from nbdstream.backing import Priority, open_backing
 from nbdstream.errors import BackingError
+from testbed.backups import backup_uri
 
-PLUGIN = Path(__file__).parent.parent / "plugins/virtnbdbackup_plugin.py"
 BLOCK = 64 << 10
 BLOCKS = 48
 # Frames above this are compressed in several blocks; virtnbdbackup's own limit is 32 MiB.
 CHUNK = 3 * BLOCK
-
-
-def uri(*files: Path) -> str:
-    """The backing that shows the disk as it was at the last of these backups."""
-    return f"nbdkit:python?{urlencode([('script', PLUGIN), *(('file', file) for file in files)])}"
 
 
 async def content_of(backing_uri: str, seed: int = 0) -> bytes:
@@ -132,12 +126,12 @@ async def test_each_state_of_the_disk(tmp_path: Path, seed: int, compressed: boo
     for _ in range(3):
         backups.save_more()
     for count, state in enumerate(backups.states, 1):
-        assert await content_of(uri(*backups.files[:count]), seed) == state
+        assert await content_of(backup_uri(backups.files[:count]), seed) == state
 
 
 async def refused(*files: Path) -> str:
     with pytest.raises(BackingError) as caught:
-        await content_of(uri(*files))
+        await content_of(backup_uri(files))
     return re.sub(r".*?(nbdkit|error): ", "", str(caught.value))
 
 

@@ -13,19 +13,16 @@ from pathlib import Path
 import pytest
 import trio
 
-from nbdstream.guest.console import Console
 from nbdstream.qmp.client import QMPClient
-from nbdstream.tasks import open_background_nursery
-from testbed.guests import systems
+from testbed.backups import PLUGIN, back_up, file_xml, network_xml, running_domain
 from testbed.migrations import arrangement, libvirt
 from testbed.migrations.arrangement import SMALL, WRITER, last_acknowledged, records
-from testbed.migrations.libvirt import DOMAIN, Host, domain_xml, host
+from testbed.migrations.libvirt import Host, host
 from testbed.peers import run, temporary_directory
 
 pytestmark = pytest.mark.timeout(400)
 
-TOP = Path(__file__).parent.parent
-NETWORK_DISK = re.compile(r"<disk type='network'.*?</source>", re.S)
+PAGE = Path(__file__).parent.parent / "docs/recovery.md"
 
 
 @pytest.fixture
@@ -34,48 +31,13 @@ def here() -> Iterator[Host]:
         yield one
 
 
-def file_xml(directory: Path, disk: Path) -> str:
-    """The domain, with a file as its disk."""
-    driver = "<driver name='qemu' type='qcow2'/>"
-    element = f"<disk type='file' device='disk'>{driver}<source file='{disk}'/>"
-    return NETWORK_DISK.sub(element, domain_xml("vm", directory, SMALL))
-
-
-@asynccontextmanager
-async def running(here: Host, xml: str, directory: Path) -> AsyncIterator[Console]:
-    """The domain boots up to its prompt; it is destroyed with the block."""
-    file = directory / "vm.xml"
-    file.write_text(xml)
-    await here.virsh("define", str(file))
-    await here.virsh("start", "--paused", DOMAIN)
-    stream = await trio.open_unix_socket(str(directory / "vm.serial"))
-    async with stream, open_background_nursery() as nursery:
-        console = Console(stream)
-        nursery.start_soon(console.pump)
-        await here.virsh("resume", DOMAIN)
-        await console.wait_for(SMALL.login, systems.BOOT_TIMEOUT)
-        await console.wait_for(SMALL.prompt, systems.BOOT_TIMEOUT)
-        yield console
-        await here.virsh("destroy", DOMAIN)
-
-
-async def back_up(here: Host, level: str, directory: Path) -> None:
-    # virtnbdbackup takes a URI with a transport in it for another host's.
-    uri = here.uri.replace("qemu+unix:", "qemu:")
-    command = ["virtnbdbackup", "-U", uri, "-d", DOMAIN, "-l", level, "-o", str(directory)]
-    done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
-    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
-
-
 @asynccontextmanager
 async def recovered(directory: Path, backup: Path) -> AsyncIterator[str]:
     """The page's script serves the disk from its backup; yields the control socket."""
-    (script,) = re.findall(
-        r"^```bash\n(.*?)^```", (TOP / "docs/recovery.md").read_text(), re.S | re.M
-    )
+    (script,) = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.S | re.M)
     control = str(directory / "vm.control")
     environment = os.environ | {
-        "PLUGIN": str(TOP / "plugins/virtnbdbackup_plugin.py"),
+        "PLUGIN": str(PLUGIN),
         "BACKUP": str(backup),
         "DISK": str(directory / "new.qcow2"),
         "SOCKET": str(directory / "vm.nbd"),
@@ -103,7 +65,7 @@ async def test_a_domain_continues_from_its_backup(here: Host, busybox_disk: Path
     disk, backup = directory / "vm.qcow2", directory / "backup"
     run(["qemu-img", "convert", "-O", "qcow2", busybox_disk, disk])
     await libvirt.ready(here)
-    async with running(here, file_xml(directory, disk), directory) as console:
+    async with running_domain(here, file_xml(directory, SMALL, disk), directory, SMALL) as console:
         await console.send(f"{WRITER}\n")
         await console.wait_for("ACK 3\\b", 60)
         await back_up(here, "full", backup)
@@ -113,8 +75,8 @@ async def test_a_domain_continues_from_its_backup(here: Host, busybox_disk: Path
     disk.unlink()
 
     async with recovered(directory, backup) as control, QMPClient.connect(control) as qmp:
-        xml = domain_xml("vm", directory, SMALL)
-        async with running(here, xml, directory) as console:
+        xml = network_xml(directory, SMALL)
+        async with running_domain(here, xml, directory, SMALL) as console:
             with trio.fail_after(120):
                 while await qmp.execute("query-block-jobs"):
                     await qmp.wait_event("BLOCK_JOB_COMPLETED")

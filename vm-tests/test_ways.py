@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import trio
 
+from testbed.guests import images
 from testbed.link.model import Shape
 from testbed.migrations.arrangement import Ends
 from testbed.migrations.pulse import Beat, Pulse
 from testbed.migrations.road import road
-from testbed.migrations.ways import WAYS, MemoryOnly, Way, grow, migrate
+from testbed.migrations.ways import WAYS, MemoryOnly, Way, migrate
 
 MIB = 1 << 20
 FAST = Shape(rate=1e9, delay=0.001)
@@ -22,7 +23,7 @@ async def test_a_guest_that_writes_moves(
     kind: type[Way], busybox_image: Path, busybox_disk: Path, tmp_path: Path
 ) -> None:
     size = busybox_disk.stat().st_size  # noqa: ASYNC240
-    grow(busybox_disk, size + 64 * MIB, 16 * MIB)
+    images.grow(busybox_disk, size + 64 * MIB, 16 * MIB)
     with road(tmp_path, FAST) as between:
         outcome = await migrate(kind(Ends(tmp_path, busybox_image), between, busybox_disk, print))
     assert 0 < outcome.pause < outcome.running

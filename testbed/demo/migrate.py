@@ -24,7 +24,7 @@ from testbed.link.model import Shape
 from testbed.migrations import arrangement
 from testbed.migrations.arrangement import Ends
 from testbed.migrations.road import Road, road
-from testbed.migrations.ways import WAYS, Outcome, Way, grow, migrate
+from testbed.migrations.ways import WAYS, Outcome, Way, migrate
 
 SYSTEMS = {"debian": systems.DEBIAN, "busybox": arrangement.SMALL}
 
@@ -44,7 +44,7 @@ async def _one(kind: type[Way], base: Ends, between: Road, data: int) -> Outcome
     with tempfile.TemporaryDirectory(dir=base.directory) as name:
         ends = replace(base, directory=Path(name))
         disk = images.copy_image(ends.image / "disk.raw", ends.directory / "disk.raw")
-        grow(disk, disk.stat().st_size + data, data)
+        images.grow(disk, disk.stat().st_size + data, data)
         return await migrate(kind(ends, between, disk, say))
 
 

@@ -27,7 +27,7 @@ from testbed.demo.show import Result, Show
 from testbed.guests.systems import RunningGuest, System, start
 from testbed.link.control import LinkProcess, link_process
 from testbed.link.model import Shape
-from testbed.peers import nbdkit, nbdstream_serve
+from testbed.peers import Peer, nbdkit, nbdstream_serve
 
 POLL_INTERVAL = 0.5
 STREAM_TIMEOUT = 1800.0
@@ -58,9 +58,15 @@ class Task:
 @contextmanager
 def slow_remote(image: Path, shape: Shape) -> Iterator[LinkProcess]:
     """Serve *image*, read-only, at the far end of a link; gone when the block ends."""
-    with nbdkit("file", image, readonly=True) as server:
-        with link_process("127.0.0.1:0", f"unix:{server.socket}", shape) as link:
-            yield link
+    with nbdkit("file", image, readonly=True) as server, far_end(server, shape) as link:
+        yield link
+
+
+@contextmanager
+def far_end(server: Peer, shape: Shape) -> Iterator[LinkProcess]:
+    """A link, at the far end of which is *server*; gone when the block ends."""
+    with link_process("127.0.0.1:0", f"unix:{server.socket}", shape) as link:
+        yield link
 
 
 async def stream_with_nbdstream(task: Task, directory: Path, leaf_format: str) -> Result:
@@ -77,9 +83,9 @@ async def stream_with_nbdstream(task: Task, directory: Path, leaf_format: str) -
             async with _shown(task.show, status), _watched(task, control) as stream:
                 disk = Disk.nbd(server.uri)
                 async with start(task.system, disk, on_console=task.show.guest) as guest:
-                    login = await _bring_up(task, guest)
+                    login = await bring_up(task, guest)
                     local = await stream.wait()
-                    await _power_off(task, guest)
+                    await power_off(task, guest)
     return Result("nbdstream", login, local, task.moved())
 
 
@@ -91,8 +97,8 @@ async def copy_then_boot(task: Task, directory: Path) -> Result:
         local = task.show.elapsed
         task.show.note("nbdcopy is done: the disk is wholly local")
         async with start(task.system, Disk.file(copy)) as guest:
-            login = await _bring_up(task, guest)
-            await _power_off(task, guest)
+            login = await bring_up(task, guest)
+            await power_off(task, guest)
     return Result("nbdcopy, then boot", login, local, task.moved())
 
 
@@ -109,13 +115,13 @@ async def stream_with_qemu(task: Task, directory: Path) -> Result:
             qmp = guest.guest.qmp
             await qmp.execute("block-stream", {"job-id": "stream", "device": "disk0"})
             async with _watched(task, qmp) as stream:
-                login = await _bring_up(task, guest)
+                login = await bring_up(task, guest)
                 local = await stream.wait()
-                await _power_off(task, guest)
+                await power_off(task, guest)
     return Result("QEMU alone", login, local, task.moved())
 
 
-async def _bring_up(task: Task, guest: RunningGuest) -> float:
+async def bring_up(task: Task, guest: RunningGuest) -> float:
     """Wait for the login and have the guest do its work; when the login was."""
     await guest.wait_login()
     login = task.show.elapsed
@@ -126,7 +132,8 @@ async def _bring_up(task: Task, guest: RunningGuest) -> float:
     return login
 
 
-async def _power_off(task: Task, guest: RunningGuest) -> None:
+async def power_off(task: Task, guest: RunningGuest) -> None:
+    """Switch the guest off; what it says of that is not shown."""
     task.show.mute_guest()
     await guest.power_off()
     task.show.note("the guest has switched itself off")

@@ -9,12 +9,14 @@ The images are shared by all tests: never write to them, make a copy (``copy_ima
 
 import fcntl
 import hashlib
+import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 
+from nbdstream.guest.qemu import MiB
 from testbed.guests import bootdisk, busybox_image, debian_image
 from testbed.processes import TOP
 
@@ -36,6 +38,17 @@ def copy_image(image: Path, copy: Path) -> Path:
     bootdisk.run("cp", "--sparse=always", "--reflink=auto", image, copy)
     copy.chmod(0o644)
     return copy
+
+
+def grow(disk: Path, size: int, data: int) -> None:
+    """Make a disk so large, with so much data (in MiB) spread over what is new, behind all
+    that its guest uses."""
+    begin, pieces = disk.stat().st_size, data // MiB
+    with open(disk, "r+b") as file:
+        for number in range(pieces):
+            file.seek(begin + number * ((size - begin) // MiB) // pieces * MiB)
+            file.write(os.urandom(MiB))
+        file.truncate(size)
 
 
 def _cached(name: str, recipe: ModuleType) -> Path:

@@ -12,7 +12,6 @@ deleted where there is another; the guest goes on writing at the destination unt
 switched off, and every record that it acknowledged, at either end, has to be on the disk.
 """
 
-import os
 import signal
 import sys
 from abc import ABC, abstractmethod
@@ -23,7 +22,6 @@ from pathlib import Path
 import trio
 
 from nbdstream.guest.disks import Disk
-from nbdstream.guest.qemu import MiB
 from nbdstream.migrate.destination import Spawned
 from nbdstream.migrate.memory import Memory
 from nbdstream.migrate.plan import MigrationPlan
@@ -211,17 +209,6 @@ class Mirror(MemoryOnly):
 
 
 WAYS: tuple[type[Way], ...] = (MemoryOnly, Nbdstream, Mirror)
-
-
-def grow(disk: Path, size: int, data: int) -> None:
-    """Make a disk so large, with so much data (in MiB) spread over what is new, behind all
-    that its guest uses."""
-    begin, pieces = disk.stat().st_size, data // MiB
-    with open(disk, "r+b") as file:
-        for number in range(pieces):
-            file.seek(begin + number * ((size - begin) // MiB) // pieces * MiB)
-            file.write(os.urandom(MiB))
-        file.truncate(size)
 
 
 async def migrate(way: Way) -> Outcome:
