@@ -9,8 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nbdstream.backing.trial import Sent
-from nbdstream.backing.window import UNIT_LEAST, UNIT_MOST, WINDOW_LEAST, WINDOW_MOST, Window
+from nbdstream.backing.window import UNIT_LEAST, UNIT_MOST, WINDOW_LEAST, WINDOW_MOST, Sent, Window
 
 MIB = 1 << 20
 MBIT = 1e6 / 8
@@ -271,6 +270,7 @@ def test_a_link_without_rate_or_delay_is_given_large_units() -> None:
     jitter=st.floats(0, 0.2),
 )
 @example(rate=1 * MBIT, delay=0.25, jitter=0.0)
+@example(rate=5600 * MBIT, delay=0.19, jitter=0.0)
 def test_uses_any_link(rate: float, delay: float, jitter: float) -> None:
     link = Link(rate, delay, jitter=jitter)
     flow = link.add()

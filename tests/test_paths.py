@@ -17,7 +17,7 @@ from testbed.paths.client import Client, FixedWindow
 from testbed.paths.events import Events
 from testbed.paths.judge import find_oracle, judge, latency_of, rate_of
 from testbed.paths.network import Link
-from testbed.paths.scenario import MBIT, MIB, Cross, Run, Scenario, draw, idle_run
+from testbed.paths.scenario import MBIT, MIB, Cross, Run, Scenario, draw, idle_run, percentile
 from testbed.paths.servers import Constant, HeavyTailed, Server, Tiers, Uniform
 
 FIFO = Scenario()
@@ -96,6 +96,21 @@ def test_does_as_the_best_fixed_window_does(name: str) -> None:
 @pytest.mark.parametrize("name", NEAR)
 def test_comes_near_the_best_fixed_window_where_it_is_hard_to_find(name: str) -> None:
     assert min(median_verdict(NEAR[name])) >= NEAR_PART
+
+
+def test_contention_leaves_the_link_in_use_and_the_guest_alone() -> None:
+    """100 Mbit/s, 20 ms, and a guest that misses 20 times a second: `./dev bench contention`."""
+    uses, slower, began = list[float](), list[float](), 4.0
+    for seed in range(5):
+        scenario = replace(FIFO, guest="small random", seconds=64.0, seed=seed)
+        run = Run(scenario, Window(rng=random.Random(seed)))
+        read = sum(length for at, length, took in run.client.demand if at + took >= began)
+        carried = run.client.bytes_between(began, scenario.seconds) + read
+        uses.append(carried / (scenario.seconds - began) / scenario.rate)
+        idle = percentile(idle_run(scenario).latencies(began), 0.99)
+        slower.append(percentile(run.latencies(began), 0.99) / idle)
+    assert sorted(uses)[2] >= 0.98
+    assert sorted(slower)[2] <= 1.3
 
 
 @pytest.mark.parametrize("rate", [100 * MBIT, 1000 * MBIT])

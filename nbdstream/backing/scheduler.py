@@ -24,8 +24,7 @@ import trio
 from nbdstream.backing.connection import Timing
 from nbdstream.backing.grant import Grant, Priority
 from nbdstream.backing.pacer import Pacer
-from nbdstream.backing.trial import Sent
-from nbdstream.backing.window import Window
+from nbdstream.backing.window import Sent, Window
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ connection is asked for again, and its time is not shown to the window.
 from dataclasses import dataclass
 from typing import Protocol
 
-from nbdstream.backing.trial import Sent
+from nbdstream.backing.window import Sent
 from testbed.paths.events import Events
 from testbed.paths.network import Link
 from testbed.paths.servers import Server
@@ -25,9 +25,10 @@ RECONNECT_TRIPS = 4
 class Controller(Protocol):
     """What `nbdstream.backing.window.Window` looks like to a client."""
 
-    size: int
-    unit: int
-
+    @property
+    def size(self) -> int: ...
+    @property
+    def unit(self) -> int: ...
     def sent(self, now: float, length: int, *, background: bool = True) -> Sent: ...
     def lost(self, request: Sent) -> None: ...
     def delivered(self, request: Sent, now: float, *, limited: bool = True) -> None: ...

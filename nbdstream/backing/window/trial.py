@@ -5,10 +5,13 @@ First it waits until nearly all that was in flight when it began has been answer
 replies show what was tried before. Then it counts everything until a window's worth has been
 delivered, and more where the server's times differ. The delay is bytes in flight over
 bytes per second (Little's law). A mean of the replies to what was sent within the trial would
-leave out the slow ones, which are still to come.
+leave out the slow ones, which are still to come. That mean (`Trial.own`) is there sooner,
+and serves as a lower bound.
 """
 
 from typing import NamedTuple
+
+from nbdstream.backing.window.measures import Row
 
 # What was in flight before has been answered, but for this part: a few replies are very late.
 SETTLED_PART = 0.1
@@ -41,6 +44,7 @@ class Trial:
         limited: the window was used up.
         over: enough has been seen. Only ever after whole rounds of what was in flight: replies
             come in bursts, and a part of a round says nothing of the rest.
+        own: the delays of background requests that were sent within the trial.
     """
 
     def __init__(self, size: int, now: float, in_flight: int, accuracy: float = ACCURACY) -> None:
@@ -58,8 +62,8 @@ class Trial:
         self._in_flight = in_flight
         self._area = 0.0  # byte-seconds in flight
         self._all_bytes = self._bytes = 0
-        self._replies = 0
-        self._differences = self._last_delay = 0.0
+        self._delays = Row()
+        self.own = Row()
 
     def _advance(self, now: float) -> None:
         # Replies are reported a little after they came, so times may go back a little.
@@ -76,6 +80,8 @@ class Trial:
         self._advance(now)
         if request.background:
             self._in_flight -= request.length
+        if answered and request.background and request.time >= self._begin:
+            self.own.add(now - request.time)
         if self._start is None:
             if request.background and request.time < self._begin:
                 self._old -= request.length
@@ -87,21 +93,17 @@ class Trial:
             return
         self._all_bytes += request.length
         if request.background:
-            delay = now - request.time
             self.limited = self.limited or limited
             self._bytes += request.length
-            self._replies += 1
-            if self._replies > 1:
-                self._differences += abs(delay - self._last_delay)
-            self._last_delay = delay
+            self._delays.add(now - request.time)
             if self._bytes >= self._next_round:
                 self._next_round += self._round
                 self.over = self._is_enough(now - self._start)
 
     def _is_enough(self, elapsed: float) -> bool:
-        if self._replies < REPLIES_LEAST or elapsed < LEAST_TIME:
+        if self._delays.count < REPLIES_LEAST or elapsed < LEAST_TIME:
             return False
-        return self._replies >= REPLIES_MOST or self.error <= self._accuracy * self.delay
+        return self._delays.count >= REPLIES_MOST or self.error <= self._accuracy * self.delay
 
     @property
     def delay(self) -> float:
@@ -110,14 +112,13 @@ class Trial:
 
     @property
     def spread(self) -> float:
-        """What the time of one reply differs from the next one's by, in the mean (RFC 3550,
-        section 6.4.1). A queue that grows or shrinks adds next to nothing to it."""
-        return self._differences / max(self._replies - 1, 1)
+        """Seconds by which the time of one reply differs from the next one's."""
+        return self._delays.spread
 
     @property
     def error(self) -> float:
         """The standard error of `delay`; of `rate`, it is the same part."""
-        return float(self.spread / max(self._replies, 1) ** 0.5)
+        return self._delays.error
 
     @property
     def rate(self) -> float:

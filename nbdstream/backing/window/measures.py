@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row of replies says of a path: the least delay, the rate.
+"""What a row of replies says of a path: the least delay, the mean one, the rate.
 
 No clock: whoever uses these tells them the time, in seconds.
 """
@@ -27,6 +27,42 @@ class Lowest:
     @property
     def least(self) -> float:
         return self._rising[0][1]
+
+
+class Row:
+    """The mean of a row of samples, and how well it is known.
+
+    Attributes:
+        count: samples so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum = self._differences = self._last = 0.0
+
+    def add(self, sample: float) -> None:
+        """Take the next sample."""
+        if self.count:
+            self._differences += abs(sample - self._last)
+        self.count += 1
+        self._sum += sample
+        self._last = sample
+
+    @property
+    def mean(self) -> float:
+        """0 without samples."""
+        return self._sum / max(self.count, 1)
+
+    @property
+    def spread(self) -> float:
+        """What one sample differs from the next one by, in the mean (RFC 3550, section
+        6.4.1). A slow rise or fall adds next to nothing to it."""
+        return self._differences / max(self.count - 1, 1)
+
+    @property
+    def error(self) -> float:
+        """The standard error of `mean`."""
+        return float(self.spread / max(self.count, 1) ** 0.5)
 
 
 class RateMeter:

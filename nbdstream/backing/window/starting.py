@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up: the window grows until the path gives no more; see `course`."""
+
+from nbdstream.backing.window.course import Before, Course
+from nbdstream.backing.window.draining import Draining
+from nbdstream.backing.window.path import WINDOW_MOST, bounded
+from nbdstream.backing.window.trial import Sent, Trial
+
+# How much larger the window becomes each round trip. It has found the end of the path when
+# more than so many replies, and all of a round trip (or of so many seconds), were late, or
+# when a trial delivers less than so many times what the one before did.
+START_GAIN = 3
+START_REPLIES = 6
+START_LEAST = 0.03
+FLAT_GROWTH = 1.25
+
+
+class Starting:
+    """The state `State.STARTING`."""
+
+    def __init__(self, course: Course, draining: Draining) -> None:
+        self._course, self._draining = course, draining
+        self._late_replies, self._late_since = 0, 0.0
+        self._flat_rate = 0.0
+
+    def answered(self, now: float, request: Sent) -> None:
+        """The reply of a background read has come: grow by it."""
+        course, path = self._course, self._course.path
+        delay = now - request.time
+        if path.base_rtt == 0 or delay < path.base_rtt:
+            path.base_rtt = delay
+        if delay - path.base_rtt <= max(2 * path.target, path.base_rtt / 8):
+            self._late_replies, self._late_since = 0, now
+        self._late_replies += 1
+        if START_GAIN * request.in_flight < course.size:
+            return  # what is sent does not keep up with the window
+        course.size = bounded(course.size + (START_GAIN - 1) * request.length)
+        # Growth sends in bursts, and most replies wait behind the rest of their own: what
+        # all of a round trip had to wait for is a queue that stands.
+        late_for = now - self._late_since
+        if self._late_replies > START_REPLIES and late_for >= max(path.base_rtt, START_LEAST):
+            self._late_replies = 0
+            # What was in flight one delay ago is what comes now: Little's law, while it grows.
+            load = request.in_flight
+            rate = course.trial.rate or load / delay
+            floor = path.unit_floor
+            course.before = Before(
+                course.state, course.size, load, rate, rate, load / rate, 0.0, floor, now
+            )
+            self._draining.begin(now)
+
+    def judge(self, trial: Trial, now: float) -> None:
+        """A trial is over: go on, unless the rate grows no more."""
+        course = self._course
+        flat = trial.limited and trial.rate < self._flat_rate * FLAT_GROWTH
+        self._flat_rate = trial.rate
+        if flat or course.size == WINDOW_MOST:
+            self._flat_rate = 0.0
+            course.remember(now, trial)
+            self._draining.begin(now)
+        else:
+            course.new_trial(now)
