@@ -88,7 +88,7 @@ class _Backing:
         await trio.sleep(ROUND / 3)
         self.peer.kill()
         await trio.sleep(5)
-        await trio.to_thread.run_sync(self.start)
+        self.start()  # here: nbdkit ends with the thread that starts it
 
 
 @dataclass
@@ -157,7 +157,7 @@ async def _reader(uri: str) -> None:
             time.sleep(0.01)
         handle.shutdown()
 
-    await trio.to_thread.run_sync(read)
+    await trio.to_thread.run_sync(read, abandon_on_cancel=True)
 
 
 async def _crowd(path: Path) -> None:
