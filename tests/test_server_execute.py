@@ -17,6 +17,7 @@ from nbdstream.server.constants import (
 from nbdstream.server.contexts import CONTEXTS
 from nbdstream.server.execute import execute
 from nbdstream.server.handshake import Agreement
+from nbdstream.server.payloads import PayloadRoom, Share
 from nbdstream.server.replies import refusal_of
 from nbdstream.server.requests import Request
 from nbdstream.server.transmission import (
@@ -32,7 +33,7 @@ async def perform(
 ) -> bytes:
     """The reply to one slow request."""
     agreement = Agreement(disk, structured, CONTEXTS[:contexts])
-    session_ = Transmission(agreement)
+    session_ = Transmission(agreement, Share(PayloadRoom()))
     assert feed(session_, data) == b""
     [slow] = session_.slow
     return b"".join(await execute(slow.request, slow.payload, agreement))

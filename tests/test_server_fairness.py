@@ -15,6 +15,7 @@ from nbdstream.server import transmission as transmission_module
 from nbdstream.server.constants import Command, Option
 from nbdstream.server.contexts import CONTEXTS, Descriptors
 from nbdstream.server.handshake import Agreement, Handshake
+from nbdstream.server.payloads import PayloadRoom, Share
 from nbdstream.server.replies import MAX_DESCRIPTORS
 from nbdstream.server.transmission import BUDGET, COST_OF_OTHERS, Transmission
 from tests.memory_export import MemoryExport
@@ -60,7 +61,7 @@ class CountingExport(MemoryExport):
 )
 def test_one_turn_takes_a_bounded_number_of_requests(message: bytes, hit: bool) -> None:
     export = CountingExport(SIZE)
-    session = Transmission(Agreement(export, True, ()))
+    session = Transmission(Agreement(export, True, ()), Share(PayloadRoom()))
     flood = message * (8 * BUDGET)
     room = session.room()
     room[: len(flood)] = flood
@@ -75,7 +76,7 @@ def test_one_turn_takes_a_bounded_number_of_requests(message: bytes, hit: bool) 
 
 def test_hits_and_others_by_turns_share_the_budget() -> None:
     export = CountingExport(SIZE)
-    session = Transmission(Agreement(export, True, ()))
+    session = Transmission(Agreement(export, True, ()), Share(PayloadRoom()))
     flood = (request(READ, 1, 1) + request(Command.FLUSH)) * BUDGET
     room = session.room()
     room[: len(flood)] = flood

@@ -15,6 +15,7 @@ from nbdstream.server import (
     constants,
     handshake,
     options,
+    payloads,
     replies,
     server,
     transmission,
@@ -50,6 +51,7 @@ LIMITS = {
         "extents of a context in a reply to block status": count(replies.MAX_DESCRIPTORS),
         "requests of a connection that wait for something": count(transmission.MAX_SLOW_REQUESTS),
         "payload of such requests": size(transmission.MAX_SLOW_BYTES),
+        "payload of such requests, all clients together": size(payloads.MAX_SHARED),
         "time for changes of a client that is gone": seconds(connection.CHANGE_GRACE),
         "time for requests in flight when the server stops": seconds(server.STOP_TIMEOUT),
         "silence of a TCP client whose host is gone": seconds(
@@ -78,6 +80,8 @@ def test_the_table_of_limits_is_true(page: str) -> None:
 
 
 def test_what_the_tables_say_beyond_their_values() -> None:
+    assert "more than 1 MiB waits" in (DOCS / "protocol.md").read_text()
+    assert payloads.RESERVE == 1 << 20
     assert options.MAX_INFOS == options.MAX_QUERIES
     text = (DOCS / "protocol.md").read_text()
     assert f"older than {seconds(server.HANDSHAKE_GRACE)}" in text

@@ -9,6 +9,7 @@ from nbdstream.server.constants import (
 )
 from nbdstream.server.contexts import CONTEXTS
 from nbdstream.server.handshake import Agreement
+from nbdstream.server.payloads import PayloadRoom, Share
 from nbdstream.server.transmission import (
     Transmission,
 )
@@ -21,7 +22,7 @@ def session(
     disk: MemoryExport | None = None, *, structured: bool = True, contexts: bool = False
 ) -> Transmission:
     agreement = Agreement(disk or MemoryExport(SIZE), structured, CONTEXTS if contexts else ())
-    return Transmission(agreement)
+    return Transmission(agreement, Share(PayloadRoom()))
 
 
 def feed(transmission: Transmission, data: bytes) -> bytes:

@@ -32,6 +32,7 @@ from nbdstream.server.constants import (
 from nbdstream.server.contexts import CONTEXTS
 from nbdstream.server.execute import execute
 from nbdstream.server.handshake import Agreement, ProtocolError
+from nbdstream.server.payloads import PayloadRoom, Share
 from nbdstream.server.transmission import Transmission
 
 INLINE = 2048
@@ -135,7 +136,7 @@ def _run(source: Source) -> object:
 def _serve(agreement: Agreement, stream: bytes, cuts: Source) -> tuple[bytes, str]:
     """Be the server's connection over a stream that ends; return all replies."""
     first = cuts.below(64)
-    codec = Transmission(agreement, stream[:first])
+    codec = Transmission(agreement, Share(PayloadRoom()), stream[:first])
     at = min(first, len(stream))
     output = bytearray()
     while True:

@@ -27,6 +27,7 @@ from nbdstream.export import Export
 from nbdstream.server.certificates import Certificates
 from nbdstream.server.execute import execute
 from nbdstream.server.handshake import Agreement, Handshake, ProtocolError, Tls
+from nbdstream.server.payloads import PayloadRoom, Share
 from nbdstream.server.requests import is_change
 from nbdstream.server.tls import TlsWire
 from nbdstream.server.transmission import SlowRequest, Transmission
@@ -67,7 +68,8 @@ class Connection:
     it returns why the client is not served, or "" if it is. ``turn`` is shared by all
     connections: a step of a handshake is taken with it held. A trio lock is passed on once
     in each pass of the event loop, so a crowd of newcomers delays the clients that are
-    served by one step at a time, not by all steps in a row. ``tls``: how TLS is offered, None
+    served by one step at a time, not by all steps in a row. ``room`` is the memory that all
+    connections share for requests that wait. ``tls``: how TLS is offered, None
     for not at all.
     """
 
@@ -78,6 +80,7 @@ class Connection:
         exports: Sequence[Export],
         admit: Callable[[], str],
         turn: trio.Lock,
+        room: PayloadRoom,
         tls: TlsOffer | None = None,
     ) -> None:
         self._socket = sock
@@ -87,6 +90,7 @@ class Connection:
         self._exports = exports
         self._admit = admit
         self._turn = turn
+        self._room = room
         self._stopping = False
         self._finished = trio.lowlevel.ParkingLot()  # unparked by every slow request's end
         self._changes = trio.CancelScope()
@@ -149,7 +153,14 @@ class Connection:
 
     async def _serve(self, agreement: Agreement, unconsumed: bytes) -> None:
         async with self._turn:
-            transmission = Transmission(agreement, unconsumed)
+            share = Share(self._room)
+            transmission = Transmission(agreement, share, unconsumed)
+        try:
+            await self._serve_requests(transmission, agreement)
+        finally:
+            share.close()
+
+    async def _serve_requests(self, transmission: Transmission, agreement: Agreement) -> None:
         with self._changes:
             async with trio.open_nursery() as changes, trio.open_nursery() as queries:
 
@@ -160,7 +171,7 @@ class Connection:
                 try:
                     finish_all = await self._transmit(transmission, start)
                     while finish_all and (changes.child_tasks or queries.child_tasks):
-                        finish_all = await self._wait_finished()
+                        finish_all = await self._wait(self._finished)
                 except (ProtocolError, OSError) as error:
                     self._log_end(error)
                     finish_all = False
@@ -194,7 +205,8 @@ class Connection:
             if transmission.disconnected:
                 return True
             if transmission.saturated:
-                if not await self._wait_finished():
+                more = self._room.freed if transmission.crowded_out else self._finished
+                if not await self._wait(more):
                     return False
                 turn_end = time.perf_counter() + TURN
             elif hungry:
@@ -211,14 +223,17 @@ class Connection:
                 turn_end = time.perf_counter() + TURN
         return True
 
-    async def _wait_finished(self) -> bool:
-        """Wait for the end of a slow request; False if the client is gone."""
+    async def _wait(self, lot: trio.lowlevel.ParkingLot) -> bool:
+        """Wait in the lot until what it stands for has happened, or the server stops; False
+        if the client is gone."""
         while True:
             with trio.move_on_after(HANG_UP_CHECK):
-                await self._finished.park()
+                await lot.park()
                 return True
-            # A connection that was shut down to stop looks the same from here.
-            if not self._stopping and self._wire.peer_gone():
+            # A connection that was shut down to stop looks as if its client were gone.
+            if self._stopping:
+                return True
+            if self._wire.peer_gone():
                 return False
 
     async def _execute(

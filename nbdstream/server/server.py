@@ -27,6 +27,7 @@ from nbdstream.net.accept import Acceptor, Client, Episode
 from nbdstream.net.listeners import Listener
 from nbdstream.server.certificates import Certificates
 from nbdstream.server.connection import Connection, TlsOffer
+from nbdstream.server.payloads import PayloadRoom
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Server:
             "client", self._serve, limit=MAX_HANDSHAKES, grace=HANDSHAKE_GRACE
         )
         self._handshake_turn = trio.Lock()
+        self._room = PayloadRoom()
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
 
@@ -109,7 +111,13 @@ class Server:
             return refusal
 
         connection = Connection(
-            client.socket, client.peer, self._exports, admit, self._handshake_turn, self._tls
+            client.socket,
+            client.peer,
+            self._exports,
+            admit,
+            self._handshake_turn,
+            self._room,
+            self._tls,
         )
         self._connections.add(connection)
         self._report_clients()

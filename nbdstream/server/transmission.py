@@ -9,7 +9,8 @@ reply buffer, fetched with `take_replies`. What cannot be answered at once lands
 What must hold:
 - Per request on the hot path there are no tasks, no awaits and no copies but the disk's.
 - Memory is bounded: two buffers, and for slow requests `MAX_SLOW_BYTES` plus the one
-  request that crossed that line. When ``saturated``, nothing is parsed any more.
+  request that crossed that line, as long as there is room in what all clients share. When
+  ``saturated``, nothing is parsed any more.
 - A payload that is passed on as a view of the receive buffer is only used during the
   call; slow requests get payloads of their own.
 """
@@ -35,7 +36,8 @@ from nbdstream.server.constants import (
     Command,
 )
 from nbdstream.server.handshake import Agreement, ProtocolError
-from nbdstream.server.replies import failure
+from nbdstream.server.payloads import Share
+from nbdstream.server.replies import MAX_DESCRIPTORS, failure
 from nbdstream.server.requests import Request, describe, refusal
 
 # The longest read or write that is tried at once: what the event loop may be kept busy
@@ -53,6 +55,7 @@ COST_OF_OTHERS = 8
 MAX_SLOW_REQUESTS = 256
 MAX_SLOW_BYTES = 64 << 20
 
+_DESCRIPTOR = 8  # bytes of an extent in a reply to block status
 _RECEIVE_BUFFER = MAX_INLINE + (64 << 10)
 # Room for the longest reply behind SEND_SOON bytes of others.
 _REPLY_BUFFER = SEND_SOON + MAX_INLINE + (64 << 10)
@@ -93,9 +96,9 @@ class _Skipping:
 
 
 class Transmission:
-    """One connection after its handshake."""
+    """One connection after its handshake. The owner closes ``share`` at its end."""
 
-    def __init__(self, agreement: Agreement, unconsumed: bytes = b"") -> None:
+    def __init__(self, agreement: Agreement, share: Share, unconsumed: bytes = b"") -> None:
         self.slow: list[SlowRequest] = []
         self.disconnected = False  # by NBD_CMD_DISC
         self._agreement = agreement
@@ -111,13 +114,20 @@ class Transmission:
         self._replies = new_buffer(_REPLY_BUFFER)
         self._replies_end = 0
         self._slow_requests = 0
-        self._slow_bytes = 0
+        self._share = share
+        self._wanted = 0  # memory that the next request waits for
         self._payload: _Receiving | _Skipping | None = None
 
     @property
     def saturated(self) -> bool:
         """Too much is in flight to take on more."""
-        return self._slow_requests >= MAX_SLOW_REQUESTS or self._slow_bytes >= MAX_SLOW_BYTES
+        full = self._slow_requests >= MAX_SLOW_REQUESTS or self._share.held >= MAX_SLOW_BYTES
+        return full or self.crowded_out
+
+    @property
+    def crowded_out(self) -> bool:
+        """The next request waits for memory that other clients hold."""
+        return self._wanted > 0 and not self._share.fits(self._wanted)
 
     def room(self) -> memoryview:
         """Where to receive the next bytes; never empty after `process` returned True."""
@@ -149,7 +159,7 @@ class Transmission:
     def finished(self, done: SlowRequest) -> None:
         """A request from ``slow`` needs no memory any more."""
         self._slow_requests -= 1
-        self._slow_bytes -= _memory(done.request)
+        self._share.give_back(self._memory(done.request))
 
     def process(self) -> bool:
         """Answer complete requests; return whether more bytes are needed to go on.
@@ -274,18 +284,22 @@ class Transmission:
             self._payload = _Skipping(payload_length, reply)
             return self._take_payload()
         payload = self._start + REQUEST.size
-        if REQUEST.size + payload_length > len(self._input):
+        in_place = REQUEST.size + payload_length > len(self._input)
+        if not in_place and self._end - payload < payload_length:
+            return False
+        self._wanted = self._memory(request)
+        if not self._share.take(self._wanted):
+            return True  # and it stays in the input
+        self._wanted = 0
+        self._slow_requests += 1
+        if in_place:
             data = new_buffer(request.length)
             filled = self._end - payload
             data[:filled] = self._input[payload : self._end]
             self._payload = _Receiving(request, data, filled)
             self._start = self._end
-            self._account(request)
-            return False
-        if self._end - payload < payload_length:
             return False
         self._start = payload + payload_length
-        self._account(request)
         # The receive buffer is about to be used again.
         self.slow.append(
             SlowRequest(request, memoryview(bytes(self._input[payload : self._start])))
@@ -315,11 +329,10 @@ class Transmission:
         self._replies[self._replies_end : end] = reply
         self._replies_end = end
 
-    def _account(self, request: Request) -> None:
-        self._slow_requests += 1
-        self._slow_bytes += _memory(request)
-
-
-def _memory(request: Request) -> int:
-    """Bytes of memory that a slow request holds on to."""
-    return request.length if request.command in (Command.READ, Command.WRITE) else 0
+    def _memory(self, request: Request) -> int:
+        """Bytes of memory that a slow request holds on to, until its reply is sent."""
+        if request.command in (Command.READ, Command.WRITE):
+            return request.length
+        if request.command == Command.BLOCK_STATUS:
+            return len(self._agreement.contexts) * MAX_DESCRIPTORS * _DESCRIPTOR
+        return 0
