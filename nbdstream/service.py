@@ -17,7 +17,6 @@ from functools import partial
 import trio
 
 from nbdstream.backing import (
-    BackingOpener,
     named_by_image,
     open_backing,
     recorded_by_image,
@@ -27,7 +26,7 @@ from nbdstream.backing.base import Backing
 from nbdstream.backing.identity import fingerprint
 from nbdstream.backing.nbd import NbdBacking
 from nbdstream.backing.padded import PaddedBacking
-from nbdstream.disk import DetectZeroes, StreamedDisk, open_disk, round_off
+from nbdstream.disk import StreamedDisk, open_disk, round_off
 from nbdstream.disk.readonly import ReadOnlyExport
 from nbdstream.errors import BackingMismatchError, UsageError, sole_error
 from nbdstream.export import Export
@@ -39,6 +38,8 @@ from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf
 from nbdstream.leaf.marks import is_vouched_for, vouch
 from nbdstream.net.listeners import Listener
+from nbdstream.options import NEEDS_BACKING, check_combination
+from nbdstream.options import ServeOptions as ServeOptions
 from nbdstream.server.certificates import Certificates, TlsPolicy
 from nbdstream.server.server import Server
 from nbdstream.streamer.job import StreamJob
@@ -48,39 +49,6 @@ from nbdstream.streamer.recorder import record_boot
 from nbdstream.tasks import log_failure, open_background_nursery, start_contained
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What `open_service` is asked for; ``nbdstream serve --help`` explains each.
-
-    ``format`` of the leaf, None to tell it by `nbdstream.leaf.probe`'s rules;
-    ``stream`` is "on", "off" or "paused"; ``speed`` in bytes per second, 0 for no cap;
-    ``finish_in`` is in seconds from now, None for no deadline; ``prefetch`` the file of a boot
-    profile; ``backing_timeout`` in seconds, None to wait for a lost backing for ever;
-    ``standby``: the backing may still be written, so keep nothing of it until told; ``tls``: how
-    TLS is offered to clients, None for not at all;
-    ``opener`` opens the backing, as `open_backing` does; ``shared``: many guests read the disk,
-    each with a server of its own that reads ahead, so here nothing is read ahead or recorded.
-    """
-
-    leaf: str
-    backing: str | None = None
-    format: str | None = None
-    export: str = ""
-    read_only: bool = False
-    copy_on_read: bool = True
-    stream: str = "on"
-    speed: int = 0
-    finish_in: float | None = None
-    prefetch: str | None = None
-    detect_zeroes: DetectZeroes = DetectZeroes.OFF
-    backing_timeout: float | None = None
-    keep_backing: bool = False
-    standby: bool = False
-    tls: TlsPolicy | None = None
-    opener: BackingOpener = open_backing
-    shared: bool = False
 
 
 @dataclass
@@ -146,10 +114,7 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
 
     Raises what opening leaf and backing raises (NbdstreamError, OSError).
     """
-    if options.prefetch is not None and options.read_only:
-        raise UsageError("--prefetch keeps what it fetches: it does not go with --read-only")
-    if options.finish_in is not None and options.stream == "off":
-        raise UsageError("--finish-in needs a stream job: it cannot be used with --stream off")
+    check_combination(options)
     profile = read_profile(options.prefetch) if options.prefetch is not None else None
     seal = read_seal(options.leaf)
     if seal is not None and seal.stamp:
@@ -280,7 +245,7 @@ async def _open_images(
     certain, or ""."""
     exists = os.path.lexists(options.leaf)  # noqa: ASYNC240 - nobody is served yet
     if not exists and options.backing is None:
-        raise UsageError(f"{options.leaf} does not exist; to create it, name its backing (-b URI)")
+        raise UsageError(NEEDS_BACKING.format(options.leaf))
     if exists:
         async with _open_leaf(options, image_format) as leaf:
             if leaf.backing is None:

@@ -2,6 +2,9 @@
 """All text of the commands leaves by `nbdstream.cli.output`, which makes it fit to be shown."""
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +43,12 @@ def test_words_of_strangers_cannot_move_the_cursor(capsys: pytest.CaptureFixture
 def test_what_programs_read_is_left_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     emit('{"a": 1}\n', nl=False)
     assert capsys.readouterr().out == '{"a": 1}\n'
+
+
+def test_without_libnbd_one_line_names_the_packages() -> None:
+    code = "import sys; sys.modules['nbd'] = None; from nbdstream.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "serve", "x.raw"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"nbdstream: error: .*Debian.*Fedora.*Alpine.*\n", done.stderr)

@@ -30,6 +30,7 @@ FLOORS = (
     {"streamer"},
     {"control"},
     {"handover"},
+    {"options"},
     {"service"},
     {"migrate", "pivot", "store"},
     {"cli"},

@@ -51,6 +51,12 @@ _SECTIONS = {
     },
 }
 _COMMANDS = {name: module for section in _SECTIONS.values() for name, module in section.items()}
+# It is on no package index, and so no dependency that pip could install.
+_NO_LIBNBD = (
+    "libnbd's Python module is not installed for this Python: install python3-libnbd (Debian, "
+    "Ubuntu, Fedora) or libnbd (Alpine); a virtual environment needs --system-site-packages to "
+    "see it"
+)
 # Summaries are wrapped at the terminal's width and never cut.
 _WHOLE_SUMMARY = 1000
 
@@ -125,6 +131,11 @@ def main() -> None:
         cli(prog_name="nbdstream")
     except (NbdstreamError, OSError, ExceptionGroup) as error:
         sys.exit(_report(error))
+    except ModuleNotFoundError as error:
+        if error.name != "nbd":
+            raise
+        say(f"nbdstream: error: {_NO_LIBNBD}", err=True)
+        sys.exit(1)
 
 
 def _report(error: BaseException) -> int:

@@ -2,14 +2,20 @@
 """The kinds of values that options take."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from nbdstream.errors import UsageError
 from nbdstream.units import parse_duration, parse_rate, parse_size
 
+if TYPE_CHECKING:
+    _NumberType = click.ParamType[int | float]
+else:
+    _NumberType = click.ParamType  # generic since click 8.3 only
 
-class _Parsed(click.ParamType[int | float]):
+
+class _Parsed(_NumberType):
     """A value that a function of ours parses, raising UsageError."""
 
     def __init__(self, name: str, parse: Callable[[str], int | float]) -> None:

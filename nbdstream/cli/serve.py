@@ -8,15 +8,16 @@ metrics, progress) is imported where they ask for it; ``tests/test_startup.py`` 
 import gc
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import trio
 
+from nbdstream.cli.config import config_option
+from nbdstream.cli.listening import check_places, listening, tls_policy
 from nbdstream.cli.notify import notify
 from nbdstream.cli.options import (
     StoreCommand,
@@ -33,15 +34,14 @@ from nbdstream.cli.params import (
     LEAF,
     ON_OFF,
 )
-from nbdstream.cli.places import SOCKET_MODE, opener_for, private_socket
+from nbdstream.cli.places import opener_for
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
 from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
-from nbdstream.net.address import parse_tcp
-from nbdstream.net.listeners import Listener, close_all, from_systemd, listen_tcp, listen_unix
-from nbdstream.server.certificates import TlsPolicy
+from nbdstream.net.listeners import Listener, close_all
+from nbdstream.options import ServeOptions, check_options
 from nbdstream.server.handshake import Tls
-from nbdstream.service import ServeOptions, Service, device_name, open_service
+from nbdstream.service import Service, device_name, open_service
 
 
 @click.command(cls=StoreCommand)
@@ -139,6 +139,10 @@ from nbdstream.service import ServeOptions, Service, device_name, open_service
     metavar="COMMAND",
     help="Run a shell command against the export, and exit when it ends.",
 )
+@click.option(
+    "--check", is_flag=True, help="Check the options and the files that they name, and exit."
+)
+@config_option
 def serve(
     leaf: str,
     backing: str | None,
@@ -166,6 +170,7 @@ def serve(
     keep_backing: bool,
     standby: bool,
     command: str | None,
+    check: bool,
 ) -> None:
     """Serve a leaf image over NBD.
 
@@ -198,6 +203,10 @@ def serve(
         tls=tls_policy(tls, tls_certificates, verify_peer=tls_verify_peer),
         opener=opener_for(store, leaf, standby=standby),
     )
+    if check:
+        check_places(socket, listen, metrics)
+        check_options(options)
+        return
     with listening(leaf, socket, listen, private=command is not None) as listeners:
         with steering(control, metrics) as (control_listener, metrics_listeners):
             status = trio.run(
@@ -212,49 +221,6 @@ def serve(
                 )
             )
     sys.exit(status)
-
-
-def tls_policy(mode: str | None, directory: str | None, *, verify_peer: bool) -> TlsPolicy | None:
-    """What the options say of TLS; None for none. Raises UsageError."""
-    if directory is None:
-        if verify_peer or mode not in (None, Tls.OFF.value):
-            raise UsageError("TLS needs a certificate: name its directory (--tls-certificates DIR)")
-        return None
-    if mode == Tls.OFF.value:
-        if verify_peer:
-            raise UsageError("--tls-verify-peer makes no sense with --tls off")
-        return None
-    return TlsPolicy(Path(directory), mode != Tls.ON.value, verify_peer)
-
-
-@contextmanager
-def listening(
-    leaf: str, socket: str | None, listen: str | None, *, private: bool
-) -> Iterator[list[Listener]]:
-    """The listeners that the options ask for. Where they ask for none: a Unix socket for this
-    user alone. ``private``: one that only our own child will use."""
-    inherited = from_systemd(os.environ)
-    if sum(map(bool, (inherited, socket, listen))) > 1:
-        raise UsageError("give one of -U, --listen, or sockets by systemd's socket activation")
-    with ExitStack() as stack:
-        if inherited:
-            listeners = inherited
-        elif listen:
-            where = parse_tcp(listen)
-            listeners = listen_tcp(where.host, where.port)
-        elif socket and socket != "-":
-            listeners = [listen_unix(Path(socket))]
-        elif socket or private:
-            temporary = tempfile.TemporaryDirectory(prefix="nbdstream-")
-            directory = stack.enter_context(temporary)
-            listeners = [listen_unix(Path(directory) / "nbd.sock", mode=SOCKET_MODE)]
-        else:
-            place = stack.enter_context(private_socket(leaf))
-            listeners = [listen_unix(place, mode=SOCKET_MODE)]
-        try:
-            yield listeners
-        finally:
-            close_all(listeners)
 
 
 @contextmanager
@@ -300,6 +266,10 @@ async def serve_until_done(
         # garbage stops all guests for 10 ms now and then.
         gc.freeze()
         notify("READY=1")
+        if "NOTIFY_SOCKET" in os.environ:
+            from nbdstream.cli.systemd import keep_telling
+
+            nursery.start_soon(keep_telling, service)
         if exit_when_complete:
             nursery.start_soon(stop_when_complete, service)
         if qmp is not None:
@@ -317,7 +287,7 @@ async def serve_until_done(
         else:
             status = await run_command(service, command)
         await service.stopping.wait()
-        notify("STOPPING=1")
+        notify("STOPPING=1", "STATUS=finishing what is in flight")
         await service.finished.wait()
         nursery.cancel_scope.cancel()
     return status
