@@ -10,8 +10,8 @@ from nbdstream.guest.disks import Disk
 from nbdstream.pivot import run as pivot_run
 from nbdstream.pivot.servers import PivotError
 from nbdstream.qmp.client import QMPClient
-from nbdstream.qmp.protocol import GenericError
-from testbed.peers import make_image, nbdkit, nbdstream_serve
+from nbdstream.qmp.protocol import GenericError, QMPError
+from testbed.peers import PeerError, make_image, nbdkit, nbdstream_serve, run
 from tests.pivot_support import (
     SIZE,
     ask,
@@ -137,3 +137,34 @@ async def test_a_server_that_dies_meanwhile_leaves_the_guest_stopped_and_the_lea
             with nbdstream_serve(leaf, socket_path=server.socket):
                 await ask(vm, "cont")
                 await qemu_io(vm, "d0", "read -P 0x11 0 64k")
+
+
+async def test_tool_and_server_killed_with_the_leaf_open_in_qemu(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU has the leaf locked then, and nobody uses it: the next tool closes it there, so that it
+    can be served again; the one after that finishes."""
+    execute = QMPClient.execute
+
+    async def die(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
+        if name == "blockdev-reopen":
+            raise KeyError
+        return await execute(self, name, *args, **more)
+
+    leaf = tmp_path / "leaf.qcow2"
+    with nbdkit("file", image, readonly=True) as far, nbdstream_serve(leaf, far.uri) as server:
+        await wait_local(server)
+        with qemu(tmp_path, Disk.nbd(server.uri, reconnect_delay=60)) as vm:
+            monkeypatch.setattr(QMPClient, "execute", die)
+            with pytest.raises((KeyError, BaseExceptionGroup)):
+                await pivot(vm, [disk_of(server)])
+            monkeypatch.undo()
+            server.kill()
+            with pytest.raises(PeerError, match="is in use"):
+                run(["nbdstream", "serve", leaf, "--run", "true"])
+            with pytest.raises(QMPError, match="no QMP server"):
+                await pivot(vm, [disk_of(server)])
+            assert not await is_running(vm)
+            with nbdstream_serve(leaf, socket_path=server.socket) as again:
+                await pivot(vm, [disk_of(again)])
+                assert await is_running(vm)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest that writes all the time goes on from its leaf; what it was told is durable is there."""
 
+import os
+import random
 import subprocess
+import time
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +25,7 @@ from testbed.guests import systems
 from testbed.migrations import arrangement, pulse
 from testbed.migrations.arrangement import Ends, last_acknowledged, records
 from testbed.peers import binary, nbdkit, nbdstream_serve, run
+from testbed.pivots.trial import Trial
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -144,3 +148,13 @@ def files_of(pid: int) -> list[Path]:
         with suppress(FileNotFoundError):  # closed meanwhile
             found.append(fd.readlink())
     return found
+
+
+async def test_pivots_that_are_struck_lose_nothing(busybox_image: Path) -> None:
+    """A sample of ``python -m testbed.pivots``: tool, server and QEMU killed at random steps."""
+    seed = int(os.environ.get("NBDSTREAM_SEED", time.time()))
+    trial = Trial(busybox_image, "qcow2", random.Random(seed))
+    try:
+        assert await trial.run(attempts=5) > 3
+    finally:
+        print(f"seed {seed}", *trial.attempts, sep="\n")

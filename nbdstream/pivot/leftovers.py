@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nbdstream.pivot.nodes import Graph
 from nbdstream.pivot.servers import DiskServer
 from nbdstream.qmp.client import QMPClient
-from nbdstream.qmp.protocol import CommandError
+from nbdstream.qmp.protocol import CommandError, QMPConnectionError
 
 LEAF = "nbdstream-leaf-"
 PROBE = "nbdstream-probe"
@@ -55,18 +55,22 @@ async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDis
             back.
     """
     graph = await Graph.of(qemu)
-    if graph.has(PROBE):
-        await qemu.execute("blockdev-del", {"node-name": PROBE})
+    for node in (PROBE, *graph.unused(LEAF)):
+        if graph.has(node):
+            await qemu.execute("blockdev-del", {"node-name": node})
     rest, pivoted = [], []
     for disk in disks:
-        facts = await disk.server.facts()
+        try:
+            facts = await disk.server.facts()
+        except QMPConnectionError:
+            if graph.uses("nbd"):
+                raise
+            continue  # it has died, and the guest does not use it any more
         nodes = graph.leaves(LEAF, disk.leaf_path or facts["leaf"])
         if facts["let-go"] and any(graph.in_use(node) for node in nodes):
             pivoted.append(disk)
             continue
         rest.append(disk)
-        for node in nodes:
-            await qemu.execute("blockdev-del", {"node-name": node})
         if facts["let-go"]:
             await disk.server.take_back()
     if graph.has(STOPPED):

@@ -64,6 +64,15 @@ class Graph:
             if name.startswith(prefix) and node["file"] == file
         ]
 
+    def unused(self, prefix: str) -> list[str]:
+        """Nodes by names of this kind that nothing uses."""
+        return [name for name in self._nodes if name.startswith(prefix) and not self.in_use(name)]
+
+    def uses(self, driver: str) -> bool:
+        """Whether anything uses a node of that driver."""
+        nodes = self._nodes.values()
+        return any(node["drv"] == driver and self.in_use(node["node-name"]) for node in nodes)
+
     def in_use(self, name: str) -> bool:
         """Whether a device, a job or another node uses the node."""
         return bool(self._parents(name))
