@@ -3,7 +3,9 @@
 property tests that draw the same examples in each run."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 pytest_plugins = ["testbed.strict", "testbed.guests.fixtures"]
@@ -12,3 +14,14 @@ pytest_plugins = ["testbed.strict", "testbed.guests.fixtures"]
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("fresh")
 settings.load_profile("fresh" if os.environ.get("NBDSTREAM_FRESH") else "fixed")
+
+
+@pytest.fixture(autouse=True)
+def _no_boot_profiles_of_others(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Each test has a collection of boot profiles of its own: what another one has recorded
+    would be fetched first."""
+    state = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    return state

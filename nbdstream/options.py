@@ -10,6 +10,7 @@ from nbdstream.errors import UsageError
 from nbdstream.leaf import format_from_suffix
 from nbdstream.server.certificates import Certificates, TlsPolicy
 from nbdstream.streamer.profile import read_profile
+from nbdstream.streamer.profile_store import ProfileStore
 
 NEEDS_BACKING = "{} does not exist; to create it, name its backing (-b URI)"
 
@@ -21,7 +22,8 @@ class ServeOptions:
     ``format`` of the leaf, None to tell it by `nbdstream.leaf.probe`'s rules;
     ``stream`` is "on", "off" or "paused"; ``speed`` in bytes per second, 0 for no cap;
     ``finish_in`` is in seconds from now, None for no deadline; ``prefetch`` the file of a boot
-    profile; ``backing_timeout`` in seconds, None to wait for a lost backing for ever;
+    profile, ``profiles`` the collection in which one is found and kept otherwise;
+    ``backing_timeout`` in seconds, None to wait for a lost backing for ever;
     ``standby``: the backing may still be written, so keep nothing of it until told; ``tls``: how
     TLS is offered to clients, None for not at all;
     ``opener`` opens the backing, as `open_backing` does; ``shared``: many guests read the disk,
@@ -38,6 +40,7 @@ class ServeOptions:
     speed: int = 0
     finish_in: float | None = None
     prefetch: str | None = None
+    profiles: ProfileStore | None = None
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     backing_timeout: float | None = None
     keep_backing: bool = False

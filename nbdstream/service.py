@@ -42,8 +42,8 @@ from nbdstream.options import NEEDS_BACKING, check_combination
 from nbdstream.options import ServeOptions as ServeOptions
 from nbdstream.server.certificates import Certificates, TlsPolicy
 from nbdstream.server.server import Server
+from nbdstream.streamer.automatic import prefetch
 from nbdstream.streamer.job import StreamJob
-from nbdstream.streamer.prefetch import Prefetcher
 from nbdstream.streamer.profile import read_profile
 from nbdstream.streamer.recorder import record_boot
 from nbdstream.tasks import log_failure, open_background_nursery, start_contained
@@ -119,6 +119,7 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
     seal = read_seal(options.leaf)
     if seal is not None and seal.stamp:
         options = replace(options, read_only=True)
+    store = None if options.standby or options.read_only else options.profiles
     health = Health()
     leaf_format = seal.format if seal is not None else ""
     async with _open_images(options, leaf_format, health) as (leaf, backing, let_go):
@@ -141,10 +142,9 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
                 tasks: list[tuple[str, Callable[[], Awaitable[None]]]] = []
                 if job is not None:
                     tasks += [("stream job", job.run), ("deadline", job.deadline.run)]
-                if profile is not None and backing is not None:
-                    tasks.append(("prefetch", Prefetcher(disk, profile).run))
+                tasks.append(("prefetch", partial(prefetch, disk, profile, store)))
                 if not options.shared:
-                    tasks.append(("boot profile", partial(record_boot, disk)))
+                    tasks.append(("boot profile", partial(record_boot, disk, store)))
                 for name, task in tasks:
                     start_contained(nursery, name, health.report, task)
                 nursery.start_soon(_let_go_when_local, disk, let_go)

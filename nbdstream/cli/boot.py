@@ -27,7 +27,13 @@ from nbdstream.cli.params import (
     LEAF,
     SIZE,
 )
-from nbdstream.cli.places import opener_for, roomy_directory, warn_if_tight
+from nbdstream.cli.places import (
+    named_profile,
+    opener_for,
+    profile_store,
+    roomy_directory,
+    warn_if_tight,
+)
 from nbdstream.cli.progress import REDRAW_INTERVAL, Snapshot
 from nbdstream.cli.run import SIGNALLED, end_on_signals
 from nbdstream.control.report import statistics
@@ -71,7 +77,7 @@ def boot(
     memory: int,
     stream: str,
     speed: int,
-    prefetch: str | None,
+    prefetch: str,
     pivot: bool,
     qemu_arguments: tuple[str, ...],
 ) -> None:
@@ -89,7 +95,8 @@ def boot(
             format=image_format,
             stream=stream,
             speed=speed,
-            prefetch=prefetch,
+            prefetch=named_profile(prefetch),
+            profiles=profile_store(prefetch),
             opener=opener_for(store, leaf_path, temporary=Path(leaf_path).name == TEMPORARY_LEAF),
         )
         listener = listen_unix(socket)

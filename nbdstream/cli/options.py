@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from nbdstream.cli.params import LEAF, RATE
+from nbdstream.cli.params import RATE
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -44,6 +44,7 @@ speed_option = click.option(
 prefetch_option = click.option(
     "--prefetch",
     metavar="PROFILE",
-    type=LEAF,
-    help="Fetch the ranges of this boot profile first.",
+    default="auto",
+    show_default=True,
+    help="Fetch first what a boot profile names: auto (that of the image, if known), off, a file.",
 )

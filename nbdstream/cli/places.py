@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from nbdstream.backing import BackingOpener, open_backing
 from nbdstream.errors import UsageError
 from nbdstream.leaf.files import is_in_memory
+from nbdstream.streamer.profile_store import ProfileStore, default_directory
 from nbdstream.units import format_size
 
 if TYPE_CHECKING:
@@ -88,6 +89,16 @@ def open_store(place: str) -> "Store":
     from nbdstream.store.layout import Store, default_place
 
     return Store(Path(place) if place else default_place())
+
+
+def named_profile(prefetch: str) -> str | None:
+    """The file that ``--prefetch`` names, if it does."""
+    return None if prefetch in ("auto", "off") else prefetch
+
+
+def profile_store(prefetch: str) -> ProfileStore | None:
+    """The user's collection of boot profiles, unless ``--prefetch`` says to do without it."""
+    return ProfileStore(default_directory()) if prefetch == "auto" else None
 
 
 def warn_if_tight(leaf: Path, size: int) -> None:

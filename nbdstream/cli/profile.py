@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""profile: boot profiles, shown, combined and exported."""
+"""profile: boot profiles, listed, shown, combined and exported."""
 
 import json
 import os
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,6 +21,7 @@ from nbdstream.streamer.profile import (
     read_profile,
     write_profile,
 )
+from nbdstream.streamer.profile_store import ProfileStore, default_directory
 from nbdstream.units import format_count, format_duration, format_size
 
 _PROFILE = click.Path(dir_okay=False)
@@ -31,13 +34,42 @@ HEAD = 10
 
 @click.group()
 def profile() -> None:
-    """Show, combine and export boot profiles.
+    """List, show, combine and export boot profiles.
 
     A boot profile lists the ranges that a guest reads while it boots, in order.
-    `nbdstream serve LEAF` records it as LEAF.profile during the first boot.
-    `nbdstream serve --prefetch PROFILE` fetches these ranges first, for this leaf or any
-    other leaf of the same backing.
+    `nbdstream serve LEAF` records it during the first boot, as LEAF.profile and in the
+    user's collection. The next boot of the same image fetches these ranges first.
     """
+
+
+@profile.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(as_json: bool) -> None:
+    """List the profiles in the user's collection, the last used first."""
+    stored = _stored(ProfileStore(default_directory()))
+    if as_json:
+        emit(json.dumps(stored, indent=4))
+        return
+    for facts in stored:
+        used = datetime.fromtimestamp(facts["used"]).isoformat(" ", "minutes")
+        part = "" if facts["complete"] else ", not complete"
+        say(facts["path"])
+        say(f"  image: {format_size(facts['backing-size'])}, {facts['backing-identity']}")
+        say(f"  contains: {format_size(facts['bytes'])}{part}; last used {used}")
+
+
+def _stored(store: ProfileStore) -> list[dict[str, Any]]:
+    """What there is to say of each usable profile in a store. Raises OSError."""
+    stored: list[dict[str, Any]] = []
+    for entry in store.entries():
+        try:
+            facts = _facts(read_profile(str(entry.path)))
+        except (ProfileError, OSError) as error:
+            say(f"nbdstream: warning: {error}", err=True)
+            continue
+        del facts["ranges"]
+        stored.append({"path": str(entry.path), "used": entry.used, **facts})
+    return stored
 
 
 @profile.command()
@@ -56,7 +88,7 @@ def show(path: str, show_all: bool, as_json: bool, svg: str | None) -> None:
         _print(found, None if show_all else HEAD)
 
 
-def _facts(found: Profile) -> dict[str, object]:
+def _facts(found: Profile) -> dict[str, Any]:
     return {
         "backing-size": found.backing_size,
         "backing-identity": found.backing_identity,

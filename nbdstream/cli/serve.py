@@ -34,7 +34,7 @@ from nbdstream.cli.params import (
     LEAF,
     ON_OFF,
 )
-from nbdstream.cli.places import opener_for
+from nbdstream.cli.places import named_profile, opener_for, profile_store
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
 from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
@@ -160,7 +160,7 @@ def serve(
     speed: int,
     finish_in: float | None,
     finish_by: float | None,
-    prefetch: str | None,
+    prefetch: str,
     detect_zeroes: str,
     backing_timeout: float | None,
     control: str | None,
@@ -195,7 +195,8 @@ def serve(
         stream=stream,
         speed=speed,
         finish_in=finish_in,
-        prefetch=prefetch,
+        prefetch=named_profile(prefetch),
+        profiles=profile_store(prefetch),
         detect_zeroes=DetectZeroes(detect_zeroes),
         backing_timeout=backing_timeout,
         keep_backing=keep_backing,

@@ -203,6 +203,11 @@ def read_profile(path: str) -> Profile:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ProfileError(f"{path}: not a regular file")
         data = file.read(FILE_MOST + 1)
+    return decode_profile(data, path)
+
+
+def decode_profile(data: bytes, path: str) -> Profile:
+    """A profile from the bytes of its file; ``path`` is for messages. Raises ProfileError."""
     # An image is no profile, however large it is: say what is wrong with it first.
     _check_version(data[:100].decode("ascii", "replace").partition("\n")[0], path)
     if len(data) > FILE_MOST:
@@ -228,6 +233,12 @@ def write_profile(path: str, profile: Profile) -> None:
     except BaseException:
         Path(name).unlink()
         raise
+
+
+def require_of(profile: Profile, identity: str, size: int, name: str) -> None:
+    """Check that a profile is of one image. Raises ProfileError."""
+    if (profile.backing_identity, profile.backing_size) != (identity, size):
+        raise ProfileError(f"{name}: of another image, or of another version of it")
 
 
 # -- together --------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from nbdstream.streamer.profile import (
     read_profile,
     write_profile,
 )
+from nbdstream.streamer.profile_store import ProfileStore
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +51,15 @@ COPY_PART = 0.5
 COPY_IN_ORDER = 0.95
 
 
-async def record_boot(disk: StreamedDisk) -> None:
-    """Record a profile beside the disk's leaf, if it can have one and lacks it. A task; when
-    cancelled, what has been recorded is written."""
-    recorder = await trio.to_thread.run_sync(_recorder_for, disk)
+async def record_boot(disk: StreamedDisk, store: ProfileStore | None = None) -> None:
+    """Record a profile beside the disk's leaf, if it can have one and lacks it, and keep it in
+    the store, if there is one. A task; when cancelled, what has been recorded is written."""
+    recorder = await trio.to_thread.run_sync(_recorder_for, disk, store)
     if recorder is not None:
         await recorder.run()
 
 
-def _recorder_for(disk: StreamedDisk) -> "Recorder | None":
+def _recorder_for(disk: StreamedDisk, store: ProfileStore | None) -> "Recorder | None":
     """Worker: look at what there is."""
     if disk.backing is None or disk.read_only:
         return None
@@ -73,18 +74,26 @@ def _recorder_for(disk: StreamedDisk) -> "Recorder | None":
         return None
     if old is not None and old.complete:
         return None
-    return Recorder(disk, path, at_least=old.bytes if old is not None else 0)
+    return Recorder(disk, path, store, at_least=old.bytes if old is not None else 0)
 
 
 class Recorder:
     """Records over one disk, into one file, once."""
 
-    def __init__(self, disk: StreamedDisk, path: str, *, at_least: int = 0) -> None:
+    def __init__(
+        self,
+        disk: StreamedDisk,
+        path: str,
+        store: ProfileStore | None = None,
+        *,
+        at_least: int = 0,
+    ) -> None:
         """``path``: the profile's file; one that is not complete must have more bytes than
-        ``at_least`` to be written."""
+        ``at_least`` to be written. ``store``: where it is kept besides."""
         reference = disk.leaf.backing
         self._disk = disk
         self._path = path
+        self._store = store
         self._at_least = max(at_least, BYTES_LEAST)
         self._identity = reference.identity if reference is not None else ""
         self._size = (reference.size if reference is not None else 0) or disk.size
@@ -174,3 +183,5 @@ class Recorder:
             log.warning("cannot keep the boot profile %s: %s", self._path, error)
         else:
             log.info("recorded the boot profile %s", Path(self._path))
+        if self._store is not None:
+            self._store.keep(profile)
