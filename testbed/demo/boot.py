@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: a real guest boots at once from a slow remote image, and ends up local.
 
-    ./dev demo [--format raw|qcow2|qed] [--rate 200M] [--delay 10ms] [--brief]
+    ./dev demo [--format raw|qcow2|qed] [--rate 100M] [--delay 10ms] [--data 2G] [--brief]
 
 1. A Debian guest boots through nbdstream from an image behind a slow link while the rest
-   of its disk is streamed. It verifies some files and writes one.
+   of its disk is streamed. It verifies some files and writes one. When the disk is local, QEMU
+   opens the leaf itself, and nbdstream ends (pivot).
 2. The remote is cut off. The same guest boots again from the leaf alone, verifies all of
    its files, and finds what it wrote.
-3. The same guest from the same link without nbdstream: image copied first, and QEMU's own
-   copy-on-read with its own stream job. One table compares the three.
+3. The image is booted a second time, with a new leaf: its boot profile was recorded.
+4. The same guest without nbdstream: image copied first, then from the local file, and QEMU's
+   own copy-on-read with its own stream job. One table compares them.
 """
 
 import argparse
@@ -20,10 +22,11 @@ from pathlib import Path
 import trio
 
 from nbdstream.guest.disks import Disk
-from nbdstream.units import format_size
+from nbdstream.units import format_size, parse_size
 from testbed.demo.show import Result, Show
 from testbed.demo.ways import (
     Task,
+    boot_from_file,
     copy_then_boot,
     slow_remote,
     stream_with_nbdstream,
@@ -33,7 +36,6 @@ from testbed.guests import images
 from testbed.guests.systems import DEBIAN, boot, check_filesystem
 from testbed.link.control import parse_bit_rate, parse_seconds
 from testbed.link.model import Shape
-from testbed.peers import nbdstream_serve
 
 CHECK = "cd /srv/check && sha256sum --quiet -c SHA256SUMS"
 EVERYTHING = "cd /srv/payload && sha256sum --quiet -c SHA256SUMS"
@@ -46,59 +48,73 @@ def main() -> None:
     """Run the demo as the command line says."""
     parser = argparse.ArgumentParser(description="Boot a Debian guest from a slow remote image.")
     parser.add_argument("--format", default="raw", choices=["raw", "qcow2", "qed"])
-    parser.add_argument("--rate", default="200M", help="of the link, bits per second")
+    parser.add_argument("--rate", default="100M", help="of the link, bits per second")
     parser.add_argument("--delay", default="10ms", help="of the link, one way")
+    parser.add_argument("--data", default="2G", help="on the image")
     parser.add_argument("--brief", action="store_true", help="leave the comparison away")
     arguments = parser.parse_args()
     shape = Shape(rate=parse_bit_rate(arguments.rate), delay=parse_seconds(arguments.delay))
-    trio.run(demo, shape, arguments.format, arguments.brief)
+    data = parse_size(arguments.data)
+    trio.run(demo, shape, arguments.format, data, arguments.brief)
 
 
-async def demo(shape: Shape, leaf_format: str, brief: bool) -> None:
+async def demo(shape: Shape, leaf_format: str, data: int, brief: bool) -> None:
     """Run all parts; temporary files are gone afterwards."""
     show = Show()
-    image = images.debian() / "disk.raw"
     with tempfile.TemporaryDirectory(dir=images.CACHE.parent, prefix="demo-") as name:
         directory = Path(name)
-        results = [await boot_at_once(show, image, shape, directory, leaf_format)]
-        await boot_from_leaf(show, directory / f"leaf.{leaf_format}")
+        image = images.copy_image(images.debian() / "disk.raw", directory / "remote.raw")
+        status = image.stat()
+        missing = max(data - status.st_blocks * 512, 0)
+        images.grow(image, status.st_size + missing, missing)
+        leaf = directory / f"leaf.{leaf_format}"
+        results = [await boot_at_once(show, image, shape, leaf)]
+        await boot_from_leaf(show, leaf)
         if not brief:
+            again = directory / f"again.{leaf_format}"
+            results.append(await boot_again(show, image, shape, again))
             results += await compare(show, image, shape, directory)
         rate = "unlimited" if shape.rate is None else f"{shape.rate / 1e6:g} Mbit/s"
         show.table(f"{rate}, {2000 * shape.delay:g} ms round trip", results)
 
 
-async def boot_at_once(
-    show: Show, image: Path, shape: Shape, directory: Path, leaf_format: str
-) -> Result:
-    """Part 1: boot through nbdstream, until the disk is wholly local."""
+async def boot_at_once(show: Show, image: Path, shape: Shape, leaf: Path) -> Result:
+    """Part 1: boot through nbdstream, until the disk is wholly local and nbdstream gone."""
     with slow_remote(image, shape) as link:
         show.begin("A guest boots at once from a slow remote image")
         show.note(f"remote: {link.uri()}, {describe(image)}")
         task = Task(DEBIAN, WORK, WORK_DONE, link, show)
-        return await stream_with_nbdstream(task, directory, leaf_format)
+        return await stream_with_nbdstream(task, leaf)
 
 
 async def boot_from_leaf(show: Show, leaf: Path) -> None:
     """Part 2: the remote is gone; the leaf alone must do."""
     show.begin("The remote is cut off: the same guest from the leaf alone")
     show_command(show, "nbdstream", "info", str(leaf))
-    with nbdstream_serve(leaf) as server:
-        async with boot(DEBIAN, Disk.nbd(server.uri)) as guest:
-            show.note("the guest is up")
-            await guest.run(CHECK)
-            await guest.run(EVERYTHING)
-            show.note("every checksum in the guest is right")
-            if (await guest.run("cat /root/note")).strip() != NOTE:
-                raise RuntimeError("the guest lost what it had written")
-            show.note(f"and it reads: {NOTE}")
-            await guest.power_off()
-    check_filesystem(leaf, leaf.suffix.removeprefix("."))
+    image_format = leaf.suffix.removeprefix(".")
+    async with boot(DEBIAN, Disk.file(leaf, image_format)) as guest:
+        show.note("the guest is up; its QEMU uses the file, there is no nbdstream")
+        await guest.run(CHECK)
+        await guest.run(EVERYTHING)
+        show.note("every checksum in the guest is right")
+        if (await guest.run("cat /root/note")).strip() != NOTE:
+            raise RuntimeError("the guest lost what it had written")
+        show.note(f"and it reads: {NOTE}")
+        await guest.power_off()
+    check_filesystem(leaf, image_format)
     show.note("e2fsck finds nothing wrong with its file system")
 
 
+async def boot_again(show: Show, image: Path, shape: Shape, leaf: Path) -> Result:
+    """Part 3: a new leaf of the same image; nothing is told of the first boot."""
+    with slow_remote(image, shape) as link:
+        show.begin("A second boot of the image, with a new leaf")
+        task = Task(DEBIAN, WORK, WORK_DONE, link, show)
+        return await stream_with_nbdstream(task, leaf, "nbdstream, second boot")
+
+
 async def compare(show: Show, image: Path, shape: Shape, directory: Path) -> list[Result]:
-    """Part 3: the same with the peers, each with a link of its own that is alike."""
+    """Part 4: the same with the peers, each with a link of its own that is alike."""
     results = []
     for title, way in (
         ("For comparison: copy the image, then boot", copy_then_boot),
@@ -106,7 +122,10 @@ async def compare(show: Show, image: Path, shape: Shape, directory: Path) -> lis
     ):
         with slow_remote(image, shape) as link:
             show.begin(title)
-            results.append(await way(Task(DEBIAN, WORK, WORK_DONE, link, show), directory))
+            task = Task(DEBIAN, WORK, WORK_DONE, link, show)
+            results.append(await way(task, directory))
+    show.begin("For comparison: from a local file")
+    results.append(await boot_from_file(task, Disk.file(directory / "copy.raw")))
     return results
 
 

@@ -98,7 +98,7 @@ async def recover(show: Show, backup: Path, shape: Shape, directory: Path) -> Re
         with far_end(server, shape) as link:
             show.begin("It starts from its backup at once")
             task = Task(DEBIAN, WORK, WORK_DONE, link, show)
-            return await stream_with_nbdstream(task, directory, "qcow2")
+            return await stream_with_nbdstream(task, directory / "leaf.qcow2")
 
 
 async def restore_then_boot(

@@ -10,8 +10,9 @@ work (to verify some files), and ends once the disk is wholly local. Each leaves
 the disk in the directory it was given.
 """
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ import trio
 
 from nbdstream.cli.progress import Snapshot
 from nbdstream.guest.disks import Disk
+from nbdstream.pivot.leftovers import PivotDisk
+from nbdstream.pivot.run import pivot
+from nbdstream.pivot.servers import ControlledServer, Monitor
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import Event
 from nbdstream.tasks import open_background_nursery
@@ -30,6 +34,8 @@ from testbed.link.model import Shape
 from testbed.peers import Peer, nbdkit, nbdstream_serve
 
 POLL_INTERVAL = 0.5
+# Read by the guest to measure its disk.
+BLOCKS = 4096
 STREAM_TIMEOUT = 1800.0
 
 _JOB_ENDED = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", "BLOCK_JOB_ERROR")
@@ -69,24 +75,56 @@ def far_end(server: Peer, shape: Shape) -> Iterator[LinkProcess]:
         yield link
 
 
-async def stream_with_nbdstream(task: Task, directory: Path, leaf_format: str) -> Result:
-    """Boot over NBD from a leaf, ``leaf.FORMAT`` in *directory*, while the rest streams."""
-    leaf = directory / f"leaf.{leaf_format}"
+async def stream_with_nbdstream(
+    task: Task, leaf: Path, way: str = "nbdstream", *, pivots: bool = True
+) -> Result:
+    """Boot over NBD from a leaf while the rest streams; with *pivots*, QEMU then opens the leaf
+    itself, and the server ends."""
     with nbdstream_serve(leaf, task.uri) as server:
         task.show.note(f"nbdstream serves {leaf.name}: {server.uri}")
         assert server.control is not None
-        async with QMPClient.connect(server.control) as control:
+        disk = Disk.nbd(server.uri)
+        async with start(task.system, disk, on_console=task.show.guest) as guest:
+            async with QMPClient.connect(server.control) as control:
 
-            async def status() -> str:
-                return str(Snapshot.of(await control.execute("x-nbdstream-stats")))
+                async def status() -> str:
+                    return str(Snapshot.of(await control.execute("x-nbdstream-stats")))
 
-            async with _shown(task.show, status), _watched(task, control) as stream:
-                disk = Disk.nbd(server.uri)
-                async with start(task.system, disk, on_console=task.show.guest) as guest:
+                async with _shown(task.show, status), _watched(task, control) as stream:
                     login = await bring_up(task, guest)
                     local = await stream.wait()
-                    await power_off(task, guest)
-    return Result("nbdstream", login, local, task.moved())
+            if pivots:
+                await _pivot(task, guest, str(server.control))
+            await power_off(task, guest)
+    return Result(way, login, local, task.moved())
+
+
+async def _pivot(task: Task, guest: RunningGuest, control: str) -> None:
+    before = await _read_rate(guest)
+    monitor = Monitor(lambda: nullcontext(guest.guest.qmp), guest.guest.process.pid)
+    pause = await pivot(monitor, [PivotDisk(ControlledServer(control))])
+    task.show.note(f"pivot: QEMU uses the leaf itself; the guest was stopped for {pause:.3f} s")
+    after = await _read_rate(guest)
+    task.show.note(
+        f"the guest reads {before:.0f} blocks of 4 KiB a second before, {after:.0f} after"
+    )
+
+
+async def _read_rate(guest: RunningGuest) -> float:
+    """How many blocks of 4 KiB the guest reads from its disk in a second, one after the other."""
+    said = await guest.run(f"dd if=/dev/vda of=/dev/null bs=4k count={BLOCKS} iflag=direct 2>&1")
+    found = re.search(r", ([\d.]+) s,", said)
+    if found is None:
+        raise RuntimeError(f"dd in the guest says: {said}")
+    return BLOCKS / float(found[1])
+
+
+async def boot_from_file(task: Task, disk: Disk) -> Result:
+    """Boot from a local image."""
+    async with start(task.system, disk, on_console=task.show.guest) as guest:
+        login = await bring_up(task, guest)
+        await power_off(task, guest)
+    return Result("from a local file", login, 0, 0)
 
 
 async def copy_then_boot(task: Task, directory: Path) -> Result:
