@@ -15,7 +15,7 @@ from nbdstream import __version__
 from testbed.guests.debian_image import SUITE, mirror
 from testbed.peers import run, temporary_directory
 
-# In the clean root: install the package as users do, use it, remove it. Each step ends it.
+# In the clean root: install the package as users do, and use it. A step that fails ends it.
 CHECK = f"""
 set -eux
 export DEBIAN_FRONTEND=noninteractive
@@ -45,9 +45,42 @@ for found in importlib.metadata.distributions(path=["/usr/lib/nbdstream"]):
         assert not least or number(version) >= number(least), (found.name, text, version)
         print(found.name, "has", name, version)
 END
-apt-get remove -q -y nbdstream
-test ! -e /usr/lib/nbdstream
 echo all is well
+apt-get install -q -y systemd systemd-sysv dbus </dev/null
+"""
+# What is done when systemd has started in the root; it ends with the machine's end.
+SCRIPT = """
+set -ux
+cd /srv
+uri='nbd+unix:///?socket=/run/nbdstream/vm1.sock'
+systemctl start nbdstream@vm1.socket
+nbdinfo --size "$uri"
+systemctl is-active nbdstream@vm1.service && echo started by a client
+systemctl status --no-pager nbdstream@vm1.service
+systemctl show -p StatusText nbdstream@vm1.service
+systemctl restart nbdstream@vm1.service
+nbdinfo --size "$uri" && echo answers after a restart
+nbdstream status /run/nbdstream/vm1.qmp
+pid=$(systemctl show --value -p MainPID nbdstream@vm1.service)
+kill -STOP $pid
+nbdinfo --size "$uri" && echo answers after the watchdog
+journalctl --no-pager -u nbdstream@vm1.service
+apt-get remove -q -y nbdstream
+test ! -e /usr/lib/nbdstream && echo removed
+systemctl poweroff
+"""
+PROBE = """
+[Unit]
+After=multi-user.target
+[Service]
+ExecStart=/bin/sh /srv/probe.sh
+StandardOutput=file:/srv/probe.out
+StandardError=file:/srv/probe.err
+"""
+CONFIG = """
+leaf = "vm1.qcow2"
+backing = "qcow2+/srv/leaf.qcow2"
+stream = "paused"
 """
 
 
@@ -58,23 +91,74 @@ def built() -> Iterator[Path]:
         yield directory
 
 
-@pytest.mark.timeout(600)
-def test_the_debian_package_on_a_clean_system(built: Path, tmp_path: Path) -> None:
-    script = tmp_path / "check.sh"
-    script.write_text(CHECK)
-    deb = built / f"nbdstream_{__version__}_all.deb"
-    hooks = [f'copy-in "{deb}" "{script}" /srv', 'chroot "$1" sh /srv/check.sh']
-    command = ["mmdebstrap", "--variant=apt", "--format=null", "--aptopt=Acquire::Retries 3"]
-    command += [f"--customize-hook={hook}" for hook in hooks]
+@pytest.fixture(scope="module")
+def root(built: Path) -> Iterator[tuple[Path, str]]:
+    """A clean Debian in which `CHECK` was run, and what that printed. Root's rights are needed."""
+    with temporary_directory() as directory:
+        script, place = directory / "check.sh", directory / "root"
+        script.write_text(CHECK)
+        deb = built / f"nbdstream_{__version__}_all.deb"
+        hooks = [f'copy-in "{deb}" "{script}" /srv', 'chroot "$1" sh /srv/check.sh']
+        command = ["mmdebstrap", "--variant=apt", "--format=directory"]
+        command += [f"--customize-hook={hook}" for hook in hooks]
+        try:
+            yield place, as_root(*command, SUITE, str(place), mirror(), seconds=540)
+        finally:
+            as_root("rm", "-rf", "--one-file-system", str(place), seconds=60)
+
+
+def as_root(*command: str, seconds: float) -> str:
+    """Run a program with root's rights: all that it says. Fails with that, too."""
     done = subprocess.run(
-        [*command, SUITE, os.devnull, mirror()],
+        [*([] if os.geteuid() == 0 else ["sudo", "-n"]), *command],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=seconds,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "all is well" in done.stdout
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-6000:]
+    return said
+
+
+@pytest.mark.timeout(600)
+def test_the_debian_package_on_a_clean_system(root: tuple[Path, str]) -> None:
+    assert "all is well" in root[1]
+
+
+@pytest.mark.timeout(300)
+def test_the_service_under_systemd(root: tuple[Path, str], tmp_path: Path) -> None:
+    """A container that is booted: the unit with all of its hardening, and systemd's watchdog."""
+    place = root[0]
+    wants = "etc/systemd/system/multi-user.target.wants"
+    files = {
+        "srv/probe.sh": SCRIPT,
+        "etc/systemd/system/probe.service": PROBE,
+        "etc/nbdstream/vm1.toml": CONFIG,
+        # Not half a minute of waiting.
+        "etc/systemd/system/nbdstream@.service.d/test.conf": "[Service]\nWatchdogSec=3\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "file").write_text(text)
+        as_root("install", "-D", "-m644", str(tmp_path / "file"), str(place / name), seconds=10)
+    as_root("mkdir", "-p", str(place / wants), seconds=10)
+    as_root("ln", "-s", "../probe.service", str(place / wants / "probe.service"), seconds=10)
+    as_root(
+        "systemd-nspawn", "--register=no", "--keep-unit", "-q", "-D", str(place), "-b", seconds=240
+    )
+    said = as_root("cat", str(place / "srv/probe.out"), seconds=10)
+    for words in (
+        "started by a client",
+        "StatusText=",
+        "paused",
+        "answers after a restart",
+        "answers after the watchdog",
+        "Watchdog timeout",
+        "sandbox:      namespaces",
+        "removed",
+    ):
+        assert words in said, said
+    assert "status=1/FAILURE" not in said
 
 
 def test_the_wheel_in_a_virtual_environment(built: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from collections.abc import Iterable
 from html import escape
 
+from nbdstream.cli.cells import KINDS, LOCAL, REMOTE, ZERO, weigh
 from nbdstream.leaf.base import LeafExtent, State
 from nbdstream.units import format_size
 
@@ -24,7 +25,9 @@ def svg_map(extents: Iterable[LeafExtent], size: int, title: str) -> str:
     ``extents`` tile the disk of ``size`` bytes.
     """
     cells = min(_COLUMNS * _ROWS, max(1, -(-size // 512)))
-    weights = _weigh(extents, size, cells)
+    kinds = {State.ZERO: ZERO, State.UNALLOCATED: REMOTE}
+    pieces = ((each.offset, each.length, kinds.get(each.state, LOCAL)) for each in extents)
+    weights = weigh(pieces, size, cells)
     totals = [sum(cell[kind] for cell in weights) for kind in range(3)]
     columns = min(_COLUMNS, cells)
     rows = -(-cells // columns)
@@ -47,20 +50,6 @@ def svg_map(extents: Iterable[LeafExtent], size: int, title: str) -> str:
     return "\n".join(parts)
 
 
-def _weigh(extents: Iterable[LeafExtent], size: int, cells: int) -> list[list[float]]:
-    """For each cell, how many bytes of it are data, zero and remote."""
-    weights = [[0.0, 0.0, 0.0] for _ in range(cells)]
-    for extent in extents:
-        kind = {State.ZERO: 1, State.UNALLOCATED: 2}.get(extent.state, 0)
-        first = extent.offset * cells // size
-        last = (extent.end - 1) * cells // size
-        for cell in range(first, last + 1):
-            start = max(extent.offset, cell * size / cells)
-            end = min(extent.end, (cell + 1) * size / cells)
-            weights[cell][kind] += max(end - start, 0)
-    return weights
-
-
 def _mix(weights: list[float]) -> str:
     total = sum(weights) or 1.0
     colours = (_COLOURS[State.DATA], _COLOURS[State.ZERO], _REMOTE)
@@ -74,9 +63,7 @@ def _mix(weights: list[float]) -> str:
 def _legend(totals: list[float], size: int) -> list[str]:
     parts = []
     colours = (_COLOURS[State.DATA], _COLOURS[State.ZERO], _REMOTE)
-    for number, (name, colour, amount) in enumerate(
-        zip(("local", "zero", "remote"), colours, totals, strict=True)
-    ):
+    for number, (name, colour, amount) in enumerate(zip(KINDS, colours, totals, strict=True)):
         x = _MARGIN + number * 180
         y = _MARGIN + 26
         fill = "#" + "".join(f"{value:02x}" for value in colour)

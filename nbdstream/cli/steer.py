@@ -161,8 +161,14 @@ async def watch_job(qmp: QMPClient) -> None:
         say("complete: the whole disk is local")
         return
     job_id = _name_of(jobs)
+    if sys.stderr.isatty():
+        from nbdstream.cli.screen import watch_on_screen
+
+        event = await watch_on_screen(qmp, job_id)
+    else:
+        event = None
     with ProgressLine() as line:
-        event = await _follow(qmp, job_id, line)
+        event = event or await _follow(qmp, job_id, line)
         if event.name == "BLOCK_JOB_COMPLETED" and "error" not in event.data:
             # The server may have gone already: the event says all that is left to say.
             line.show(replace(snapshot, state="complete", local=snapshot.length))
