@@ -7,13 +7,14 @@
 import math
 import random
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdstream.backing.window import State, Window
-from testbed.paths.client import Client, FixedWindow
+from testbed.paths.client import STEP, Client, FixedWindow
 from testbed.paths.events import Events
 from testbed.paths.judge import find_oracle, judge, latency_of, rate_of
 from testbed.paths.network import Link
@@ -111,6 +112,26 @@ def test_contention_leaves_the_link_in_use_and_the_guest_alone() -> None:
         slower.append(percentile(run.latencies(began), 0.99) / idle)
     assert sorted(uses)[2] >= 0.98
     assert sorted(slower)[2] <= 1.3
+
+
+@pytest.mark.parametrize("guest", [None, "mixed writes"])
+def test_start_up_does_not_end_because_a_server_answers_at_random_times(guest: str | None) -> None:
+    """128 MiB from an object store that serves 64 reads at a time, as in `./dev bench paths`."""
+    store = Scenario(rate=6400 * MBIT, delay=0.0002, service=Uniform(0.02, 0.12), slots=64)
+    copy = Run(replace(store, seconds=3.0), FixedWindow(64 * MIB, 256 << 10))
+    times = []
+    for seed in range(5):
+        scenario = replace(store, guest=guest, seed=seed, seconds=8.0)
+        times.append(seconds_for(128 * MIB, Run(scenario, Window(rng=random.Random(seed)))))
+    assert max(times) <= 2.5 * seconds_for(128 * MIB, copy)
+
+
+def seconds_for(length: int, run: Run) -> float:
+    """When so many bytes had been streamed."""
+    arrived = (
+        number for number, total in enumerate(accumulate(run.client.steps)) if total >= length
+    )
+    return (next(arrived) + 1) * STEP
 
 
 @pytest.mark.parametrize("rate", [100 * MBIT, 1000 * MBIT])

@@ -13,6 +13,10 @@ START_GAIN = 3
 START_REPLIES = 6
 START_LEAST = 0.03
 FLAT_GROWTH = 1.25
+# A reply is not late if it differs from the shortest by less than so many times what
+# replies differ by from each other, over so many of them.
+SPREADS = 2.0
+SPREAD_REPLIES = 8
 
 
 class Starting:
@@ -22,6 +26,7 @@ class Starting:
         self._course, self._draining = course, draining
         self._late_replies, self._late_since = 0, 0.0
         self._flat_rate = 0.0
+        self._spread = self._last_delay = 0.0
 
     def answered(self, now: float, request: Sent) -> None:
         """The reply of a background read has come: grow by it."""
@@ -29,7 +34,10 @@ class Starting:
         delay = now - request.time
         if path.base_rtt == 0 or delay < path.base_rtt:
             path.base_rtt = delay
-        if delay - path.base_rtt <= max(2 * path.target, path.base_rtt / 8):
+        self._spread += (abs(delay - self._last_delay) - self._spread) / SPREAD_REPLIES
+        self._last_delay = delay
+        usual = max(2 * path.target, path.base_rtt / 8, SPREADS * self._spread)
+        if delay - path.base_rtt <= usual:
             self._late_replies, self._late_since = 0, now
         self._late_replies += 1
         if START_GAIN * request.in_flight < course.size:
@@ -40,14 +48,7 @@ class Starting:
         late_for = now - self._late_since
         if self._late_replies > START_REPLIES and late_for >= max(path.base_rtt, START_LEAST):
             self._late_replies = 0
-            # What was in flight one delay ago is what comes now: Little's law, while it grows.
-            load = request.in_flight
-            rate = course.trial.rate or load / delay
-            floor = path.unit_floor
-            course.before = Before(
-                course.state, course.size, load, rate, rate, load / rate, 0.0, floor, now
-            )
-            self._draining.begin(now)
+            self._end(now, request.in_flight, course.trial.replies.mean or delay)
 
     def judge(self, trial: Trial, now: float) -> None:
         """A trial is over: go on, unless the rate grows no more."""
@@ -56,7 +57,18 @@ class Starting:
         self._flat_rate = trial.rate
         if flat or course.size == WINDOW_MOST:
             self._flat_rate = 0.0
-            course.remember(now, trial)
-            self._draining.begin(now)
+            mean = trial.replies.mean
+            self._end(now, int(trial.rate * mean), mean)
         else:
             course.new_trial(now)
+
+    def _end(self, now: float, load: int, delay: float) -> None:
+        """The path seems to be full, with ``load`` bytes in flight and replies after ``delay``.
+
+        The trial's own figures lag behind while the window grows: what comes now was asked for
+        one delay ago.
+        """
+        course = self._course
+        rate, floor = load / delay, course.path.unit_floor
+        course.before = Before(course.state, course.size, load, rate, rate, delay, 0.0, floor, now)
+        self._draining.begin(now)

@@ -44,7 +44,8 @@ class Trial:
         limited: the window was used up.
         over: enough has been seen. Only ever after whole rounds of what was in flight: replies
             come in bursts, and a part of a round says nothing of the rest.
-        own: the delays of background requests that were sent within the trial.
+        replies: the delays of background requests that were answered within the trial.
+        own: those of them that were sent within it, too.
     """
 
     def __init__(self, size: int, now: float, in_flight: int, accuracy: float = ACCURACY) -> None:
@@ -62,7 +63,7 @@ class Trial:
         self._in_flight = in_flight
         self._area = 0.0  # byte-seconds in flight
         self._all_bytes = self._bytes = 0
-        self._delays = Row()
+        self.replies = Row()
         self.own = Row()
 
     def _advance(self, now: float) -> None:
@@ -95,15 +96,15 @@ class Trial:
         if request.background:
             self.limited = self.limited or limited
             self._bytes += request.length
-            self._delays.add(now - request.time)
+            self.replies.add(now - request.time)
             if self._bytes >= self._next_round:
                 self._next_round += self._round
                 self.over = self._is_enough(now - self._start)
 
     def _is_enough(self, elapsed: float) -> bool:
-        if self._delays.count < REPLIES_LEAST or elapsed < LEAST_TIME:
+        if self.replies.count < REPLIES_LEAST or elapsed < LEAST_TIME:
             return False
-        return self._delays.count >= REPLIES_MOST or self.error <= self._accuracy * self.delay
+        return self.replies.count >= REPLIES_MOST or self.error <= self._accuracy * self.delay
 
     @property
     def delay(self) -> float:
@@ -113,12 +114,12 @@ class Trial:
     @property
     def spread(self) -> float:
         """Seconds by which the time of one reply differs from the next one's."""
-        return self._delays.spread
+        return self.replies.spread
 
     @property
     def error(self) -> float:
         """The standard error of `delay`; of `rate`, it is the same part."""
-        return self._delays.error
+        return self.replies.error
 
     @property
     def rate(self) -> float:
