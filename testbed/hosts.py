@@ -6,13 +6,16 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nbd
 
+from testbed.link.control import link_process
+from testbed.link.model import Shape
 from testbed.peers import Peer, binary, nbdkit, nbdstream_serve, run, temporary_directory
 
 
@@ -29,11 +32,10 @@ class Host:
     leaves: Path
     source: Path
     far: Peer
+    uri: str
     log: Path
-
-    @property
-    def uri(self) -> str:
-        return self.far.uri
+    exits: contextlib.ExitStack
+    serve_far: Callable[[Path], contextlib.AbstractContextManager[Peer]]
 
     def images(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(image("ls", "--store", self.store, "--json"))
@@ -62,45 +64,93 @@ class Host:
         with nbdstream_serve(leaf, self.uri, f"--store={self.store}", *args, **options) as server:
             yield server
 
-    def process(self) -> int:
-        """The pid of the image's process."""
-        control = self.the_image()["control"]
-        (pid,) = [
+    def processes(self) -> set[int]:
+        """The pids of images' processes."""
+        ids = [path.name.encode() for path in (self.store / "images").iterdir()]
+        return {
             int(entry.name)
             for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and _serves(entry, control)
-        ]
-        return pid
+            if entry.name.isdigit() and _serves_one_of(entry, ids)
+        }
+
+    def wait_for_process(self, other_than: set[int]) -> int:
+        """The pid of an image's process that is none of these, as soon as there is one."""
+        wait_until(lambda: self.processes() - other_than, "an image's process")
+        return min(self.processes() - other_than)
+
+    def wait_for_reads(self, count: int) -> None:
+        """Return when the far end was asked for so many more reads."""
+        wanted = len(self.fetched()) + count
+        wait_until(lambda: len(self.fetched()) >= wanted, "reads of the far end")
+
+    def wait_for_read(self, offset: int, after: int) -> None:
+        """Return when the far end was asked for this offset, in a read after so many others."""
+        wait_until(
+            lambda: any(begin == offset for begin, _ in self.fetched()[after:]),
+            f"read of the far end at {offset}",
+        )
+
+    def kill_process(self) -> None:
+        """End the processes of all images, as a crash would."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not self.processes(), "the end of the images' processes")
+
+    def restart_far(self) -> None:
+        """Serve what `source` is now, at the same address."""
+        self.far.kill()
+        self.far = self.exits.enter_context(self.serve_far(self.far.socket))
 
 
-def _serves(entry: Path, control: str) -> bool:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    """Wait for what no event tells of. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {what} in {seconds} s")
+        time.sleep(0.01)
+
+
+def _serves_one_of(entry: Path, ids: list[bytes]) -> bool:
+    """Whether a process of /proc serves an image, and has left the one that started it."""
     try:
         words = (entry / "cmdline").read_bytes().split(b"\0")
+        parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return False
-    image_id = Path(control).parent.name.encode()
-    return b"serve" in words and image_id in words and b"--detach" in words
+    return b"serve" in words and not set(ids).isdisjoint(words) and parent == 1
 
 
 @contextlib.contextmanager
-def store_host(source: Path, directory: Path, *args: str) -> Iterator[Host]:
-    """A host without images, whose leaves are in `directory`, and nbdkit with `source`; `args` are
-    nbdkit's.
+def store_host(
+    source: Path, directory: Path, *args: str, shape: Shape | None = None
+) -> Iterator[Host]:
+    """A host without images, whose leaves are in `directory`, and nbdkit with `source`, behind a
+    link of this shape if there is one; `args` are nbdkit's.
     """
     log = directory / "far.log"
-    with temporary_directory() as short:
-        with nbdkit("file", source, f"logfile={log}", *args, filters=["log"], readonly=True) as far:
-            place = Host(short / "s", directory, source, far, log)
-            try:
-                yield place
-            finally:
-                for found in place.images():
-                    if found["served"]:
-                        os.kill(place.process(), signal.SIGKILL)
+
+    def serve_far(socket_path: Path | None = None) -> contextlib.AbstractContextManager[Peer]:
+        plugin = ["file", str(source), f"logfile={log}", "logappend=true", *args]
+        return nbdkit(*plugin, filters=["log"], readonly=True, socket_path=socket_path)
+
+    with temporary_directory() as short, contextlib.ExitStack() as exits:
+        far = exits.enter_context(serve_far())
+        uri = far.uri
+        if shape is not None:
+            link = link_process(f"unix:{short}/link", f"unix:{far.socket}", shape)
+            uri = exits.enter_context(link).uri()
+        place = Host(short / "s", directory, source, far, uri, log, exits, serve_far)
+        (place.store / "images").mkdir(parents=True)
+        try:
+            yield place
+        finally:
+            place.kill_process()
 
 
 @contextlib.contextmanager
 def client(uri: str) -> Iterator[nbd.NBD]:
+    """A libnbd client."""
     handle = nbd.NBD()
     handle.connect_uri(uri)
     yield handle

@@ -79,6 +79,7 @@ class Connection:
         multi_conn: the server allows several connections at once.
         minimum_block, maximum_block: what every request must be a multiple of, and may
             be at the most.
+        takes_hints: the server can be told what will be read soon (NBD_CMD_CACHE).
         has_block_status: the server answers block status for ``base:allocation``.
         in_flight: bytes asked for and not yet received in full.
         last_progress: when bytes last came, or an idle connection was last given work.
@@ -102,6 +103,7 @@ class Connection:
             min(handle.get_block_size(nbd.SIZE_MAXIMUM) or DEFAULT_MAXIMUM, DEFAULT_MAXIMUM),
             self.minimum_block,
         )
+        self.takes_hints: bool = handle.can_cache()
         self.has_block_status: bool = handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         self.in_flight = 0
         self.last_progress = trio.current_time()
@@ -285,10 +287,9 @@ class Connection:
     def hint(self, offset: int, length: int) -> None:
         """Tell the server that the range is needed now (NBD_CMD_CACHE), and wait for nothing.
         Does nothing if the server does not take hints, or the connection is lost."""
-        if self.lost or not self._handle.can_cache():
-            return
-        with contextlib.suppress(ConnectionLostError):
-            self._submit(0, lambda: self._handle.aio_cache(length, offset))
+        if self.takes_hints:
+            with contextlib.suppress(ConnectionLostError):
+                self._submit(0, lambda: self._handle.aio_cache(length, offset))
 
     def _send_read(self, view: memoryview, offset: int) -> _Request:
         return self._submit(len(view), lambda: self._handle.aio_pread(view, offset))

@@ -97,6 +97,7 @@ def join(image: Image, leaf: str, *, temporary: bool) -> Membership:
             new.rename(entry)
             sync_directory(str(entry))
             image.use()
+            sweep(image)
         except BaseException:
             lock.release()
             new.unlink(missing_ok=True)
@@ -106,16 +107,24 @@ def join(image: Image, leaf: str, *, temporary: bool) -> Membership:
 
 
 def users(image: Image) -> list[User]:
-    """All entries that count, in the order in which they came; disturbs nobody. Raises OSError."""
-    found = [user for _, user in _entries(image) if user.state is not UserState.GONE]
-    return sorted(found, key=lambda user: (user.since, user.leaf))
+    """All users that count, in the order in which they came; disturbs nobody. A leaf that has
+    several entries, because its server was killed, is one user. Raises OSError."""
+    found: dict[str, User] = {}
+    for _, user in _entries(image):
+        known = found.get(user.leaf)
+        if user.state is UserState.RUNNING or (user.state is UserState.WAITING and not known):
+            found[user.leaf] = user
+    return sorted(found.values(), key=lambda user: (user.since, user.leaf))
 
 
 def sweep(image: Image) -> list[User]:
-    """Delete entries of users that are gone, and return the others. The caller holds the
-    image's lock. Raises OSError."""
-    for path, user in _entries(image):
-        if user.state is UserState.GONE:
+    """Delete entries that do not count, and return the users. The caller holds the image's lock.
+    Raises OSError."""
+    entries = _entries(image)
+    running = {user.leaf for _, user in entries if user.state is UserState.RUNNING}
+    for path, user in entries:
+        replaced = user.state is UserState.WAITING and user.leaf in running
+        if user.state is UserState.GONE or replaced:
             path.unlink(missing_ok=True)
     return users(image)
 
@@ -134,7 +143,7 @@ def _look(path: Path, image: Image) -> User:
     values = read_record(path) or {}
     leaf = str(values.get("leaf", ""))
     temporary = values.get("temporary") is True
-    device = _number(values.get("device"))
+    device, since = _number(values.get("device")), values.get("since")
     if running:
         state = UserState.RUNNING
     elif temporary or not path.exists() or (leaf and not _needs(Path(leaf), device, image)):
@@ -144,7 +153,7 @@ def _look(path: Path, image: Image) -> User:
     return User(
         leaf or f"(unreadable entry {path})",
         _number(values.get("pid")),
-        float(_number(values.get("since"))),
+        since if isinstance(since, float) else 0.0,
         device,
         temporary,
         state,
@@ -181,4 +190,4 @@ def _device(path: Path) -> int:
 
 
 def _number(value: object) -> int:
-    return int(value) if isinstance(value, int | float) else -1
+    return value if isinstance(value, int) else -1

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process of an image, from inside: classes of reads, promotion, a full disk, its end."""
+
+import errno
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+
+from nbdstream.backing.base import Priority
+from nbdstream.errors import StoreError
+from nbdstream.export import Export
+from nbdstream.net.address import UnixAddress
+from nbdstream.net.connect import open_socket
+from nbdstream.service import ServeOptions, open_stream
+from nbdstream.store.exports import RESERVE, export_name, image_exports
+from nbdstream.store.layout import Image, Store
+from nbdstream.store.process import serve_image
+from nbdstream.store.resolve import resolve
+from testbed.hosts import client, store_host
+from testbed.peers import Peer, Qmp, make_image, nbdkit, temporary_directory
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    make_image(path, SIZE, sparse=False)
+    return path
+
+
+@pytest.fixture
+def content(source: Path) -> bytes:
+    return source.read_bytes()
+
+
+@pytest.fixture
+def far(source: Path) -> Iterator[Peer]:
+    with nbdkit("file", source, readonly=True) as peer:
+        yield peer
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with temporary_directory() as directory:
+        yield Store(directory / "s")
+
+
+@asynccontextmanager
+async def exports(store: Store, far: Peer) -> AsyncIterator[dict[str, Export]]:
+    """The exports of the far end's image, by class."""
+    image = await resolve(store, far.uri)
+    options = ServeOptions(
+        str(image.leaf), backing=far.uri, format="raw", stream="off", shared=True
+    )
+    async with open_stream(options) as opened:
+        found = image_exports(opened.disk, image.record.identity)
+        yield dict(zip(["demand", "readahead", "prefetch", "stream"], found, strict=True))
+
+
+async def read(export: Export, offset: int, length: int) -> bytes:
+    data = bytearray(length)
+    await export.read(memoryview(data), offset)
+    return bytes(data)
+
+
+async def test_each_class_has_its_export(store: Store, far: Peer, content: bytes) -> None:
+    async with exports(store, far) as found:
+        for number, (name, export) in enumerate(found.items()):
+            priority = Priority[name.upper()]
+            assert export.name.endswith(export_name("", priority))
+            offset = number * MIB
+            assert await read(export, offset, 4096) == content[offset : offset + 4096]
+
+
+async def test_a_full_disk_stops_background_reads_and_no_guest(
+    store: Store, far: Peer, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with exports(store, far) as found:
+        assert await read(found["stream"], 0, 4096) == content[:4096]
+        full = SimpleNamespace(f_bavail=RESERVE // 4096 - 1, f_frsize=4096, f_blocks=1 << 40)
+        monkeypatch.setattr(os, "fstatvfs", lambda _fd: full)
+        monkeypatch.setattr("nbdstream.store.exports.LOOK_INTERVAL", 0.0)
+        space: Any = found["stream"]
+        space._space._look_at = 0.0
+        for name in ("stream", "prefetch", "readahead"):
+            with pytest.raises(OSError, match="kept for guests") as caught:
+                await read(found[name], 4 * MIB, 4096)
+            assert caught.value.errno == errno.ENOSPC
+            assert await read(found[name], 0, 4096) == content[:4096]  # what is local is there
+        assert await read(found["demand"], 4 * MIB, 4096) == content[4 * MIB :][:4096]
+        monkeypatch.undo()
+        space._space._look_at = 0.0
+        assert await read(found["stream"], 5 * MIB, 4096) == content[5 * MIB :][:4096]
+
+
+async def connected(image: Image) -> None:
+    sock = await open_socket(UnixAddress(str(image.socket)))
+    sock.close()
+
+
+async def test_the_process_ends_when_it_is_unused(store: Store, far: Peer) -> None:
+    image = await resolve(store, far.uri)
+    ready = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            await serve_image(image, far.uri, idle_time=0.05, ready=ready.set, stop=trio.Event())
+
+        nursery.start_soon(serve)
+        await ready.wait()
+        await connected(image)
+    assert not image.served
+    assert not image.socket.exists()
+
+
+async def test_a_second_process_is_refused(
+    store: Store, far: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdstream.store.process.PREDECESSOR_TIME", 0.0)
+    image = await resolve(store, far.uri)
+    ready, stop = trio.Event(), trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            await serve_image(image, far.uri, ready=ready.set, stop=stop)
+
+        nursery.start_soon(serve)
+        await ready.wait()
+        with pytest.raises(StoreError, match="another process holds this lock"):
+            await serve_image(image, far.uri, ready=lambda: None, stop=stop)
+        await connected(image)
+        stop.set()
+
+
+def test_a_guest_that_waits_for_a_streamed_range_is_demand_at_the_far_end(
+    source: Path, tmp_path: Path
+) -> None:
+    with store_host(source, tmp_path, "--filter=delay", "rdelay=1") as place:
+        with place.guest("leaf.qcow2", "--stream", "off") as server:
+            assert server.control
+
+            def stream() -> None:
+                with Qmp(server.control or Path()) as qmp:
+                    qmp.execute("x-nbdstream-stream", device="disk0", offset=4 * MIB)
+
+            before = len(place.fetched())
+            thread = threading.Thread(target=stream)
+            thread.start()
+            place.wait_for_read(4 * MIB, before)
+            with client(server.uri) as handle:
+                assert handle.pread(4096, 4 * MIB) == source.read_bytes()[4 * MIB :][:4096]
+            thread.join()
+            with Qmp(Path(place.the_image()["control"])) as qmp:
+                requests = qmp.execute("x-nbdstream-stats")["backing"]["requests"]
+            assert requests["demand"] > 0
+            assert requests["stream"] == 0
