@@ -9,6 +9,7 @@ import trio
 
 from nbdstream.guest.disks import Disk
 from nbdstream.leaf import open_leaf
+from nbdstream.qmp.client import QMPClient
 from testbed.peers import Peer, make_image, nbdkit, nbdstream_serve, run
 from tests.pivot_support import (
     SIZE,
@@ -138,3 +139,18 @@ async def test_two_pivots_of_one_guest_take_turns(tmp_path: Path, image: Path) -
                 nursery.start_soon(one, server)
         assert len(pauses) == 2 and all(pauses)
         assert await is_running(vm)
+
+
+async def test_a_node_on_the_export_that_nothing_uses_is_no_disk(
+    tmp_path: Path, image: Path
+) -> None:
+    """A pivot that was killed at its end leaves one, and the next disk may be on that socket."""
+    leaf = tmp_path / "leaf.qcow2"
+    with nbdkit("file", image, readonly=True) as far, nbdstream_serve(leaf, far.uri) as server:
+        await wait_local(server)
+        with qemu(tmp_path, Disk.nbd(server.uri)) as vm:
+            old = Disk.nbd(server.uri).blockdev["file"]
+            async with QMPClient.connect(vm) as qmp:
+                await qmp.execute("blockdev-add", {**old, "node-name": "old"})
+            await pivot(vm, [disk_of(server)])
+            assert await is_running(vm)

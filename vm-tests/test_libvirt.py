@@ -18,11 +18,9 @@ from nbdstream.guest.console import Console
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.tasks import open_background_nursery
-from testbed.guests import systems
 from testbed.migrations import arrangement, libvirt
 from testbed.migrations.arrangement import (
     SMALL,
-    WRITER,
     Ends,
     last_acknowledged,
     records,
@@ -143,19 +141,8 @@ def ended(control: str) -> Iterator[None]:
 @asynccontextmanager
 async def running_domain(site: Site) -> AsyncIterator[Console]:
     """The domain boots at the source, and its writer and its pulse begin."""
-    ends = site.ends
     await libvirt.ready(site.here, site.there)
-    await site.here.virsh("define", xml_file("here", ends))
-    await site.here.virsh("start", "--paused", DOMAIN)
-    stream = await trio.open_unix_socket(ends.path("here.serial"))
-    async with stream, open_background_nursery() as nursery:
-        console = Console(stream)
-        nursery.start_soon(console.pump)
-        await site.here.virsh("resume", DOMAIN)
-        await console.wait_for(ends.system.login, systems.BOOT_TIMEOUT)
-        await console.wait_for(ends.system.prompt, systems.BOOT_TIMEOUT)
-        await console.send(f"{WRITER}\n")
-        await console.wait_for("ACK 3\\b", 60)
+    async with libvirt.running_domain(site.here, site.ends, xml_file("here", site.ends)) as console:
         yield console
 
 

@@ -91,7 +91,9 @@ class Graph:
         ours = [
             node["node-name"]
             for node in self._nodes.values()
-            if node["drv"] == "nbd" and _place(node["file"]) in wanted
+            if node["drv"] == "nbd"
+            and _place(node["file"]) in wanted
+            and self.in_use(node["node-name"])  # one that a killed pivot left is not
         ]
         if not ours:
             raise PivotError(f"this QEMU has no disk on {' or '.join(uris)}: not this guest's")

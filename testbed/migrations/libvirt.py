@@ -12,16 +12,20 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from nbdstream.guest.accelerator import qemu_binary
+from nbdstream.guest.console import Console
 from nbdstream.guest.qemu import MiB
+from nbdstream.tasks import open_background_nursery
+from testbed.guests import systems
 from testbed.guests.systems import System
+from testbed.migrations.arrangement import WRITER, Ends
 
 DOMAIN = "vm"
 START_TIMEOUT = 60.0
@@ -156,6 +160,24 @@ async def ready(*hosts: Host) -> None:
                     await trio.sleep(0.1)
                 else:
                     break
+
+
+@asynccontextmanager
+async def running_domain(at: Host, ends: Ends, xml: str) -> AsyncIterator[Console]:
+    """A domain boots, and its writer begins. ``xml``: the file of its definition, which is
+    `domain_xml` of the end that has the host's name."""
+    await at.virsh("define", xml)
+    await at.virsh("start", "--paused", DOMAIN)
+    stream = await trio.open_unix_socket(ends.path(f"{at.name}.serial"))
+    async with stream, open_background_nursery() as nursery:
+        console = Console(stream)
+        nursery.start_soon(console.pump)
+        await at.virsh("resume", DOMAIN)
+        await console.wait_for(ends.system.login, systems.BOOT_TIMEOUT)
+        await console.wait_for(ends.system.prompt, systems.BOOT_TIMEOUT)
+        await console.send(f"{WRITER}\n")
+        await console.wait_for("ACK 3\\b", 60)
+        yield console
 
 
 def domain_xml(end: str, directory: Path, system: System) -> str:
