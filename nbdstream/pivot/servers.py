@@ -14,8 +14,9 @@ from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import JSONObject, QMPConnectionError, QMPError
 from nbdstream.service import Service
 
-# Seconds for a greeting, that a server gets to end, and that another pivot of the same guest gets.
-CONNECT_SECONDS = 10.0
+# Seconds for a greeting (QEMU gives none while it waits for an NBD server that was away, to which
+# it connects again every 16 s), that a server gets to end, and that another pivot gets.
+CONNECT_SECONDS = 20.0
 END_SECONDS = 20.0
 TURN_SECONDS = 60.0
 _POLL = 0.05
@@ -109,7 +110,7 @@ async def connect(path: str) -> AsyncIterator[QMPClient]:
     if scope.cancelled_caught:
         raise QMPConnectionError(
             f"{path}: no QMP greeting: another program is connected to it (QEMU serves one at a"
-            " time on a socket), or it is no QMP socket"
+            " time on a socket), QEMU waits for a server that is away, or it is no QMP socket"
         )
 
 

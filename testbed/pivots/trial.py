@@ -173,7 +173,8 @@ class _Scene:
             again = await self._again()
             if again and self._server_is_dead():
                 self._serve_again()
-                again = await self._again()
+                # Once more where QEMU takes a while to connect again.
+                again = await self._again() and await self._again()
             assert again == 0
         seen = last_acknowledged(self.guest.console.transcript)
         await self.guest.console.wait_for(rf"ACK {seen + 2}\b", 120)
