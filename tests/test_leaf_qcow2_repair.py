@@ -89,6 +89,28 @@ def test_an_image_of_version_2_is_repaired(tmp_path: Path) -> None:
     leaf.close()
 
 
+def test_subclusters_of_a_compressed_cluster_are_no_loss(tmp_path: Path) -> None:
+    """The bitmap of such an entry is not used, and has to be zero: the data is sound."""
+    raw, path = tmp_path / "raw", tmp_path / "disk"
+    data = b"".join(bytes([number]) * 16384 for number in range(1, 65))
+    raw.write_bytes(data)
+    options = "extended_l2=on,cluster_size=16k"
+    run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path])
+    with path.open("rb") as file:
+        image = Image(path, read_header(file.fileno(), str(path)))
+    for index in (0, 3, 40):
+        assert image.get(image.l2 + 16 * index) & 1 << 62
+        image.put(image.l2 + 16 * index + 8, 7 << 32 | 1)
+    told = invoke("check", "-f", "qcow2", path, status=2)
+    assert "compressed cluster with subclusters (3x)" in told and "lose" not in told
+    told = invoke("check", "--repair", "-f", "qcow2", path, status=0)
+    assert "lost" not in told
+    qemu_check(path, "qcow2")
+    leaf = open_leaf(str(path), read_only=True, format="qcow2")
+    assert read(leaf, 0, len(data), b"") == data
+    leaf.close()
+
+
 def test_a_repair_names_the_guest_ranges_that_it_costs(tmp_path: Path) -> None:
     image = Image.make(tmp_path / "disk", plain(4096))
     for index in (1, 2, 3, 200):

@@ -15,9 +15,10 @@ from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import Leaf, State
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qed.check import check_image
-from nbdstream.leaf.qed.header import NEED_CHECK, Header, read_header
+from nbdstream.leaf.qed.header import BACKING_FILE, NEED_CHECK, Header, read_header
 from tests.leaf_support import (
     extents,
+    ours,
     pattern,
     qemu_check,
     qemu_check_report,
@@ -102,14 +103,51 @@ def test_damage_is_noticed_and_left_alone(path: Path, damage: Callable[[Path], N
     "name", ["a data cluster beyond the file", "a table beyond the file", "leaks"]
 )
 def test_a_crashed_image_with_invalid_offsets_is_repaired(path: Path, name: str) -> None:
-    """What QEMU may leave behind: entries whose clusters never made it to the file."""
+    """What QEMU may leave behind without a backing: entries whose clusters never made it to the
+    file."""
     DAMAGE[name](path)
-    set_field(path, 16, "Q", header_of(path).features | NEED_CHECK)
+    set_field(path, 16, "Q", header_of(path).features & ~BACKING_FILE | NEED_CHECK)
     leaf = open_leaf(str(path))
     assert leaf.check(repair=False).errors == 0
     assert read(leaf, 0, CLUSTER, b"") == pattern(0, CLUSTER, 1)
     leaf.close()
     qemu_check(path, "qed")
+
+
+def test_with_a_backing_no_crash_leaves_entries_beyond_the_end(tmp_path: Path) -> None:
+    """Data is synced before the entry that shows it: without it, the file was cut off."""
+    path = tmp_path / "disk.qed"
+    leaf = ours("qed", CLUSTER).new(path, SIZE)
+    write(leaf, 0, pattern(0, 2 * CLUSTER, 1))
+    leaf.close()
+    os.truncate(path, path.stat().st_size - CLUSTER)
+    set_field(path, 16, "Q", header_of(path).features | NEED_CHECK)
+    before = path.read_bytes()
+    with pytest.raises(LeafFormatError, match=r"not by a crash: the entry at .*check --repair"):
+        open_leaf(str(path))
+    assert path.read_bytes() == before
+    open_leaf(str(path), repair=True).close()
+    leaf = open_leaf(str(path), read_only=True)
+    backing = pattern(0, SIZE, 5)
+    expected = pattern(0, CLUSTER, 1) + backing[CLUSTER : 2 * CLUSTER]
+    assert read(leaf, 0, 2 * CLUSTER, backing) == expected
+    leaf.close()
+    qemu_check(path, "qed")
+
+
+def test_entries_just_beyond_the_end_stay_damaged_though_none_was_looked_at(path: Path) -> None:
+    """The file grows over them: they would show other data of the guest."""
+    place, end = l2_entry(path, 1), path.stat().st_size
+    set_field(path, place, "Q", end)
+    leaf = open_leaf(str(path))
+    write(leaf, 4 << 20, pattern(0, 4 * CLUSTER, 2))
+    leaf.close()
+    assert struct.unpack_from("<Q", path.read_bytes(), place)[0] == end | 2
+    for read_only in (True, False):
+        leaf = open_leaf(str(path), read_only=read_only)
+        with pytest.raises(LeafFormatError, match="is not aligned"):
+            read(leaf, CLUSTER, CLUSTER, b"")
+        leaf.close()
 
 
 @pytest.mark.parametrize(
@@ -187,6 +225,12 @@ def test_feature_bits(path: Path) -> None:
         open_leaf(str(path))
 
 
+def left_as_it_was(now: bytes, before: bytes) -> bool:
+    """Whether nothing was changed but to keep entries damaged that lead beyond the end."""
+    changed = [at for at, (new, old) in enumerate(zip(now, before, strict=True)) if new != old]
+    return all(at % 8 == 0 and now[at] == before[at] | 2 for at in changed)
+
+
 def looked_at(path: Path, image: bytes, look: Callable[[Leaf], object]) -> None:
     """Open an image, look at it and check it. It may be refused as damaged; nothing changes."""
     path.write_bytes(image)
@@ -201,7 +245,7 @@ def looked_at(path: Path, image: bytes, look: Callable[[Leaf], object]) -> None:
             pass
         leaf.check(repair=False)
         leaf.close()
-    assert path.read_bytes() == image
+    assert left_as_it_was(path.read_bytes(), image)
 
 
 def read_a_part_of_each_extent(leaf: Leaf) -> None:
@@ -217,7 +261,7 @@ def test_truncated_images(path: Path) -> None:
 
 
 def test_noise_in_header_and_tables(path: Path) -> None:
-    """Whatever is in the image: an error that says so, or some content; never a change."""
+    """Whatever is in the image: an error that says so, or some content; no change."""
     content = path.read_bytes()
     rng = random.Random(4)
     for _ in range(600):

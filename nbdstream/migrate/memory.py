@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import trio
 
+from nbdstream.migrate.limits import limit
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.qmp.client import EventQueue, QMPClient
 from nbdstream.qmp.protocol import CommandError, Event, JSONObject, QMPError
@@ -28,6 +29,8 @@ POLL_SECONDS = 0.25
 STALL_SECONDS = 20.0
 # Seconds that QEMU gets to pull out of the migration, out of band.
 YANK_SECONDS = 5.0
+# Seconds until a migration that was cancelled has ended, if nothing holds it up.
+CANCEL_SECONDS = 10.0
 FAILED = ("failed", "cancelled", "cancelling")
 # The states of a migration that can still be cancelled.
 CANCELLABLE = ("setup", "active", "pre-switchover", "device")
@@ -105,14 +108,8 @@ class Memory:
             await self._source.execute("migrate-continue", {"state": "pre-switchover"})
             await self._while_it_moves(events, wanted, lambda _facts: None)
         except MigrationError:
-            await self._pull_out()
+            await pull_out(self._source)
             raise
-
-    async def _pull_out(self) -> None:
-        """Have QEMU close its connection to the destination: sending what is left, it holds
-        its main loop, and hears nothing but this as long as a lost link makes it wait."""
-        with suppress(QMPError), trio.move_on_after(YANK_SECONDS):
-            await self._source.execute("yank", {"instances": [{"type": "migration"}]}, oob=True)
 
     async def wait_completed(self, events: EventQueue) -> None:
         """After post-copy: return when the last page has gone over. Raises MigrationError."""
@@ -131,14 +128,31 @@ class Memory:
                 raise MigrationError(f"the migration of memory {status}" + (why and f": {why}"))
 
 
+async def pull_out(source: QMPClient) -> None:
+    """Have QEMU close its connection to the destination: sending what is left, it holds
+    its main loop, and hears nothing but this as long as a lost link makes it wait."""
+    with suppress(QMPError), trio.move_on_after(YANK_SECONDS):
+        await source.execute("yank", {"instances": [{"type": "migration"}]}, oob=True)
+
+
 async def cancel(source: QMPClient) -> None:
-    """Take the migration of memory back, if one is under way. Raises QMPError."""
+    """Take the migration of memory back, if one is under way; a connection to the destination
+    that holds it up is closed. Raises QMPError, MigrationError if it does not end."""
+    with trio.move_on_after(CANCEL_SECONDS):
+        await _cancel(source)
+        return
+    await pull_out(source)
+    with limit("the migration of memory did not end", CANCEL_SECONDS):
+        await _cancel(source)
+
+
+async def _cancel(source: QMPClient) -> None:
     with source.events() as events:
         status = (await source.execute("query-migrate")).get("status", "none")
         if status not in (*CANCELLABLE, "cancelling"):
             return
         await source.execute("migrate_cancel")
-        while status not in ("cancelled", "failed", "completed"):
+        while status in (*CANCELLABLE, "cancelling"):
             with trio.move_on_after(POLL_SECONDS):
                 await events.wait("MIGRATION")
             status = (await source.execute("query-migrate")).get("status", "none")

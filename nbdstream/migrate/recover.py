@@ -25,6 +25,8 @@ from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import QMPError
 
 ASK_SECONDS = 10.0
+# Seconds until it is known whether it is too late; that waits for a hand-over to end.
+LATE_SECONDS = 60.0
 # Seconds that a server at the destination gets to end; it tries for a while to round off
 # clusters, in vain.
 END_SECONDS = 40.0
@@ -40,7 +42,8 @@ async def take_back(plan: MigrationPlan) -> str:
     monitor = Monitor(plan.source_qmp)
     server = QemuServer(monitor)
     async with answered(monitor.session(), "the source's QEMU") as source:
-        await _refuse_if_late(source, plan)
+        with limit("the source's QEMU did not say how far the migration is", LATE_SECONDS):
+            await _refuse_if_late(source, plan)
         await quit_qemu(plan.destination_qmp, None)
         generations, troubles = [], []
         for disk, planned in zip(make_sources(plan.disks, server), plan.disks, strict=True):
@@ -55,8 +58,9 @@ async def take_back(plan: MigrationPlan) -> str:
         if any(planned.source_node for planned in plan.disks):
             await server.clear()
         await cancel(source)
-        await resume(source)
-        await default_settings(plan).restore(source)
+        with limit("the guest could not be continued at the source"):
+            await resume(source)
+            await default_settings(plan).restore(source)
     if troubles:
         raise MigrationError(
             f"the guest was continued at the source, but {'; '.join(troubles)}; see to that, "
@@ -118,7 +122,7 @@ async def _discard(plan: DiskPlan, generation: str) -> bool:
     """End the destination's server and delete its leaf, if they belong to what was taken
     back; returns whether nothing is left."""
     belongs = False
-    with suppress(QMPError):
+    with suppress(QMPError), trio.move_on_after(ASK_SECONDS):
         async with QMPClient.connect(plan.control) as qmp:
             made_for = (await qmp.execute("x-nbdstream-standby-query")).get("generation")
             if not generation or made_for != generation:

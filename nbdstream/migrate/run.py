@@ -29,7 +29,7 @@ from nbdstream.migrate.memory import Memory, Settings, cancel, resume, settled_s
 from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer, QemuServer, make_sources, nbd_uri
-from nbdstream.migrate.switchover import Phase, There, Undo, owner, undo, why_kept
+from nbdstream.migrate.switchover import AT_SOURCE, Phase, There, Undo, owner, undo, why_kept
 from nbdstream.net.address import NbdUri
 from nbdstream.qmp.client import EventQueue, QMPClient
 from nbdstream.qmp.protocol import JSONObject, QMPConnectionError, QMPError
@@ -297,12 +297,14 @@ class Migration:
             self.phase = Phase.TOLD
             return [reason]
         troubles: list[str] = []
+        silent = False  # the source's QEMU: not asked again, the guest stands still meanwhile
         for step in steps:
             try:
-                with trio.fail_after(UNDO_SECONDS):
+                with limit("no answer", 0 if silent and step in AT_SOURCE else UNDO_SECONDS):
                     await self._undo(step)
-            except (NbdstreamError, OSError, trio.TooSlowError) as error:
-                troubles.append(f"could not {step.value}: {error or 'no answer'}")
+            except (NbdstreamError, OSError) as error:
+                troubles.append(f"could not {step.value}: {error}")
+                silent = silent or (step in AT_SOURCE and isinstance(error, MigrationError))
         return troubles
 
     async def _why_kept(self) -> str:

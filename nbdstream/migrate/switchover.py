@@ -35,6 +35,10 @@ class Undo(enum.Enum):
     DISCARD = "delete what was made at the destination"
 
 
+# Those that the source's QEMU carries out.
+AT_SOURCE = (Undo.CANCEL_MEMORY, Undo.RESUME_SOURCE, Undo.RESTORE_SETTINGS)
+
+
 class There(enum.Enum):
     """What the destination's QEMU is found to be, when the outcome of `Phase.HANDING` is not
     known."""

@@ -12,12 +12,11 @@ point and is then simply done again.
 """
 
 import os
-from array import array
 from dataclasses import replace
 from functools import lru_cache
 
 from nbdstream.errors import LeafFormatError
-from nbdstream.leaf.base import CheckResult, read_range, write_exactly
+from nbdstream.leaf.base import CheckResult, write_exactly
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qcow2.damage import Damage, describe, find_damage, mend
 from nbdstream.leaf.qcow2.header import REMEDY, Header
@@ -25,10 +24,7 @@ from nbdstream.leaf.qcow2.header_file import store_fields
 from nbdstream.leaf.qcow2.layout import (
     COMPRESSED,
     COPIED,
-    LOW_32,
     OFFSET,
-    Geometry,
-    load_words,
     store_words,
 )
 from nbdstream.leaf.qcow2.refcounts import (
@@ -38,7 +34,8 @@ from nbdstream.leaf.qcow2.refcounts import (
     unpack_entries,
 )
 from nbdstream.leaf.qcow2.references import MANY, Run, Walk
-from nbdstream.leaf.qcow2.space import Metadata, RefcountEvent, Space
+from nbdstream.leaf.qcow2.space import RefcountEvent, Space
+from nbdstream.leaf.qcow2.table_file import fixed_metadata
 
 
 def check_image(
@@ -83,46 +80,14 @@ def _ended_clean(fd: int, header: Header, syncs: Syncs) -> bool:
     return not left.errors
 
 
-def first_unallocated(fd: int, header: Header) -> int | None:
-    """The lowest guest offset that no table in the file has allocated; None: there is none.
-
-    Reads all tables (may block). Raises OSError.
-    """
-    geometry = header.geometry
-    size, bits = geometry.cluster_size, geometry.cluster_bits
-    clusters = geometry.clusters(geometry.size)
-    per_table = 1 << (geometry.table_bits - bits)
-    l1 = load_words(read_range(fd, header.l1_table_offset, geometry.l1_entries * 8))
-    for number, pointer in enumerate(l1):
-        first = number * per_table
-        if not pointer & OFFSET:
-            return first << bits
-        words = load_words(read_range(fd, pointer & OFFSET, size))
-        count = min(per_table, clusters - first)
-        index = _first_gap(geometry, words[: count * geometry.words], first + count == clusters)
-        if index is not None:
-            return (first << bits) + index
-    return None
-
-
-def _first_gap(geometry: Geometry, words: "array[int]", last: bool) -> int | None:
-    """The guest offset, from the range's start, of the first block that these entries lack;
-    ``last``: they are the disk's last ones, of which the end may be missing."""
-    if not geometry.extended:
-        return words.index(0) << geometry.cluster_bits if 0 in words else None
-    tail = geometry.clusters(geometry.size) - 1
-    blocks = -(-(geometry.size - (tail << geometry.cluster_bits)) // geometry.block_size)
-    whole = {bitmap for bitmap in set(words[1::2]) if (bitmap | bitmap >> 32) & LOW_32 == LOW_32}
-    for index, bitmap in enumerate(words[1::2]):
-        if bitmap in whole or words[2 * index] & COMPRESSED:
-            continue
-        have = (bitmap | bitmap >> 32) & LOW_32
-        if last and 2 * index + 2 == len(words):
-            have |= LOW_32 << blocks & LOW_32
-        if have != LOW_32:
-            block = (~have & (have + 1)).bit_length() - 1
-            return (index << geometry.cluster_bits) + block * geometry.block_size
-    return None
+def refcounts_are_too_low(fd: int, header: Header, syncs: Syncs) -> bool | None:
+    """Whether a cluster in use has fewer references than it should, or a refcount block is where
+    other things are; None: that cannot be told, for the tables are damaged (may block)."""
+    check = _Check(fd, header, syncs)
+    if check.structural_errors:
+        return None
+    check.compare()
+    return bool(check.bad_blocks or check.too_low)
 
 
 class _Check:
@@ -138,11 +103,11 @@ class _Check:
         self._table = load_table(fd, header)
         self.structural_errors = self.walk.errors
         self._bad = self.walk.run_refcount_blocks(self._table)
-        self._bad_errors = self.walk.errors - self.structural_errors
+        self.bad_blocks = self.walk.errors - self.structural_errors
         self._clusters = max(
             self.walk.references.clusters, self._geometry.clusters(os.fstat(fd).st_size)
         )
-        self._too_low = self._too_high = self._copied = self._repaired = 0
+        self.too_low = self._too_high = self._copied = self._repaired = 0
         self._events: list[RefcountEvent] = []
         self._stored = lru_cache(16)(self._read_block)
 
@@ -154,14 +119,14 @@ class _Check:
     def result(self) -> CheckResult:
         messages = list(self.walk.messages)
         for count, text in (
-            (self._too_low, "cluster with a refcount below its references"),
+            (self.too_low, "cluster with a refcount below its references"),
             (self._copied, "entry whose copied flag contradicts the refcount"),
             (self._too_high, "leaked cluster"),
         ):
             if count:
                 messages.append(f"{text} ({count}x)")
         return CheckResult(
-            errors=self.walk.errors + self._too_low + self._copied,
+            errors=self.walk.errors + self.too_low + self._copied,
             leaks=self._too_high,
             repaired=self._repaired,
             messages=tuple(messages),
@@ -210,7 +175,7 @@ class _Check:
 
     def _differs(self, cluster: int, was: int, should: int) -> None:
         if was < should:
-            self._too_low += 1
+            self.too_low += 1
         else:
             self._too_high += 1
         if self._events:
@@ -242,10 +207,9 @@ class _Check:
             write_exactly(
                 self._fd, memoryview(bytes(8)), self.header.refcount_table_offset + 8 * index
             )
-        space = Space(self._fd, self._geometry)
-        refcounts = Refcounts(
-            self._fd, self._geometry, self.header, space, Metadata(self._geometry)
-        )
+        metadata = fixed_metadata(self.header)
+        space = Space(self._fd, self._geometry, metadata)
+        refcounts = Refcounts(self._fd, self._geometry, self.header, space, metadata, trusted=False)
         space.events += self._events
         for plan in refcounts.take_plans(everything=True):
             self.header = plan.apply(self._fd, self.header, self._syncs)
@@ -253,7 +217,7 @@ class _Check:
             raise LeafFormatError("there is no room for the refcounts of this image")
         space.trim_file()
         self._syncs.sync(self._fd)
-        self._repaired += self._too_low + self._too_high + self._bad_errors
+        self._repaired += self.too_low + self._too_high + self.bad_blocks
         self._table = load_table(self._fd, self.header)
         self._stored.cache_clear()
 

@@ -20,7 +20,7 @@ from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qcow2.entries import EntryCheck, wrong_pointer
 from nbdstream.leaf.qcow2.header import Header
 from nbdstream.leaf.qcow2.header_file import store_fields
-from nbdstream.leaf.qcow2.layout import COMPRESSED, COPIED, OFFSET, Geometry, store_words
+from nbdstream.leaf.qcow2.layout import COMPRESSED, OFFSET, Geometry, store_words
 from nbdstream.leaf.qcow2.refcounts import saturated_entries, sound_block
 from nbdstream.leaf.qcow2.references import Walk
 from nbdstream.leaf.qcow2.space import Metadata
@@ -117,9 +117,10 @@ def _in_table(
                 empty = array("Q", bytes(8 * geometry.words))
                 yield Damage(place, empty, start, geometry.cluster_size, text)
                 continue
-            if entry[0] & COMPRESSED and entry[0] & COPIED:
-                entry[0] ^= COPIED
-                yield Damage(place, entry, start, geometry.cluster_size, "copied flag", lost=False)
+            sound = geometry.compressed(entry) if entry[0] & COMPRESSED else entry
+            if sound != entry:
+                text = "flags of a compressed cluster"
+                yield Damage(place, sound, start, geometry.cluster_size, text, lost=False)
 
 
 def mend(fd: int, header: Header, syncs: Syncs, damaged: list[Damage]) -> Header:

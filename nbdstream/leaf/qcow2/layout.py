@@ -146,6 +146,11 @@ class Geometry:
             return entry, cluster.zero << 32 | cluster.data
         return entry | cluster.zero, 0
 
+    def compressed(self, entry: "array[int]") -> "array[int]":
+        """The entry of a compressed cluster as it has to be: without the copied flag, and with
+        no subclusters ("Extended L2 Entries": the bitmap is not used)."""
+        return array("Q", (entry[0] & ~COPIED, 0)[: self.words])
+
     def packed_range(self, packed: int) -> tuple[int, int]:
         """Offset and length in the file of a compressed cluster's data.
 

@@ -30,7 +30,6 @@ not be recorded in; and clears the bits that stand for whatever else we would no
 import logging
 from collections.abc import Callable, Iterator
 
-from nbdstream.errors import LeafFormatError
 from nbdstream.leaf import files
 from nbdstream.leaf.base import (
     ALL_ZERO,
@@ -46,15 +45,16 @@ from nbdstream.leaf.base import (
 )
 from nbdstream.leaf.durability import DurableLeaf, Syncs
 from nbdstream.leaf.qcow2.changes import Changes
-from nbdstream.leaf.qcow2.check import check_image, first_unallocated
+from nbdstream.leaf.qcow2.check import check_image
 from nbdstream.leaf.qcow2.compressed import unpack
-from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, REMEDY, Header
+from nbdstream.leaf.qcow2.gaps import first_unallocated
+from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, Header
 from nbdstream.leaf.qcow2.header_file import install, store_fields
 from nbdstream.leaf.qcow2.layout import COMPRESSED, OFFSET, ZERO, store_words
-from nbdstream.leaf.qcow2.refcounts import RefcountPlan, Refcounts
+from nbdstream.leaf.qcow2.refcounts import RefcountPlan, Refcounts, free_runs
 from nbdstream.leaf.qcow2.slices import slice_extents
-from nbdstream.leaf.qcow2.space import Dropped, Metadata, Space
-from nbdstream.leaf.qcow2.table_file import TableSnapshot, load_l1, write_tables
+from nbdstream.leaf.qcow2.space import Dropped, Space
+from nbdstream.leaf.qcow2.table_file import TableSnapshot, fixed_metadata, load_l1, write_tables
 from nbdstream.leaf.qcow2.tables import DAMAGED, Tables
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,10 @@ class Qcow2Leaf(DurableLeaf):
         *,
         read_only: bool,
         mended: CheckResult,
+        trusted: bool,
     ) -> None:
-        """Take over ``fd``; ``mended`` is what a repair found before. Raises LeafFormatError,
-        OSError; then ``fd`` stays open."""
+        """Take over ``fd``; ``mended`` is what a repair found before, ``trusted`` as for
+        `Refcounts`. Raises LeafFormatError, OSError; then ``fd`` stays open."""
         self.path = path
         self.fd = fd
         self.read_only = read_only
@@ -87,6 +88,7 @@ class Qcow2Leaf(DurableLeaf):
         self._header = header
         self._syncs = syncs
         self._mended = mended
+        self._trusted = trusted
         self._in_flush: tuple[list[Dropped], list[RefcountPlan]] = ([], [])
         self._refcounts_ok = True
         self._settling = False  # whether the next flush is to bring all refcounts to the file
@@ -100,24 +102,16 @@ class Qcow2Leaf(DurableLeaf):
         self.cluster_size = geometry.cluster_size
         self.block_size = geometry.block_size
         self.whole_clusters = self.block_size < self.cluster_size
-        metadata = Metadata(geometry)
-        metadata.add(0, geometry.cluster_size)
-        metadata.add(
-            header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits
-        )
-        if header.l1_size:
-            metadata.add(header.l1_table_offset, header.l1_size * 8)
-        self._space = space = Space(fd, geometry)
+        metadata = fixed_metadata(header)
+        self._space = space = Space(fd, geometry, metadata)
         l1, damaged = load_l1(fd, geometry, header.l1_table_offset, metadata, space.end)
         self._refcounts: Refcounts | None = None
         if not self.read_only:
-            self._refcounts = Refcounts(fd, geometry, header, space, metadata)
-            for offset, clusters in self._refcounts.free_runs():
-                if metadata.within(offset, clusters << geometry.cluster_bits):
-                    raise LeafFormatError(
-                        f"a table near {offset:#x} is marked as free space; {REMEDY}"
-                    )
-                space.add_free(offset, clusters)
+            refcounts = Refcounts(fd, geometry, header, space, metadata, trusted=self._trusted)
+            self._refcounts = refcounts
+            if refcounts.trusted:
+                for offset, clusters in free_runs(fd, geometry, refcounts.table, space.end):
+                    space.add_free(offset, clusters)
         self._tables = Tables(
             fd,
             geometry,
@@ -318,7 +312,7 @@ class Qcow2Leaf(DurableLeaf):
             self._header = install(self.fd, self._header, header, self._syncs)
 
     def _first_unallocated(self) -> int | None:
-        return first_unallocated(self.fd, self._header)
+        return first_unallocated(self.fd, self._header, self._tables)
 
     def _drop_backing(self) -> None:
         self.replace_header(self._header.with_backing(None))

@@ -4,7 +4,7 @@
 Nothing is written before all that can be checked has been (see `leaf`). Opening for
 writing changes an image that
 
-- was not closed: its refcounts are rebuilt from the tables;
+- was not closed, or has refcounts that are wrong: they are rebuilt from the tables;
 - has version 2: it becomes version 3, which has a dirty bit and zero clusters;
 - has persistent dirty bitmaps: our writes would not be recorded in them, so they go;
 - has other autoclear features, which we do not know: their bits are cleared.
@@ -29,6 +29,7 @@ from nbdstream.leaf.qcow2.header import (
 )
 from nbdstream.leaf.qcow2.header_file import install, read_header
 from nbdstream.leaf.qcow2.leaf import Qcow2Leaf
+from nbdstream.leaf.qcow2.trust import Trust, look_at_refcounts
 from nbdstream.units import format_count
 
 log = logging.getLogger(__name__)
@@ -47,13 +48,15 @@ def open_image(path: str, *, read_only: bool, repair: bool = False) -> Qcow2Leaf
     try:
         header = read_header(fd, path)
         try:
-            mended = CheckResult()
+            mended, trusted = CheckResult(), False
             if not read_only:
                 _require_writable(path, header, repair=repair)
                 if repair:
                     mended, header = _repaired(fd, header, syncs)
-                header = _made_consistent(fd, path, header, syncs)
-            leaf = Qcow2Leaf(path, fd, header, syncs, read_only=read_only, mended=mended)
+                header, trusted = _made_consistent(fd, path, header, syncs)
+            leaf = Qcow2Leaf(
+                path, fd, header, syncs, read_only=read_only, mended=mended, trusted=trusted
+            )
             if not read_only:
                 leaf.replace_header(_writable(header))
         except LeafFormatError as error:
@@ -93,21 +96,29 @@ def _repaired(fd: int, header: Header, syncs: Syncs) -> tuple[CheckResult, Heade
     return result, header
 
 
-def _made_consistent(fd: int, path: str, header: Header, syncs: Syncs) -> Header:
-    """Drop dirty bitmaps; count the references of what was not closed."""
+def _made_consistent(fd: int, path: str, header: Header, syncs: Syncs) -> tuple[Header, bool]:
+    """Drop dirty bitmaps; count the references of what was not closed, or has wrong refcounts.
+
+    Returns the header, and whether the refcounts can be trusted.
+    """
     if header.extension(BITMAPS_EXTENSION) is not None:
         log.warning("%s: its persistent dirty bitmaps are dropped", path)
         header = _without_bitmaps(fd, header, syncs)
     if header.dirty:
         log.warning("%s was not closed cleanly: its references are counted", path)
-        syncs.sync(fd)
-        reread(fd)
-        result, header = check_image(fd, header, syncs, repair=True, strict=True)
-        left = result.errors + result.leaks - result.repaired
-        if left:
-            raise LeafFormatError(f"{left} of {result.messages} could not be repaired")
-        log.warning("%s: repaired %d refcounts", path, result.repaired)
-    return header
+    else:
+        trust, why = look_at_refcounts(fd, header, syncs)
+        if trust is not Trust.WRONG:
+            return header, trust is Trust.RIGHT
+        log.warning("%s has wrong refcounts, its references are counted: %s", path, why)
+    syncs.sync(fd)
+    reread(fd)
+    result, header = check_image(fd, header, syncs, repair=True, strict=True)
+    left = result.errors + result.leaks - result.repaired
+    if left:
+        raise LeafFormatError(f"{left} of {result.messages} could not be repaired")
+    log.warning("%s: repaired %d refcounts", path, result.repaired)
+    return header, True
 
 
 def _without_bitmaps(fd: int, header: Header, syncs: Syncs) -> Header:

@@ -6,6 +6,11 @@ the refcounts after a crash; so they need no order among themselves or with othe
 and are written late, a run at a time. Only a refcount table that moves is made durable
 before the header points to it.
 
+A refcount that is too low is the one damage that would have us write over clusters in use. So
+space that is free by the refcounts alone is used again only if they were compared with the
+references (`nbdstream.leaf.qcow2.trust`). Otherwise new clusters come from the file's end, and
+from what the guest's tables let go of.
+
 The event loop's thread decides (`Refcounts.plan` takes the events that `Space` noted,
 and allocates missing blocks); a worker writes (`RefcountPlan.apply`). If writing fails,
 the refcounts in the file are unknown and the image stays dirty: rebuilding them is
@@ -129,21 +134,29 @@ class Refcounts:
     """The refcount table of an image open for writing. Belongs to the event loop."""
 
     def __init__(
-        self, fd: int, geometry: Geometry, header: Header, space: Space, metadata: Metadata
+        self,
+        fd: int,
+        geometry: Geometry,
+        header: Header,
+        space: Space,
+        metadata: Metadata,
+        *,
+        trusted: bool,
     ) -> None:
-        """Raises LeafFormatError if the table is not sound, OSError. May block."""
+        """``trusted``: whether a refcount of 0 in the file means that nothing is there.
+
+        Raises LeafFormatError if the table is not sound, OSError. May block.
+        """
         self._fd = fd
         self._geometry = geometry
         self._space = space
         self._metadata = metadata
         self._table_offset = header.refcount_table_offset
         self.table = load_table(fd, header)
-        for index, entry in enumerate(self.table):
-            if entry and not sound_block(entry, geometry, space.end):
-                raise LeafFormatError(f"the refcount table's entry {index} is {entry:#x}; {REMEDY}")
-        metadata.add_all(filter(None, self.table))
+        add_blocks(metadata, self.table, geometry, space.end)
         self._plans: list[RefcountPlan] = []
         self.lost = False
+        self.trusted = trusted
 
     # -- looking -----------------------------------------------------------------------
 
@@ -159,31 +172,6 @@ class Refcounts:
         at = self.table[index] + entry * bits // 8
         values = unpack_entries(read_cached(self._fd, at, width), self._geometry.refcount_order)
         return values[entry % len(values)]
-
-    def free_runs(self) -> Iterator[tuple[int, int]]:
-        """Runs (offset, clusters) with refcount 0 below the file's end (may block).
-
-        It reads a bounded part of the blocks: space that it does not come to is found
-        another time.
-        """
-        geometry = self._geometry
-        per_block = geometry.refcount_block_entries
-        clusters = self._space.end >> geometry.cluster_bits
-        runs = 0
-        for index in range(min(len(self.table), SCAN_BYTES >> geometry.cluster_bits)):
-            first = index * per_block
-            count = min(per_block, clusters - first)
-            if count <= 0 or runs >= SCAN_RUNS:
-                return
-            if not self.table[index]:
-                yield first << geometry.cluster_bits, count
-                continue
-            block = os.pread(self._fd, geometry.cluster_size, self.table[index])
-            for match in re.finditer(
-                b"\0+", saturated_entries(block, geometry.refcount_order)[:count]
-            ):
-                runs += 1
-                yield (first + match.start()) << geometry.cluster_bits, len(match.group())
 
     # -- changing ----------------------------------------------------------------------
 
@@ -218,7 +206,7 @@ class Refcounts:
     def applied(self, plans: list[RefcountPlan], *, ok: bool) -> None:
         """The worker wrote these, or failed half-way (then the image has to stay dirty)."""
         self.lost = self.lost or not ok
-        if ok:
+        if ok and self.trusted:
             for plan in plans:
                 for offset in plan.freed:
                     self._space.add_free(offset, 1)
@@ -293,6 +281,39 @@ def load_table(fd: int, header: Header) -> "array[int]":
 def sound_block(entry: int, geometry: Geometry, end: int) -> bool:
     """Whether a refcount table entry can be the place of a refcount block."""
     return not entry & ~OFFSET and entry % geometry.cluster_size == 0 and 0 < entry < end
+
+
+def add_blocks(metadata: Metadata, table: "array[int]", geometry: Geometry, end: int) -> None:
+    """Note the refcount blocks. Raises LeafFormatError if one is where none can be."""
+    for index, entry in enumerate(table):
+        if entry and not sound_block(entry, geometry, end):
+            raise LeafFormatError(f"entry {index} of the refcount table is {entry:#x}; {REMEDY}")
+    metadata.add_all(filter(None, table))
+
+
+def free_runs(
+    fd: int, geometry: Geometry, table: "array[int]", end: int
+) -> Iterator[tuple[int, int]]:
+    """Runs (offset, clusters) with refcount 0 before ``end`` (may block).
+
+    It reads a bounded part of the blocks: space that it does not come to is found
+    another time.
+    """
+    per_block = geometry.refcount_block_entries
+    clusters = end >> geometry.cluster_bits
+    runs = 0
+    for index in range(min(len(table), SCAN_BYTES >> geometry.cluster_bits)):
+        first = index * per_block
+        count = min(per_block, clusters - first)
+        if count <= 0 or runs >= SCAN_RUNS:
+            return
+        if not table[index]:
+            yield first << geometry.cluster_bits, count
+            continue
+        block = os.pread(fd, geometry.cluster_size, table[index])
+        for match in re.finditer(b"\0+", saturated_entries(block, geometry.refcount_order)[:count]):
+            runs += 1
+            yield (first + match.start()) << geometry.cluster_bits, len(match.group())
 
 
 def unpack_entries(data: bytes, order: int) -> list[int]:

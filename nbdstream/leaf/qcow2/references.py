@@ -250,7 +250,7 @@ class Walk:
             self._error("L2 table that is not aligned to a cluster", times)
         for run in self.l2_runs(table):
             if run.entry & COMPRESSED:
-                self._compressed_entry(run.entry, times)
+                self._compressed_entry(run, times)
             else:
                 self._standard_entries(run, times)
 
@@ -278,10 +278,13 @@ class Walk:
         place += 8 * self._geometry.words * half
         yield from self._runs(place, entries[half:], bitmaps[half:])
 
-    def _compressed_entry(self, entry: int, times: int) -> None:
-        if entry & COPIED:
+    def _compressed_entry(self, run: Run, times: int) -> None:
+        if run.entry & COPIED:
             self._error("compressed cluster with the copied flag", times)
-        self._refer(*self._geometry.packed_range(entry & (COMPRESSED - 1)), times)
+        if run.bitmap:  # qemu-img does not count what such an entry refers to
+            self._error("compressed cluster with subclusters", times)
+            return
+        self._refer(*self._geometry.packed_range(run.entry & (COMPRESSED - 1)), times)
 
     def _standard_entries(self, run: Run, times: int) -> None:
         entry, bitmap = run.entry, run.bitmap

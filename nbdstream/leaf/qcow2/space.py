@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from nbdstream.errors import LeafFormatError
 from nbdstream.extents import align_up
+from nbdstream.leaf.qcow2.header import REMEDY
 from nbdstream.leaf.qcow2.layout import Geometry
 
 # The file is made longer in steps, so that most flushes need not sync its size.
@@ -111,9 +112,11 @@ class Space:
         events: refcount changes that are not in the file yet, in order.
     """
 
-    def __init__(self, fd: int, geometry: Geometry) -> None:
+    def __init__(self, fd: int, geometry: Geometry, metadata: Metadata) -> None:
+        """``metadata``: where nothing may be allocated, whatever the refcounts say."""
         self._fd = fd
         self._geometry = geometry
+        self._metadata = metadata
         self._file_size = os.fstat(fd).st_size
         self.end = align_up(self._file_size, geometry.cluster_size)
         self.events: list[RefcountEvent] = []
@@ -127,6 +130,16 @@ class Space:
 
         Raises OSError if the file cannot grow.
         """
+        offset = self._take_free(clusters)
+        if offset is None:
+            offset = self.end
+            self._grow(offset + (clusters << self._geometry.cluster_bits))
+        if self._metadata.within(offset, clusters << self._geometry.cluster_bits):
+            raise LeafFormatError(f"a table near {offset:#x} is marked as free space; {REMEDY}")
+        return offset
+
+    def _take_free(self, clusters: int) -> int | None:
+        """The offset of a free run, cut to this length, if one is found quickly."""
         for index in range(len(self._free) - 1, max(-1, len(self._free) - 1 - MAX_LOOK), -1):
             offset, count = self._free[index]
             if count >= clusters:
@@ -137,9 +150,7 @@ class Space:
                     self._free[index] = self._free[-1]
                     self._free.pop()
                 return offset
-        offset = self.end
-        self._grow(offset + (clusters << self._geometry.cluster_bits))
-        return offset
+        return None
 
     def allocate_table(self, clusters: int) -> int:
         """Reserve a run for metadata, as `allocate`, but always at the file's end: where

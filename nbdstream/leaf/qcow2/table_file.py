@@ -9,7 +9,7 @@ from nbdstream.leaf.base import read_range, write_exactly
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.files import zero_range
 from nbdstream.leaf.qcow2.entries import wrong_pointer
-from nbdstream.leaf.qcow2.header import REMEDY
+from nbdstream.leaf.qcow2.header import REMEDY, Header
 from nbdstream.leaf.qcow2.layout import OFFSET, Geometry, joined_runs, load_words, store_words
 from nbdstream.leaf.qcow2.space import Metadata
 
@@ -32,6 +32,18 @@ class TableSnapshot:
     pointers: list[tuple[int, int]] = field(default_factory=list)
     damage: str = ""
     pins: list[tuple[int, int]] = field(default_factory=list)
+
+
+def fixed_metadata(header: Header) -> Metadata:
+    """The metadata that the header itself names: header, refcount table, L1 table."""
+    metadata = Metadata(header.geometry)
+    metadata.add(0, header.cluster_size)
+    metadata.add(
+        header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits
+    )
+    if header.l1_size:
+        metadata.add(header.l1_table_offset, header.l1_size * 8)
+    return metadata
 
 
 def load_l1(

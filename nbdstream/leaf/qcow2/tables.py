@@ -263,6 +263,25 @@ class Tables:
             f" {what}; {REMEDY}"
         )
 
+    def damaged_table(self, index: int) -> bool:
+        """Whether an entry of the L1 table is damaged."""
+        return index in self._damaged_l1
+
+    def first_damaged(self, key: int, entries: "array[int]") -> int | None:
+        """The guest offset, from its start, of the first damaged entry of a slice that is as in
+        the file. An entry of which only the refcount is wrong has its data."""
+        words, end = self._geometry.words, self._limit(key)
+        if not any(entries) or self._structure.is_sound_run(entries, end):
+            return None
+        for at in range(0, len(entries), words):
+            entry = entries[at : at + words]
+            try:
+                if any(entry):
+                    self._structure.check(entry, end)
+            except LeafFormatError:
+                return at // words << self._geometry.cluster_bits
+        return None
+
     def _guest(self, key: int, index: int) -> int:
         return (key << self._geometry.slice_bits) + (index << self._geometry.cluster_bits)
 

@@ -5,10 +5,12 @@ Works on the file alone, with nothing of it in memory, and counts as ``qemu-img 
 does: each invalid offset and each second reference to a cluster is an error, each
 cluster that nothing refers to is a leak.
 
-A repair clears invalid offsets, as QEMU's does: an entry that points beyond the file
-belongs to a write that was never flushed. Other invalid entries, which are not aligned or lead
-into the header, are left by no crash: a repair that nobody asked for refuses them (``strict``),
-since the range under such an entry would silently show the backing.
+A repair clears invalid offsets, as QEMU's does. One that nobody asked for (``strict``) clears
+only what a crash may have left: an entry that points beyond the file, in an image without
+backing, belongs to a write that was never flushed. With a backing, QEMU and this package sync
+data before the entry that shows it, so such an entry is damage (the file was cut off, say), as
+are entries that are not aligned or lead into the header. These are refused: the range under
+them would silently show the backing.
 
 Unlike QEMU's, our repair also gives leaked clusters back:
 those behind the last used cluster are cut off, and those before it are filled with data
@@ -20,7 +22,7 @@ they are. Then nothing is moved.
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from nbdstream.errors import LeafFormatError, LeafUnsupportedError
@@ -29,10 +31,19 @@ from nbdstream.leaf import files
 from nbdstream.leaf.base import CheckResult, read_exactly, write_exactly
 from nbdstream.leaf.bits import bit_run, set_bits
 from nbdstream.leaf.durability import Syncs
-from nbdstream.leaf.qed.header import Header
-from nbdstream.leaf.qed.tables import UNALLOCATED, ZERO, load_entries, rows, store_entries
+from nbdstream.leaf.qed.header import BACKING_FILE, Header
+from nbdstream.leaf.qed.tables import (
+    UNALLOCATED,
+    ZERO,
+    Tables,
+    load_entries,
+    rows,
+    store_entries,
+)
 
 MAX_OFFSET = 1 << 62  # no file reaches it
+PIN = 2  # no cluster is so small
+SPARE = 1 << 30  # what the file may grow by for tables, at most
 _CHUNK = 65536  # bytes of a table looked at in one go
 _SET_PAGE = 512  # bytes of a `ClusterSet` page: 4096 clusters
 _SET_BITS = _SET_PAGE * 8
@@ -103,6 +114,7 @@ class _Scan:
     damage: str = ""  # the first entry that no crash leaves
 
     def __post_init__(self) -> None:
+        self.backing = bool(self.header.features & BACKING_FILE)
         self.end = align_down(os.fstat(self.fd).st_size, self.header.cluster_size)
 
     def run(self) -> None:
@@ -151,7 +163,8 @@ class _Scan:
     def _invalid(self, place: int, entry: int) -> None:
         self.invalid += 1
         aligned = entry % self.header.cluster_size == 0
-        if not self.damage and not (aligned and entry >= self.header.header_bytes):
+        crash = aligned and entry >= self.header.header_bytes and not self.backing
+        if not self.damage and not crash:
             self.damage = f"the entry at {place:#x} is {entry:#x}, which is no place of a cluster"
 
     def _use(self, offset: int, clusters: int) -> bool:
@@ -198,21 +211,51 @@ def check_image(
     return CheckResult(scan.invalid + scan.doubled, leaks, repaired, tuple(messages))
 
 
-def first_unallocated(fd: int, header: Header) -> int | None:
-    """The lowest guest offset whose cluster has no entry in the file; None: all have (blocks)."""
+def first_unallocated(fd: int, header: Header, judge: Tables) -> int | None:
+    """The lowest guest offset whose cluster has no sound entry in the file; None: all have
+    (blocks). ``judge`` are the tables of the open leaf.
+
+    Damaged entries have no data that anybody can read, and a repair makes them unallocated:
+    with the backing, its content shows there; without it, zeroes would.
+    """
     clusters = align_up(header.image_size, header.cluster_size) // header.cluster_size
     tables = align_up(clusters, header.table_entries) // header.table_entries
     l1 = load_entries(os.pread(fd, 8 * tables, header.l1_table_offset))
     for number, table in enumerate(l1):
         first = number * header.table_entries
-        if table == UNALLOCATED or table % header.cluster_size or table >= MAX_OFFSET:
+        if table == UNALLOCATED or number in judge.damaged_l1:
             return first * header.cluster_size
         needed = min(header.table_entries, clusters - first)
         for offset, entries in chunks(fd, table, needed * 8, holes=True):
-            if UNALLOCATED in entries:
-                index = (offset - table) // 8 + entries.index(UNALLOCATED)
-                return (first + index) * header.cluster_size
+            missing = judge.first_missing(offset, entries)
+            if missing is not None:
+                return (first + (offset - table) // 8 + missing) * header.cluster_size
     return None
+
+
+def pin_beyond_end(fd: int, header: Header, tables: Iterable[int], syncs: Syncs) -> int:
+    """Keep damaged those entries that lead beyond the file's end, durably, before it grows: they
+    would seem right then, and show one guest cluster's data in the place of another (blocks).
+
+    They get a bit that makes them unaligned, for QEMU as well. Those that the file cannot come
+    to by growing stay as they are. ``tables`` are the sound L2 tables, which are apart from each
+    other. Returns how many entries were changed. Raises OSError.
+    """
+    end = align_down(os.fstat(fd).st_size, header.cluster_size)
+    last = end + 2 * header.image_size + SPARE
+    pinned = 0
+    for table in (header.l1_table_offset, *tables):
+        for offset, entries in chunks(fd, table, header.table_bytes):
+            if max(entries) < end:
+                continue
+            for index, entry in enumerate(entries):
+                if end <= entry < last and entry % header.cluster_size == 0:
+                    word = store_entries(array("Q", [entry | PIN]))
+                    write_exactly(fd, memoryview(word), offset + 8 * index)
+                    pinned += 1
+    if pinned:
+        syncs.sync(fd)
+    return pinned
 
 
 def chunks(

@@ -42,7 +42,7 @@ from nbdstream.leaf.base import (
 from nbdstream.leaf.durability import DurableLeaf, Syncs, reread
 from nbdstream.leaf.locking import open_locked
 from nbdstream.leaf.pages import write_pages
-from nbdstream.leaf.qed.check import check_image, first_unallocated
+from nbdstream.leaf.qed.check import check_image, first_unallocated, pin_beyond_end
 from nbdstream.leaf.qed.header import (
     NEED_CHECK,
     install_backing,
@@ -106,7 +106,11 @@ class QedLeaf(DurableLeaf):
 
     def _load(self) -> None:
         end = align_down(os.fstat(self.fd).st_size, self._header.cluster_size)
-        self._tables = Tables(self.fd, self._header, end)
+        self._tables = tables = Tables(self.fd, self._header, end)
+        if not self.read_only and pin_beyond_end(
+            self.fd, self._header, filter(None, tables.l1), self._syncs
+        ):
+            self._tables = Tables(self.fd, self._header, end)
 
     def _repair(self, *, asked: bool) -> None:
         fd, header, syncs = self.fd, self._header, self._syncs
@@ -245,7 +249,7 @@ class QedLeaf(DurableLeaf):
         self._tables.end_flush(ok=ok)
 
     def _first_unallocated(self) -> int | None:
-        return first_unallocated(self.fd, self._header)
+        return first_unallocated(self.fd, self._header, self._tables)
 
     def _drop_backing(self) -> None:
         header = without_backing(self._header)

@@ -153,6 +153,20 @@ class Tables:
             return "lies within a table"
         return ""
 
+    def first_missing(self, offset: int, entries: "array[int]") -> int | None:
+        """The first of these entries of a table, as in the file at an offset, that has nothing
+        or is damaged."""
+        for start, count, entry in rows(entries, self._header.cluster_size):
+            if entry == UNALLOCATED:
+                return start
+            if entry == ZERO:
+                continue
+            for index in range(start, start + count):
+                written = self.cache.written((offset + 8 * index) // PAGE_SIZE)
+                if self._wrong(entries[index], self.end if written else self._first_end):
+                    return index
+        return None
+
     def _damage(self, number: int, index: int, cluster: int) -> LeafFormatError:
         """What is wrong with a damaged entry."""
         entry: int = _ENTRY.unpack(self.cache.damaged[number][index * 8])[0]
