@@ -82,6 +82,8 @@ def test_what_is_sent_in_clear_behind_the_option_is_never_taken_for_secure(tls: 
 def test_the_option_has_no_data_and_comes_once(tls: Tls) -> None:
     handshake = shaking(tls)
     assert answer(handshake, option(Option.STARTTLS, b"x")) == OptionReply.ERR_INVALID
+    assert answer(handshake, option(Option.STARTTLS, bytes(100_000))) == OptionReply.ERR_TOO_BIG
+    assert not handshake.starting_tls
     assert answer(handshake, option(Option.STARTTLS)) == OptionReply.ACK
     handshake.secured()
     assert answer(handshake, option(Option.STARTTLS)) == OptionReply.ERR_INVALID

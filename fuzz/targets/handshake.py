@@ -2,7 +2,8 @@
 """The handshake from the client's side: `Handshake` takes any bytes, cut anywhere.
 
 Accepts, or raises ProtocolError. Every reply parses, answers an option that was sent, and ends
-with one ACK or error for each; how the bytes are cut makes no difference.
+with one ACK or error for each; how the bytes are cut makes no difference. Where TLS is required,
+nothing but that is answered before it, and no export is given.
 """
 
 import struct
@@ -22,7 +23,7 @@ from nbdstream.server.constants import (
     Option,
     OptionReply,
 )
-from nbdstream.server.handshake import Agreement, Handshake, ProtocolError
+from nbdstream.server.handshake import Agreement, Handshake, ProtocolError, Tls
 
 EXPORTS = (PatternExport(1 << 20), PatternExport(12345, name="über", read_only=True))
 
@@ -60,6 +61,7 @@ def run(data: bytes) -> object:
     source = Source(data)
     seed = source.take(8)
     stream = _stream(source)
+    required = _before_tls(stream, Source(seed).pieces(stream))
     whole, output, error = _feed(stream, iter([stream]))
     if isinstance(whole.outcome, Agreement):
         assert stream.endswith(whole.unconsumed)
@@ -69,7 +71,30 @@ def run(data: bytes) -> object:
     assert (whole.outcome, error) == (cut.outcome, cut_error)
     taken = stream.removesuffix(whole.unconsumed) if whole.outcome else stream
     _check_replies(taken, cut_output, whole)
-    return output, repr(whole.outcome), error
+    return output, repr(whole.outcome), error, required
+
+
+def _before_tls(stream: bytes, pieces: Iterator[bytes]) -> object:
+    """What a server that requires TLS says to the same client, until TLS starts."""
+    handshake = Handshake(EXPORTS, tls=Tls.REQUIRED)
+    output = b""
+    try:
+        for piece in pieces:
+            output += handshake.receive(piece)
+            if handshake.outcome or handshake.starting_tls:
+                break
+    except ProtocolError as broken:
+        return str(broken)
+    assert not isinstance(handshake.outcome, Agreement)
+    for option in _options(stream):
+        if not output:
+            break
+        _, answered, kind, length = OPTION_REPLY.unpack_from(output)
+        output = output[OPTION_REPLY.size + length :]
+        started = option == Option.STARTTLS and kind in (OptionReply.ACK, OptionReply.ERR_INVALID)
+        assert answered == option and (started or kind == OptionReply.ERR_TLS_REQD)
+    assert not output
+    return handshake.starting_tls
 
 
 def _check_replies(stream: bytes, output: bytes, handshake: Handshake) -> None:
@@ -142,6 +167,7 @@ def seeds() -> Iterator[bytes]:
     start = raw + struct.pack(">I", 3) + b"".join(talk)
     yield start + _option(Option.GO, _name("disk") + asked) + b"and then"
     yield start + _option(Option.ABORT)
+    yield raw + struct.pack(">I", 3) + _option(Option.LIST) + _option(Option.STARTTLS)
     yield raw + struct.pack(">I", 1) + _option(Option.EXPORT_NAME, "über".encode())
     yield raw + struct.pack(">I", 1) + _option(Option.GO, _name("über") + bytes(2))
     yield b"\1\1\1\1\1\1\1\1\0\3" + b"\10\0\3\0\7\6\0\0\0\0\0\0"

@@ -195,7 +195,7 @@ class Handshake:
 
     def _answer(self, option: int, data: bytes) -> Outcome | None:
         """Answer an option other than NBD_OPT_EXPORT_NAME; the outcome if it ends here."""
-        if self._wants_tls and option != Option.STARTTLS:
+        if self._wants_tls_before(option):
             self._reply(
                 option, OptionReply.ERR_TLS_REQD, "this server wants NBD_OPT_STARTTLS first"
             )
@@ -217,12 +217,12 @@ class Handshake:
             self._reply(option, OptionReply.ERR_INVALID, f"malformed option: {error}")
             return None
 
-    @property
-    def _wants_tls(self) -> bool:
-        return self._tls is Tls.REQUIRED and not self._secure
+    def _wants_tls_before(self, option: int) -> bool:
+        secure = self._secure or self._tls is not Tls.REQUIRED
+        return not secure and option != Option.STARTTLS
 
     def _export_name(self, data: bytes, no_zeroes: bool) -> Agreement:
-        if self._wants_tls:
+        if self._wants_tls_before(Option.EXPORT_NAME):
             raise ProtocolError("it chose an export in clear, and this server wants TLS")
         try:
             name = options.parse_export_name(data)
@@ -331,7 +331,7 @@ class Handshake:
         """Answer an option whose data was too long to be kept."""
         if option == Option.EXPORT_NAME:
             raise ProtocolError(f"an export name of {length} bytes")
-        if self._answer_to(option) is None or self._wants_tls:
+        if self._answer_to(option) is None or self._wants_tls_before(option):
             return self._answer(option, b"")
         if option == Option.SET_META_CONTEXT:
             self._contexts, self._contexts_export = (), None
