@@ -17,19 +17,14 @@ from pathlib import Path
 import nbdstream
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+# Pages that are for those who change the program, and those that are not in section 7.
+_INTERNAL = {"architecture", "concurrency", "nbdstream"}
+_FILE_FORMATS = {"formats"}
 # Pages that are not about one command, with the section that they belong to.
 TOPICS = {
-    "control": 7,
-    "durability": 7,
-    "formats": 5,
-    "libvirt": 7,
-    "migration": 7,
-    "pivot": 7,
-    "profiles": 7,
-    "protocol": 7,
-    "security": 7,
-    "service": 7,
-    "streaming": 7,
+    path.stem: 5 if path.stem in _FILE_FORMATS else 7
+    for path in sorted(DOCS.glob("*.md"))
+    if path.stem not in _INTERNAL
 }
 # GitHub's flavour as far as docs/ uses it, and definition lists. No mathematics, no citations.
 _FLAVOUR = (
@@ -141,7 +136,7 @@ def _proportioned(text: str) -> str:
         lines[1] = f"| {' | '.join('-' * max(width, 3) for width in widths)} |"
         return "\n".join(lines) + "\n"
 
-    return re.sub(r"(?:^ *\|.*\n)+", wide, text, flags=re.M)
+    return re.sub(r"^ *\|.*\n *\|[-|: ]+\|\n(?: *\|.*\n)*", wide, text, flags=re.M)
 
 
 def write(page: Page, directory: Path) -> Path:
