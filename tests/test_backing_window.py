@@ -244,6 +244,15 @@ def test_does_not_grow_on_the_strength_of_what_is_not_used() -> None:
     assert window.size <= 4 * UNIT_LEAST
 
 
+def test_replies_that_take_no_time_at_all_do_no_harm() -> None:
+    """A coarse clock may say so."""
+    window, now = Window(rng=random.Random(1)), 0.0
+    for _ in range(2000):
+        window.delivered(window.sent(now, window.unit), now, limited=True)
+        now += 0.001
+    assert window.size >= WINDOW_LEAST
+
+
 def test_one_read_at_a_time_has_a_rate_too() -> None:
     window = Window(rng=random.Random(1))
     now = 0.0

@@ -17,6 +17,8 @@ FLAT_GROWTH = 1.25
 # replies differ by from each other, over so many of them.
 SPREADS = 2.0
 SPREAD_REPLIES = 8
+# A reply takes some time, whatever a coarse clock says.
+CLOCK_STEP = 1e-6
 
 
 class Starting:
@@ -58,17 +60,20 @@ class Starting:
         if flat or course.size == WINDOW_MOST:
             self._flat_rate = 0.0
             mean = trial.replies.mean
-            self._end(now, int(trial.rate * mean), mean)
+            self._end(now, trial.rate * mean, mean)
         else:
             course.new_trial(now)
 
-    def _end(self, now: float, load: int, delay: float) -> None:
+    def _end(self, now: float, load: float, delay: float) -> None:
         """The path seems to be full, with ``load`` bytes in flight and replies after ``delay``.
 
         The trial's own figures lag behind while the window grows: what comes now was asked for
         one delay ago.
         """
         course = self._course
+        load, delay = max(load, 1.0), max(delay, CLOCK_STEP)
         rate, floor = load / delay, course.path.unit_floor
-        course.before = Before(course.state, course.size, load, rate, rate, delay, 0.0, floor, now)
+        course.before = Before(
+            course.state, course.size, int(load), rate, rate, delay, 0.0, floor, now
+        )
         self._draining.begin(now)
