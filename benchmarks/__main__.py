@@ -27,6 +27,7 @@ NAMES = (
     "boot",
     "migration",
     "crowd",
+    "storm",
 )
 
 

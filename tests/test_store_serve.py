@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nbdstream serve --store` and `nbdstream image`, as their users meet them: real processes."""
 
+import re
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
@@ -47,6 +48,25 @@ def test_a_leaf_that_streams_through_the_store_becomes_whole(tmp_path: Path) -> 
             assert server.wait(60) == 0
         assert_same(place.leaves / "leaf.qcow2", place.source, "qcow2")
         assert place.the_image()["users"] == []
+
+
+def test_verify_finds_what_differs_and_only_that(tmp_path: Path) -> None:
+    with host(tmp_path) as place:
+        with place.guest("leaf.qcow2", "--stream", "off") as server, client(server.uri) as handle:
+            handle.pread(4096, 4 * MIB)
+        name = place.the_image()["id"]
+        place.kill_process()
+        image("pull", place.uri, "--store", place.store, "--wait")
+        assert ", 0 B differ" in image("verify", name, "--store", place.store)
+        with open(place.the_image()["leaf"], "r+b") as leaf:
+            leaf.seek(5 * MIB + 100)
+            byte = leaf.read(1)[0]
+            leaf.seek(5 * MIB + 100)
+            leaf.write(bytes([byte ^ 1]))
+        with pytest.raises(PeerError, match="differs: ") as caught:
+            image("verify", name, "--store", place.store)
+        (offset, length) = re.findall(r"differs: (\d+) bytes at (\d+)", str(caught.value))[0][::-1]
+        assert int(offset) <= 5 * MIB + 100 < int(offset) + int(length)
 
 
 def test_pull_and_ls_and_rm(tmp_path: Path) -> None:

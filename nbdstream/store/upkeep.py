@@ -13,7 +13,7 @@ import trio
 
 from nbdstream.errors import ImageGoneError, StoreError
 from nbdstream.leaf import MAP_SUFFIX
-from nbdstream.leaf.raw.map import local_bytes
+from nbdstream.leaf.raw.map import local_runs
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import QMPError
 from nbdstream.store.launch import waker
@@ -66,7 +66,8 @@ def facts_of(image: Image) -> Facts:
     try:
         status = image.leaf.stat()
         try:
-            local = local_bytes(f"{image.leaf}{MAP_SUFFIX}")
+            runs = local_runs(f"{image.leaf}{MAP_SUFFIX}")
+            local = sum(end - start for start, end in runs)
         except FileNotFoundError:
             local = image.record.size
         found = users(image)

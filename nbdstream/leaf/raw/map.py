@@ -128,20 +128,21 @@ def _file_length(size: int) -> int:
     return (FIRST_PAGE + align_up(size, SPAN) // SPAN) * PAGE_SIZE
 
 
-def local_bytes(path: str) -> int:
-    """How many bytes a map says are local (worker). It takes no lock: of a leaf in use, it tells
-    what was durable a moment ago. Raises LeafFormatError, OSError."""
+def local_runs(path: str) -> list[tuple[int, int]]:
+    """The (offset, end) of all that a map says is local (worker). It takes no lock: of a leaf in
+    use, it tells what was durable a moment ago. Raises LeafFormatError, OSError."""
     allocation = AllocationMap(path, read_only=True)
     try:
-        size, offset, count = allocation.header.size, 0, 0
+        size, offset, found = allocation.header.size, 0, []
         while offset < size:
             try:
                 for start, end, local in allocation.runs(offset, size - offset):
-                    count += (end - start) * local
+                    if local:
+                        found.append((start, end))
                     offset = end
             except ColdMetadata as cold:
                 cold.warm()
-        return count
+        return found
     finally:
         allocation.close()
 
