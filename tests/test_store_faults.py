@@ -2,6 +2,7 @@
 """What befalls a store in use: killed processes, new versions, a full or a read-only disk."""
 
 import os
+import shutil
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,29 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
         assert "the image store" in done.stderr
         assert "choose another place with --store" in done.stderr
         assert not (tmp_path / "leaf.qcow2").exists()
+
+
+def test_a_store_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
+    open_to_all = tmp_path / "store"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    with pytest.raises(PeerError, match="other users can write to the image store"):
+        image("ls", "--store", open_to_all)
+
+
+def test_a_leaf_is_served_while_source_and_image_are_gone(tmp_path: Path) -> None:
+    with host(tmp_path) as place:
+        with place.guest("leaf.qcow2", "--stream", "off") as server, client(server.uri) as handle:
+            kept = handle.pread(4096, 4 * MIB)
+        place.far.kill()
+        place.kill_process()
+        shutil.rmtree(place.store)
+        with place.guest("leaf.qcow2", "--stream", "off") as server, client(server.uri) as handle:
+            assert "going on with what is local" in server.stderr()
+            assert handle.pread(4096, 4 * MIB) == kept
+            place.restart_far()
+            content = place.source.read_bytes()
+            assert handle.pread(4096, 9 * MIB) == content[9 * MIB :][:4096]
 
 
 def test_other_programs_can_read_an_image(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from nbdstream.errors import StoreError
 from nbdstream.export import Export
 from nbdstream.net.address import UnixAddress
 from nbdstream.net.connect import open_socket
+from nbdstream.qmp.client import QMPClient
 from nbdstream.service import ServeOptions, open_stream
-from nbdstream.store.exports import RESERVE, export_name, image_exports
+from nbdstream.store.exports import RESERVE, Space, export_name, image_exports
 from nbdstream.store.layout import Image, Store
-from nbdstream.store.process import serve_image
+from nbdstream.store.process import IDLE_TIME, serve_image
 from nbdstream.store.resolve import resolve
 from testbed.hosts import client, store_host
 from testbed.peers import Peer, Qmp, make_image, nbdkit, temporary_directory
@@ -64,7 +65,7 @@ async def exports(store: Store, far: Peer) -> AsyncIterator[dict[str, Export]]:
         str(image.leaf), backing=far.uri, format="raw", stream="off", shared=True
     )
     async with open_stream(options) as opened:
-        found = image_exports(opened.disk, image.record.identity)
+        found = image_exports(opened.disk, image.record.identity, Space(opened.disk.leaf.fd))
         yield dict(zip(["demand", "readahead", "prefetch", "stream"], found, strict=True))
 
 
@@ -109,16 +110,25 @@ async def connected(image: Image) -> None:
     sock.close()
 
 
-async def test_the_process_ends_when_it_is_unused(store: Store, far: Peer) -> None:
-    image = await resolve(store, far.uri)
-    ready = trio.Event()
+@asynccontextmanager
+async def serving(
+    image: Image, uri: str, idle_time: float = IDLE_TIME
+) -> AsyncIterator[trio.Event]:
+    """The image's process, in this one; it is told to end by the event."""
+    ready, stop = trio.Event(), trio.Event()
     async with trio.open_nursery() as nursery:
 
         async def serve() -> None:
-            await serve_image(image, far.uri, idle_time=0.05, ready=ready.set, stop=trio.Event())
+            await serve_image(image, uri, idle_time=idle_time, ready=ready.set, stop=stop)
 
         nursery.start_soon(serve)
         await ready.wait()
+        yield stop
+
+
+async def test_the_process_ends_when_it_is_unused(store: Store, far: Peer) -> None:
+    image = await resolve(store, far.uri)
+    async with serving(image, far.uri, idle_time=0.05):
         await connected(image)
     assert not image.served
     assert not image.socket.exists()
@@ -129,18 +139,31 @@ async def test_a_second_process_is_refused(
 ) -> None:
     monkeypatch.setattr("nbdstream.store.process.PREDECESSOR_TIME", 0.0)
     image = await resolve(store, far.uri)
-    ready, stop = trio.Event(), trio.Event()
-    async with trio.open_nursery() as nursery:
-
-        async def serve() -> None:
-            await serve_image(image, far.uri, ready=ready.set, stop=stop)
-
-        nursery.start_soon(serve)
-        await ready.wait()
+    async with serving(image, far.uri) as stop:
         with pytest.raises(StoreError, match="another process holds this lock"):
             await serve_image(image, far.uri, ready=lambda: None, stop=stop)
         await connected(image)
         stop.set()
+
+
+async def test_pulling_pauses_while_there_is_little_space(
+    store: Store, far: Peer, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdstream.store.process.LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("nbdstream.store.exports.LOOK_INTERVAL", 0.0)
+    full = SimpleNamespace(f_bavail=0, f_frsize=4096, f_blocks=1 << 40)
+    roomy = os.fstatvfs
+    monkeypatch.setattr(os, "fstatvfs", lambda _fd: full)
+    image = await resolve(store, far.uri)
+    async with serving(image, far.uri) as stop:
+        async with QMPClient.connect(str(image.control)) as qmp:
+            await qmp.execute("block-stream", {"device": image.id, "speed": 1 << 20})
+            await qmp.wait_event("JOB_STATUS_CHANGE", data={"status": "paused"})
+            monkeypatch.setattr(os, "fstatvfs", roomy)
+            await qmp.execute("block-job-set-speed", {"device": image.id, "speed": 0})
+            await qmp.wait_event("BLOCK_JOB_COMPLETED")
+        stop.set()
+    assert image.complete
 
 
 def test_a_guest_that_waits_for_a_streamed_range_is_demand_at_the_far_end(

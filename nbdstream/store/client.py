@@ -48,7 +48,7 @@ class StoreOpener:
         identity: str = "",
     ) -> AbstractAsyncContextManager[NbdBacking]:
         """See `nbdstream.backing.open_backing`. Raises StoreError as well."""
-        return self._open(uri, timeout, identity if size else "")
+        return self._open(uri, timeout, identity if size else "", size)
 
     @asynccontextmanager
     async def _open(
@@ -56,9 +56,10 @@ class StoreOpener:
         uri: str,
         timeout: float | None,  # noqa: ASYNC109
         identity: str,
+        size: int,
     ) -> AsyncIterator[NbdBacking]:
         uri = whole_uri(uri)
-        image, membership = await self._join(uri, identity)
+        image, membership = await self._join(uri, identity, size)
         try:
             endpoint = image_endpoint(image, uri)
             first: Connection | None = None
@@ -82,10 +83,10 @@ class StoreOpener:
         # Only who does not need the backing any more leaves the block without an error.
         await trio.to_thread.run_sync(membership.leave)
 
-    async def _join(self, uri: str, identity: str) -> tuple[Image, Membership]:
+    async def _join(self, uri: str, identity: str, size: int) -> tuple[Image, Membership]:
         """Find or make the image, and enter ourselves as its user before it can be removed."""
         while True:
-            image = await resolve(self.store, uri, identity)
+            image = await resolve(self.store, uri, identity, size)
             try:
                 return image, await trio.to_thread.run_sync(
                     lambda: join(image, self.leaf, temporary=self.temporary)  # noqa: B023

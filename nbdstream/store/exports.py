@@ -34,9 +34,8 @@ def export_name(identity: str, priority: Priority) -> str:
     return identity if priority is Priority.DEMAND else f"{identity}/{priority.name.lower()}"
 
 
-def image_exports(disk: StreamedDisk, identity: str) -> list[Export]:
-    """All exports of an image."""
-    space = Space(disk.leaf.fd)
+def image_exports(disk: StreamedDisk, identity: str, space: "Space") -> list[Export]:
+    """All exports of an image, whose leaf is where ``space`` is."""
     return [
         DemandExport(disk, identity),
         *(BackgroundExport(disk, identity, priority, space) for priority in BACKGROUND),
@@ -52,15 +51,20 @@ class Space:
         self._total = 0
         self._look_at = 0.0
 
-    def check(self) -> None:
-        """Raises OSError (ENOSPC) if background work should leave the rest to guests."""
+    @property
+    def tight(self) -> bool:
+        """Whether background work should leave the rest to guests. Raises OSError."""
         now = time.monotonic()
         if now >= self._look_at:
             status = os.fstatvfs(self._fd)
             self._free = status.f_bavail * status.f_frsize
             self._total = status.f_blocks * status.f_frsize
             self._look_at = now + LOOK_INTERVAL
-        if self._free < min(RESERVE, self._total * RESERVE_PART):
+        return self._free < min(RESERVE, self._total * RESERVE_PART)
+
+    def check(self) -> None:
+        """Raises OSError (ENOSPC) if background work should leave the rest to guests."""
+        if self.tight:
             free = format_size(self._free)
             raise OSError(errno.ENOSPC, f"only {free} free in the image store: kept for guests")
 

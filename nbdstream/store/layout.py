@@ -164,6 +164,16 @@ class Store:
                 f"the image store {self.root} cannot be used: {error.strerror} ({error.filename}); "
                 "choose another place with --store"
             ) from error
+        self._require_private()
+
+    def _require_private(self) -> None:
+        """Whoever can write to a store chooses what guests see. Raises StoreError."""
+        status = self.root.stat()
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+            raise StoreError(
+                f"other users can write to the image store {self.root}: make it its owner's alone "
+                "(chmod 700), or choose another place with --store"
+            )
 
     # -- looking -----------------------------------------------------------------------
 

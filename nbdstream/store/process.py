@@ -19,10 +19,11 @@ from nbdstream.disk import StreamedDisk
 from nbdstream.net.listeners import Listener, close_all, listen_unix
 from nbdstream.server.server import Server
 from nbdstream.service import ServeOptions, device_name, open_stream
-from nbdstream.store.exports import image_exports
+from nbdstream.store.exports import LOOK_INTERVAL, Space, image_exports
 from nbdstream.store.layout import Image
 from nbdstream.store.locks import acquire
 from nbdstream.streamer.job import ACTIVE, StreamJob
+from nbdstream.tasks import start_contained
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +96,9 @@ class _Process:
         self._disk = disk
         self._job = job
         self._changed = trio.lowlevel.ParkingLot()
+        self._space = Space(disk.leaf.fd)
         self._server = Server(
-            image_exports(disk, image.record.identity),
+            image_exports(disk, image.record.identity, self._space),
             clients_changed=lambda _count: self._wake(),
             max_clients=CLIENTS_MOST,
         )
@@ -127,6 +129,10 @@ class _Process:
             nursery.start_soon(self._end_when_unused, idle_time)
             nursery.start_soon(self._end_when_told, stop)
             nursery.start_soon(self._note_completion)
+            if self._job is not None:
+                start_contained(
+                    nursery, "free space", self._disk.health.report, self._leave_room, self._job
+                )
             ready()
             await self._server.run([listener])
             nursery.cancel_scope.cancel()
@@ -145,6 +151,22 @@ class _Process:
     async def _end_when_told(self, stop: trio.Event) -> None:
         await stop.wait()
         self._server.stop()
+
+    async def _leave_room(self, job: StreamJob) -> None:
+        """Pause what is pulled while there is little space, which guests' writes may need."""
+        paused = False
+        while True:
+            await trio.sleep(LOOK_INTERVAL)
+            tight = self._space.tight
+            if tight and job.running:
+                log.warning(
+                    "image %s is not pulled on: the rest is kept for guests", self._image.id
+                )
+                job.pause()
+                paused = True
+            elif paused and not tight:
+                job.resume()
+                paused = False
 
     async def _note_completion(self) -> None:
         """Once all is local there is nothing left to pull."""

@@ -21,9 +21,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdstream.errors import LeafError, NbdstreamError
-from nbdstream.leaf import open_leaf
+from nbdstream.errors import LeafError
 from nbdstream.leaf.files import sync_directory
+from nbdstream.leaf.peek import backing_of
 from nbdstream.store.files import read_record, write_record
 from nbdstream.store.layout import Image
 from nbdstream.store.locks import FileLock, is_held
@@ -165,16 +165,10 @@ def _needs(leaf: Path, device: int, image: Image) -> bool:
     if not os.path.lexists(leaf):
         return _device(leaf) != device
     try:
-        opened = open_leaf(str(leaf), read_only=True)
-    except LeafError:
-        return True  # in use by another program, or damaged: not ours to judge
-    except (NbdstreamError, OSError):
-        return True
-    try:
-        backing = opened.backing
-        return backing is not None and backing.identity in ("", image.record.identity)
-    finally:
-        opened.close()
+        backing = backing_of(str(leaf))
+    except (LeafError, OSError):
+        return True  # damaged, or just being changed: not ours to judge
+    return backing is not None and backing.identity in ("", image.record.identity)
 
 
 def _device(path: Path) -> int:

@@ -31,11 +31,13 @@ FRESH = 10.0
 ASKING_MOST = 60.0
 
 
-async def resolve(store: Store, uri: str, identity: str = "") -> Image:
+async def resolve(store: Store, uri: str, identity: str = "", size: int = 0) -> Image:
     """The image that a URI leads to; with ``identity``, the one of that fingerprint.
 
     Args:
         uri: whole, with its secrets, and not relative (`whole_uri`).
+        size: of the image with that identity. If the source is out of reach, an empty one is
+            made, and its process goes on trying.
 
     Raises:
         BackingMismatchError: the image of that identity is neither in the store nor there.
@@ -51,7 +53,8 @@ async def resolve(store: Store, uri: str, identity: str = "") -> Image:
     with lock:
         image = await trio.to_thread.run_sync(_fresh, store, place, name)
         if image is None or identity not in ("", image.record.identity):
-            image = await _ask(store, uri, name)
+            known = BackingReference(place, "raw", size, identity)
+            image = await _ask(store, uri, name, known)
     if identity not in ("", image.record.identity):
         raise BackingMismatchError(
             f"{place}: its content is not that of the image that the leaf belongs to, "
@@ -68,14 +71,17 @@ def whole_uri(uri: str) -> str:
     return uri
 
 
-async def _ask(store: Store, uri: str, name: Path) -> Image:
-    """Ask the URI's server, and remember the answer. If it is out of reach, the newest image
-    from there has to do."""
+async def _ask(store: Store, uri: str, name: Path, known: BackingReference) -> Image:
+    """Ask the URI's server, and remember the answer. If it is out of reach, the image is the one
+    that is ``known``, or else the newest one from there."""
     try:
         async with open_backing(uri) as backing:
             identity = await fingerprint(backing)
             reference = BackingReference(backing.uri, "raw", backing.size, identity)
     except BackingGoneError as error:
+        if known.identity:
+            log.warning("%s; going on with what is local", error)
+            return await trio.to_thread.run_sync(store.create, known)
         image = await trio.to_thread.run_sync(store.latest, redacted(uri))
         if image is None:
             raise
