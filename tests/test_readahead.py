@@ -10,9 +10,9 @@ import trio
 import trio.testing
 
 from nbdstream.backing.base import Grant, Priority
-from nbdstream.disk import StreamedDisk, open_disk
+from nbdstream.disk import StreamedDisk, open_disk, readahead
 from nbdstream.disk.fetch import PARK_TIME
-from nbdstream.disk.readahead import STREAMS, WINDOW_FIRST, WINDOW_MOST_LEAST
+from nbdstream.disk.readahead import STREAMS, WIDEN_PART, WINDOW_FIRST, WINDOW_MOST_LEAST
 from nbdstream.errors import BackingReadError
 from nbdstream.export import Hit
 from nbdstream.leaf.base import State
@@ -27,6 +27,12 @@ REQUEST = 128 * KIB
 # 100 Mbit/s, 100 ms.
 RATE = 12.5e6
 RTT = 0.1
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests here look at single clusters: what surrounds a miss is kept small for them."""
+    monkeypatch.setattr(readahead, "WIDEN_PART", 0.05)
 
 
 @asynccontextmanager
@@ -311,6 +317,20 @@ async def test_a_miss_brings_what_is_free_around_it(
         assert await read(disk, 5 * MIB, 4 * KIB) is Hit.DONE
         assert disk.statistics()["demand_bytes"] == 4 * KIB
         assert leaf.states.count(State.DATA) == 8
+
+
+@pytest.mark.usefixtures("autojump_clock")
+@pytest.mark.parametrize(
+    ("rtt", "length"), [(0.1, 256 * KIB), (0.05, 128 * KIB), (0.02, 64 * KIB), (0.005, 64 * KIB)]
+)
+async def test_the_longer_the_link_the_more_a_miss_brings(
+    rtt: float, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readahead, "WIDEN_PART", WIDEN_PART)
+    async with far_disk(rtt=rtt) as (disk, _leaf, backing):
+        await read(disk, 5 * MIB + 20 * KIB, 4 * KIB)
+        (fetch,) = backing.reads
+        assert (fetch.offset, fetch.length) == (5 * MIB, length)
 
 
 async def test_on_a_short_or_unknown_link_a_miss_brings_its_cluster(
