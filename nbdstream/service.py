@@ -46,7 +46,7 @@ from nbdstream.streamer.automatic import prefetch
 from nbdstream.streamer.job import StreamJob
 from nbdstream.streamer.profile import read_profile
 from nbdstream.streamer.recorder import record_boot
-from nbdstream.tasks import log_failure, open_background_nursery, start_contained
+from nbdstream.tasks import in_worker, log_failure, open_background_nursery, start_contained, surely
 
 log = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ def _check_hand_over(options: ServeOptions, known: BackingReference, uri: str) -
 @asynccontextmanager
 async def _open_leaf(options: ServeOptions, image_format: str) -> AsyncIterator[Leaf]:
     """Open and lock the leaf; close it clean at the end, whatever happens."""
-    leaf = await trio.to_thread.run_sync(
+    leaf = await in_worker(
         lambda: open_leaf(
             options.leaf,
             read_only=options.read_only,
@@ -343,8 +343,7 @@ async def _open_leaf(options: ServeOptions, image_format: str) -> AsyncIterator[
     try:
         yield leaf
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(leaf.close)
+        await surely(leaf.close)
 
 
 def _fitted(backing: Backing, leaf: Leaf) -> Backing:
@@ -362,4 +361,4 @@ async def _record(leaf: Leaf, backing: Backing) -> None:
         found = await _reference(backing, leaf.format)
         wanted = replace(wanted, size=found.size, identity=found.identity)
     if wanted != known and not leaf.read_only:
-        await trio.to_thread.run_sync(leaf.record_backing, wanted)
+        await in_worker(leaf.record_backing, wanted)

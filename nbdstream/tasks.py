@@ -12,10 +12,11 @@ A nursery wraps even a single exception in a group. `open_background_nursery` un
 callers who do not see the nursery.
 """
 
+import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 import trio
 
@@ -23,6 +24,7 @@ from nbdstream.errors import NbdstreamError, sole_error
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 Report = Callable[[str, BaseException], None]
 
@@ -52,6 +54,43 @@ def start_contained(
             report(name, failure)
 
     nursery.start_soon(contained, name=name)
+
+
+class NoThreadError(OSError):
+    """No thread can be started now; nothing has been called."""
+
+
+async def in_worker(
+    call: Callable[[*Ts], T],
+    *args: *Ts,
+    limiter: trio.CapacityLimiter | None = None,
+    abandon_on_cancel: bool = False,
+) -> T:
+    """`trio.to_thread.run_sync`, whose lack of a thread is an error of the system.
+
+    Every worker of nbdstream is started here, so that those who deal with an `OSError` deal with
+    this one. Raises NoThreadError if no thread can be started, and what ``call`` raises.
+    """
+    try:
+        return await trio.to_thread.run_sync(
+            call, *args, limiter=limiter, abandon_on_cancel=abandon_on_cancel
+        )
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise NoThreadError(errno.EAGAIN, "no thread can be started") from error
+
+
+async def surely(call: Callable[[], None]) -> None:
+    """Run what has to be done at the end of something: in a worker, or here if there is none.
+
+    Not to be cancelled. Raises what ``call`` raises.
+    """
+    with trio.CancelScope(shield=True):
+        try:
+            await in_worker(call)
+        except NoThreadError:
+            call()
 
 
 def log_failure(name: str, error: BaseException) -> None:

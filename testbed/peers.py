@@ -304,22 +304,24 @@ class Qmp:
     """
 
     def __init__(self, path: Path, timeout: float = 30) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(timeout)
-        self._socket.connect(str(path))
-        self._stream = self._socket.makefile("rwb")
         self.events: list[dict[str, Any]] = []
-        greeting = self._receive()
-        if "QMP" not in greeting:
-            raise PeerError(f"not a QMP greeting: {greeting}")
-        self.execute("qmp_capabilities")
+        with contextlib.ExitStack() as on_failure:
+            self._socket = on_failure.enter_context(socket.socket(socket.AF_UNIX))
+            self._socket.settimeout(timeout)
+            self._socket.connect(str(path))
+            self._stream = on_failure.enter_context(self._socket.makefile("rwb"))
+            greeting = self._receive()
+            if "QMP" not in greeting:
+                raise PeerError(f"not a QMP greeting: {greeting}")
+            self.execute("qmp_capabilities")
+            on_failure.pop_all()
 
     def __enter__(self) -> "Qmp":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
-        self._socket.close()
+        with self._socket, contextlib.suppress(OSError):
+            self._stream.close()
 
     def _receive(self) -> dict[str, Any]:
         line = self._stream.readline()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sample of all injected faults; `./dev soak` runs every one, with fresh seeds.
+"""A sample of all injected faults; `./dev soak` runs many more, with fresh seeds.
 
 Each failure prints the command that repeats it.
 """
 
 import os
+from collections.abc import Iterable
 
 import pytest
 
@@ -12,21 +13,41 @@ from nbdstream.leaf.raw import leaf as raw_leaf
 from testbed.faults.__main__ import drawn
 from testbed.faults.oracle import CELL, Oracle, backing_cell, written_cell
 from testbed.faults.scenario import CELLS
-from testbed.faults.shim import FAULTS
-from testbed.faults.trial import CANCEL, FORMATS, Point, broken_rules, points
+from testbed.faults.shim import FAULTS, SERVER_FAULTS
+from testbed.faults.trial import CANCEL, FORMATS, SERVED, Point, broken_rules, points
 
 SAMPLE = 40
+SAMPLE_SERVED = 12  # half a second each
 SEED = int(os.environ.get("NBDSTREAM_SEED", "1"))
+
+
+def broken_by(chosen: Iterable[Point]) -> dict[str, list[str]]:
+    """What is broken, by the command that shows it."""
+    found = ((point, broken_rules(point)) for point in chosen)
+    return {f"python -m testbed.faults {point}": broken for point, broken in found if broken}
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_sample_of_all_faults_breaks_no_rule(image_format: str) -> None:
-    broken = {
-        f"python -m testbed.faults {point}": found
-        for point in drawn([image_format], SEED, SAMPLE)
-        if (found := broken_rules(point))
-    }
-    assert broken == {}
+    assert broken_by(drawn([image_format], SEED, SAMPLE)) == {}
+
+
+@pytest.mark.parametrize("image_format", SERVED)
+def test_a_sample_of_faults_of_a_whole_server_breaks_no_rule(image_format: str) -> None:
+    assert broken_by(drawn([image_format], SEED, SAMPLE_SERVED)) == {}
+
+
+def test_a_whole_server_survives_what_it_seldom_meets() -> None:
+    """No thread, no process, no pipe; and a socket that cannot be shut down, which once kept the
+    event loop busy for ever."""
+    rare = {"thread", "posix_spawn", "pidfd_open", "pipe", "shutdown", "accept", "connect"}
+    every = list(points("served-raw", SEED))
+    assert {point.kind for point in every} > rare | {"recv_into", "sendmsg", "preadv", "pwrite"}
+    assert {point.kind for point in every} <= set(SERVER_FAULTS)
+    first = {(point.kind, point.fault): point for point in reversed(every) if point.kind in rare}
+    assert (
+        broken_by([*first.values(), *(point for point in every if point.kind == "shutdown")]) == {}
+    )
 
 
 def test_points_are_of_every_kind_and_the_same_each_time() -> None:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What leaves a background task, and what does not."""
 
+import errno
 import logging
+import os
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
+from nbdstream import tasks
 from nbdstream.errors import LeafFormatError, sole_error
 from nbdstream.health import KEPT, Health
-from nbdstream.tasks import open_background_nursery, start_contained
+from nbdstream.tasks import in_worker, open_background_nursery, start_contained, surely
 
 
 async def fail(error: Exception) -> None:
@@ -84,3 +88,39 @@ async def test_the_error_of_a_body_comes_out_as_it_is() -> None:
         async with open_background_nursery() as nursery:
             nursery.start_soon(trio.sleep_forever)
             raise LeafFormatError("damaged")
+
+
+@pytest.fixture
+def no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system starts no thread any more."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("trio._core._thread_cache.ThreadCache.start_thread_soon", fail)
+
+
+async def test_a_lack_of_threads_is_an_error_of_the_system(no_thread: None) -> None:
+    with pytest.raises(OSError, match="no thread") as caught:
+        await in_worker(os.getpid)
+    assert caught.value.errno == errno.EAGAIN
+
+
+async def test_what_has_to_be_done_is_done_without_a_thread(no_thread: None) -> None:
+    done = []
+    await surely(lambda: done.append(True))
+    assert done == [True]
+
+
+async def test_other_errors_of_a_worker_come_out_as_they_are() -> None:
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        await in_worker(fail)
+
+
+def test_every_worker_is_started_in_one_place() -> None:
+    package = Path(tasks.__file__).parent
+    found = [path.name for path in package.rglob("*.py") if "to_thread" in path.read_text()]
+    assert found == ["tasks.py"]

@@ -29,6 +29,7 @@ from nbdstream.backing.window import UNIT_LEAST
 from nbdstream.errors import BackingError, BackingGoneError, UsageError
 from nbdstream.net.address import NbdUri, TcpAddress
 from nbdstream.net.connect import lookup_limiter, open_socket
+from nbdstream.tasks import in_worker
 
 # A handshake takes about five round trips; nobody waits longer than this for one.
 CONNECT_TIMEOUT = 30.0
@@ -117,7 +118,7 @@ async def _start(handle: nbd.NBD, uri: NbdUri, tls: TlsClient | None) -> None:
     if tls is not None:
         tls.configure(handle)
         if isinstance(uri.address, TcpAddress):
-            await trio.to_thread.run_sync(
+            await in_worker(
                 handle.aio_connect_tcp,
                 uri.address.host or "localhost",
                 str(uri.address.port),

@@ -142,7 +142,8 @@ class Connection:
     def _bury(self) -> None:
         """Have libnbd see the end of its socket, which releases all buffers; never blocks."""
         handle = self._handle
-        while not (handle.aio_is_dead() or handle.aio_is_closed()):
+        # After `kill` the socket is readable up to its end. Where it is not, no end will come.
+        while not (handle.aio_is_dead() or handle.aio_is_closed()) and self._poll.poll(0):
             try:
                 handle.aio_notify_read()
             except nbd.Error:

@@ -42,6 +42,7 @@ from nbdstream.backing.sandbox import Policy, open_image, source_policy
 from nbdstream.backing.tls import anchored_tls, tls_credentials
 from nbdstream.errors import BackingError, BackingGoneError, UsageError
 from nbdstream.net.address import NBD_SCHEMES, NbdUri
+from nbdstream.tasks import in_worker
 from nbdstream.text import has_hidden, redacted
 
 log = logging.getLogger(__name__)
@@ -254,13 +255,13 @@ async def _serve_plugin(uri: str, source: str, plugin: Plugin) -> AsyncIterator[
     nbdkit = program("nbdkit", "nbdkit")
     kind = [plugin.name]
     if plugin.script:
-        kind = ["python", await trio.to_thread.run_sync(script_of, plugin.name)]
+        kind = ["python", await in_worker(script_of, plugin.name)]
     filters = [f"--filter={name}" for name in plugin.filters]
     command = [nbdkit, "--foreground", "--readonly", *filters, *kind, *told.parameters]
     with _policy(plugin, source) as policy:
         async with run_helper(Launch(command, policy, told.secret)) as helper:
             # Asked while the helper starts: what it says itself of a missing plugin helps less.
-            if not await trio.to_thread.run_sync(has_plugin, plugin.name):
+            if not await in_worker(has_plugin, plugin.name):
                 raise BackingError(
                     f"{redacted(uri)}: nbdkit has no working {plugin.name} plugin "
                     f"(apt install {plugin.package})"

@@ -9,10 +9,9 @@ the step is repeated from its start.
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
-import trio
-
 from nbdstream.disk.gate import Gate
 from nbdstream.leaf.base import ColdMetadata, FlushNeeded
+from nbdstream.tasks import in_worker
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,6 +37,6 @@ class Atomically:
             try:
                 return step(*args, **kwargs)
             except ColdMetadata as cold:
-                await trio.to_thread.run_sync(cold.warm)
+                await in_worker(cold.warm)
             except FlushNeeded:
                 await self._flush()

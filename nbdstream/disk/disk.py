@@ -46,6 +46,7 @@ from nbdstream.leaf.base import (
     LeafExtent,
 )
 from nbdstream.leaf.files import hot_read_flags
+from nbdstream.tasks import surely
 
 # In the hot path globals are faster than attributes of enums.
 _MISS, _DONE, _ZERO = Hit.MISS, Hit.DONE, Hit.ZERO
@@ -249,8 +250,7 @@ class StreamedDisk:
         try:
             await self._flusher.flush_then(lambda: None)
         finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.leaf.close)
+            await surely(self.leaf.close)
 
     def take_back(self, leaf: Leaf) -> None:
         """Go on with the image that was let go of, opened again; the disk closes it at its end."""

@@ -24,6 +24,7 @@ from typing import Protocol
 import trio
 
 from nbdstream.leaf.base import Leaf, SyncError, flushing
+from nbdstream.tasks import in_worker
 
 log = logging.getLogger(__name__)
 
@@ -72,20 +73,16 @@ class Flusher:
         self._ended = self._begun
 
     async def _in_worker(self, work: Callable[[], None]) -> None:
-        await trio.to_thread.run_sync(work, limiter=self._threads)
+        await in_worker(work, limiter=self._threads)
 
 
 @contextmanager
 def _system_errors() -> Iterator[None]:
-    """What the system lacks is an ``OSError``: memory, or another thread."""
+    """A lack of memory is an ``OSError``, as a lack of threads is."""
     try:
         yield
     except MemoryError as error:
         raise OSError(errno.ENOMEM, "no memory for a flush") from error
-    except RuntimeError as error:
-        if "thread" not in str(error):
-            raise
-        raise OSError(errno.EAGAIN, "no thread for a flush") from error
 
 
 # A crash loses at most what was streamed in this many seconds (it is fetched again).

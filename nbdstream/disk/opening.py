@@ -13,7 +13,7 @@ from nbdstream.disk.flush import run_checkpoints
 from nbdstream.disk.writeback import Writeback
 from nbdstream.health import Health
 from nbdstream.leaf.base import Leaf
-from nbdstream.tasks import start_contained
+from nbdstream.tasks import start_contained, surely
 
 
 @asynccontextmanager
@@ -57,4 +57,4 @@ async def open_disk(
                 await disk.flush()
             finally:
                 if disk.leaf is not leaf:
-                    await trio.to_thread.run_sync(disk.leaf.close)
+                    await surely(disk.leaf.close)

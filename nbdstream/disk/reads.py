@@ -17,6 +17,7 @@ from nbdstream.disk.zeroes import zeroes
 from nbdstream.errors import BackingError
 from nbdstream.extents import pieces
 from nbdstream.leaf.base import Leaf, LeafExtent, State
+from nbdstream.tasks import in_worker
 
 # Up to here a copy between memory and the page cache is quick enough for the event loop;
 # larger ones are cut, so that others get their turn in between.
@@ -109,7 +110,7 @@ class Reader:
             for extent, view in parts:
                 self._leaf.read(extent, view)
 
-        await trio.to_thread.run_sync(read_all)
+        await in_worker(read_all)
         for extent, view in parts:
             now = await self._atomically(self._lookup.extents, extent.offset, extent.length)
             if not all(same_place(part, extent) for part in now):

@@ -22,6 +22,7 @@ import time
 import trio
 
 from nbdstream.leaf.files import write_out
+from nbdstream.tasks import in_worker
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,6 @@ class Writeback:
             if self._ended < mine:
                 self._begun += 1
                 before = self._unwritten
-                await trio.to_thread.run_sync(write_out, self._fd)
+                await in_worker(write_out, self._fd)
                 self._unwritten -= before
                 self._ended = self._begun

@@ -28,7 +28,7 @@ from nbdstream.errors import LeafError, LeafInUseError, UsageError
 from nbdstream.export import StatusExtent
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import Leaf
-from nbdstream.tasks import start_contained
+from nbdstream.tasks import in_worker, start_contained
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class Custody:
             if not self.let_go:
                 return False
             with trio.CancelScope(shield=True):
-                leaf = await trio.to_thread.run_sync(self._open)
+                leaf = await in_worker(self._open)
             self.disk.take_back(leaf)
             self._watch.cancel()
             self._go_on()

@@ -24,6 +24,7 @@ from nbdstream.net.address import TcpAddress, UnixAddress, parse_address
 from nbdstream.net.listeners import Listener, listen_tcp, listen_unix
 from nbdstream.qmp.protocol import GenericError, JSONObject
 from nbdstream.server.server import Server
+from nbdstream.tasks import in_worker
 
 # Seconds for which a sealed disk holds a guest's write back instead of failing it: a QEMU
 # whose migration failed at the last moment lets its guest go on by itself, and it takes
@@ -83,7 +84,7 @@ class Offering:
         seal = self._check(generation)
         try:
             await self._disk.freeze(seal.reason, hold=HOLD)
-            await trio.to_thread.run_sync(write_seal, self._disk.leaf.path, seal)
+            await in_worker(write_seal, self._disk.leaf.path, seal)
         except OSError:
             self._disk.gate.open()
             raise
@@ -94,7 +95,7 @@ class Offering:
         """The disk did not move after all: end the offer for good, then let guests write."""
         self._check(generation)
         await self._stop()
-        await trio.to_thread.run_sync(remove_seal, self._disk.leaf.path)
+        await in_worker(remove_seal, self._disk.leaf.path)
         self._disk.gate.open()
 
     def _check(self, generation: str) -> Seal:

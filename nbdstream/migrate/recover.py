@@ -23,6 +23,7 @@ from nbdstream.migrate.sources import QemuServer, make_sources
 from nbdstream.migrate.switchover import SPLIT
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import QMPError
+from nbdstream.tasks import in_worker
 
 ASK_SECONDS = 10.0
 # Seconds until it is known whether it is too late; that waits for a hand-over to end.
@@ -132,7 +133,7 @@ async def _discard(plan: DiskPlan, generation: str) -> bool:
     with trio.move_on_after(END_SECONDS):
         while True:
             try:
-                backing = await trio.to_thread.run_sync(_backing, plan.leaf)
+                backing = await in_worker(_backing, plan.leaf)
             except LeafInUseError:
                 await trio.sleep(_POLL)
             except FileNotFoundError:

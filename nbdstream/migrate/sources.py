@@ -13,8 +13,6 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 
-import trio
-
 from nbdstream.errors import LeafError, LeafFormatError, LeafInUseError
 from nbdstream.handover.generation import export_name, new_generation
 from nbdstream.handover.seal import SUFFIX, Seal, read_seal, stamp_of, write_seal
@@ -24,6 +22,7 @@ from nbdstream.migrate.plan import DiskPlan, MigrationError
 from nbdstream.net.address import NbdUri, UnixAddress, parse_address
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import CommandError, JSONObject
+from nbdstream.tasks import in_worker
 
 # How the ids of our block exports begin.
 _EXPORT_ID = "nbdstream-"
@@ -186,9 +185,9 @@ class QemuSource(Source):
         if not found:
             raise MigrationError(f"the source's QEMU has no block node {self._node}")
         size = found[0]["image"]["virtual-size"]
-        if await trio.to_thread.run_sync(_is_written_here, found[0]["file"]):
+        if await in_worker(_is_written_here, found[0]["file"]):
             self._image, self._format = found[0]["file"], found[0]["drv"]
-            await trio.to_thread.run_sync(_refuse_sealed, self._image)
+            await in_worker(_refuse_sealed, self._image)
         generation = new_generation()
         # Noted before it is made: a QEMU whose server has started must get rid of it.
         self._generation = generation
@@ -205,7 +204,7 @@ class QemuSource(Source):
     async def mark(self) -> None:
         if self._image:
             name = export_name(self._node, self._generation)
-            await trio.to_thread.run_sync(
+            await in_worker(
                 lambda: write_seal(
                     self._image,
                     Seal(

@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from nbdstream.net.address import SocketAddress, TcpAddress, UnixAddress, VsockAddress
+from nbdstream.tasks import in_worker
 
 # Look-ups at a time. One that was given up still counts until the resolver lets go of it.
 MAX_LOOKUPS = 4
@@ -49,7 +50,7 @@ async def open_socket(address: SocketAddress | VsockAddress) -> socket.socket:
 
 async def _look_up(address: TcpAddress) -> list[tuple[int, Any]]:
     """The family and the address of each way to reach a host, best first."""
-    found = await trio.to_thread.run_sync(
+    found = await in_worker(
         lambda: socket.getaddrinfo(
             address.host or "localhost", address.port, type=socket.SOCK_STREAM
         ),

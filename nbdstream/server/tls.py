@@ -21,6 +21,7 @@ import trio
 from nbdstream.server.certificates import Certificates
 from nbdstream.server.replies import Buffer
 from nbdstream.server.wire import Wire
+from nbdstream.tasks import in_worker
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,12 @@ class TlsWire(Wire):
             ssl.SSLError: the client gets no further; it has been told why.
             OSError: the connection is broken.
         """
-        context = await trio.to_thread.run_sync(certificates.context, limiter=limiter)
+        context = await in_worker(certificates.context, limiter=limiter)
         wire = cls(sock, context)
         done = False
         while not done:
             try:
-                await trio.to_thread.run_sync(wire._tls.do_handshake, limiter=limiter)
+                await in_worker(wire._tls.do_handshake, limiter=limiter)
                 done = True
             except ssl.SSLWantReadError:
                 pass

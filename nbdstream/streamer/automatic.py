@@ -8,14 +8,13 @@ goes into the collection. It is a task of the running server: a guest may boot m
 
 from pathlib import Path
 
-import trio
-
 from nbdstream.disk import StreamedDisk
 from nbdstream.errors import ProfileError
 from nbdstream.streamer.prefetch import Prefetcher
 from nbdstream.streamer.profile import Profile, path_beside, read_profile
 from nbdstream.streamer.profile_published import fetch_published
 from nbdstream.streamer.profile_store import ProfileStore
+from nbdstream.tasks import in_worker
 
 
 async def prefetch(disk: StreamedDisk, profile: Profile | None, store: ProfileStore | None) -> None:
@@ -32,14 +31,14 @@ async def _find(disk: StreamedDisk, store: ProfileStore) -> Profile | None:
     if reference is None or disk.backing is None or not reference.identity:
         return None
     identity, size = reference.identity, reference.size
-    found = await trio.to_thread.run_sync(store.find, identity, size)
+    found = await in_worker(store.find, identity, size)
     if found is not None:
         return found
-    found = await trio.to_thread.run_sync(_beside, disk.leaf.path)
+    found = await in_worker(_beside, disk.leaf.path)
     if found is None or (found.backing_identity, found.backing_size) != (identity, size):
         found = await fetch_published(disk.backing.uri, identity, size)
     if found is not None:
-        await trio.to_thread.run_sync(store.keep, found)
+        await in_worker(store.keep, found)
     return found
 
 

@@ -37,6 +37,7 @@ from nbdstream.streamer.profile import (
     write_profile,
 )
 from nbdstream.streamer.profile_store import ProfileStore
+from nbdstream.tasks import in_worker
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ COPY_IN_ORDER = 0.95
 async def record_boot(disk: StreamedDisk, store: ProfileStore | None = None) -> None:
     """Record a profile beside the disk's leaf, if it can have one and lacks it, and keep it in
     the store, if there is one. A task; when cancelled, what has been recorded is written."""
-    recorder = await trio.to_thread.run_sync(_recorder_for, disk, store)
+    recorder = await in_worker(_recorder_for, disk, store)
     if recorder is not None:
         await recorder.run()
 
@@ -129,7 +130,7 @@ class Recorder:
             self._disk.on_read = None
             if complete or (self._is_boot() and self._bytes() > self._at_least):
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._write, self._profile(complete))
+                    await in_worker(self._write, self._profile(complete))
 
     async def _until_quiet(self) -> None:
         """Wait until somebody reads, and then until that is over."""

@@ -38,6 +38,20 @@ FAILED_MOST = 2 * CLIENTS
 RESUMES = 8
 
 
+def stripes(number: int, clients: int) -> list[range]:
+    """The cells that belong to one of so many clients."""
+    starts = range(number * STRIPE, CELLS, clients * STRIPE)
+    return [range(start, min(start + STRIPE, CELLS)) for start in starts]
+
+
+def drawn_request(numbers: random.Random, owned: list[range]) -> tuple[str, range]:
+    """A client's next request: its kind, and cells of its own."""
+    stripe = numbers.choice(owned)
+    first = numbers.randrange(stripe.start, stripe.stop)
+    cells = range(first, numbers.randint(first + 1, stripe.stop))
+    return numbers.choice(["write", "write", "write", "zero", "trim", "read", "flush"]), cells
+
+
 @dataclass
 class Canceller:
     """Cancels the scope of `victim` at its step `number`; counts steps of all victims."""
@@ -206,17 +220,12 @@ class _Client:
         self._oracle = life.oracle
         self._random = random.Random(f"{life.seed} {number}")
         self._serial = 0
-        starts = range(number * STRIPE, CELLS, CLIENTS * STRIPE)
-        self._stripes = [range(start, min(start + STRIPE, CELLS)) for start in starts]
+        self._stripes = stripes(number, CLIENTS)
         self._owned = [cell for stripe in self._stripes for cell in stripe]
 
     async def run(self) -> None:
         for _ in range(OPERATIONS):
-            stripe = self._random.choice(self._stripes)
-            first = self._random.randrange(stripe.start, stripe.stop)
-            cells = range(first, self._random.randint(first + 1, stripe.stop))
-            kind = self._random.choice(["write", "write", "write", "zero", "trim", "read", "flush"])
-            await self._request(kind, cells)
+            await self._request(*drawn_request(self._random, self._stripes))
             await trio.sleep(self._random.choice([0, 0.05, 0.12]))
         await self._request("flush", range(0))
 

@@ -2,9 +2,10 @@
 """System calls that fail on demand, inside this process.
 
 The calls of the product to the kernel are replaced where it finds them: functions of `os`
-and `fcntl`, and `fallocate` of the C library. While armed, each call of a kind that can fail
-so is counted, and the one with the wanted number fails, once. EINTR is injected where the
-product has to handle it itself: Python repeats all other interrupted calls.
+and `fcntl`, methods of sockets, the start of a thread, and `fallocate` of the C library. While
+armed, each call of a kind that can fail so is counted, and the one with the wanted number fails,
+once. EINTR is injected where the product has to handle it itself: Python repeats all other
+interrupted calls.
 """
 
 import contextlib
@@ -12,6 +13,9 @@ import ctypes
 import errno
 import fcntl
 import os
+import socket
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +38,43 @@ FAULTS = {
     "fcntl": ("ENOMEM", "EIO"),
     "fallocate": ("ENOSPC", "EIO", "EINTR"),
 }
+# What a whole server calls besides.
+SERVER_FAULTS = FAULTS | {
+    "socket": ("EMFILE", "ENOMEM"),
+    "bind": ("EADDRINUSE", "ENOMEM"),
+    "listen": ("EADDRINUSE",),
+    "accept": ("EMFILE", "ENFILE", "ENOMEM", "ECONNABORTED"),
+    "connect": ("ECONNREFUSED", "EAGAIN", "ENOMEM"),
+    "recv": ("ECONNRESET", "ENOMEM", SHORT),
+    "recv_into": ("ECONNRESET", "ENOMEM", SHORT),
+    "send": ("EPIPE", "ENOBUFS", SHORT),
+    "sendmsg": ("EPIPE", "ENOBUFS", SHORT),
+    "shutdown": ("ENOTCONN",),
+    "posix_spawn": ("EAGAIN", "ENOMEM"),
+    "pidfd_open": ("EMFILE",),
+    "pipe": ("EMFILE",),
+    "memfd_create": ("EMFILE", "ENOMEM"),
+    "waitpid": ("EIO",),
+    "link": ("EIO", "ENOSPC"),
+    "rename": ("EIO", "ENOSPC"),
+    "replace": ("EIO", "ENOSPC"),
+    "mkdir": ("ENOSPC",),
+    "getxattr": ("EIO",),
+    "setxattr": ("ENOSPC", "EIO"),
+    "statvfs": ("EIO",),
+    "thread": ("EAGAIN",),
+}
+_OF_SOCKETS = (
+    "bind",
+    "listen",
+    "accept",
+    "connect",
+    "recv",
+    "recv_into",
+    "send",
+    "sendmsg",
+    "shutdown",
+)
 SYNCS = ("fdatasync", "fsync")
 
 
@@ -47,10 +88,11 @@ class Shim:
     armed: bool = False
     fired: bool = False
     counts: Counter[str] = field(default_factory=Counter)
+    exempt: set[int] = field(default_factory=set)  # threads that are no part of the product
 
     def due(self, call: str) -> str:
         """The fault that this call has to show; "" for none."""
-        if not self.armed:
+        if not self.armed or threading.get_ident() in self.exempt:
             return ""
         number = self.counts[call]
         self.counts[call] += 1
@@ -61,11 +103,16 @@ class Shim:
 
     def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            fault = self.due(name)
+            # How trio's threads wake its loop is no part of the product, and has to work.
+            by_trio = sys._getframe(1).f_globals["__name__"] == "trio._core._wakeup_socketpair"
+            adopted = name == "socket" and named.get("fileno") is not None  # no system call
+            fault = "" if by_trio or adopted else self.due(name)
             if not fault:
                 return real(*arguments, **named)
             if fault == SHORT:
                 return real(*_shortened(name, arguments), **named)
+            if name == "thread":
+                raise RuntimeError("can't start new thread")
             number = getattr(errno, fault)
             raise OSError(number, os.strerror(number))
 
@@ -75,19 +122,36 @@ class Shim:
     def installed(self) -> Iterator[None]:
         """Replace the calls for the length of the block."""
         with contextlib.ExitStack() as stack:
-            for name in FAULTS:
+            for name in SERVER_FAULTS:
                 if name == "fallocate":
                     stack.enter_context(mock.patch.object(files, "_libc", _Libc(self)))
                     continue
-                module: Any = fcntl if name == "fcntl" else os
-                wrapped = self._wrapped(name, getattr(module, name))
-                stack.enter_context(mock.patch.object(module, name, wrapped))
+                place, attribute = _place(name)
+                wrapped = self._wrapped(name, getattr(place, attribute))
+                stack.enter_context(mock.patch.object(place, attribute, wrapped))
             yield
+
+
+def _place(name: str) -> tuple[Any, str]:
+    """Where the product finds a call, and by which name."""
+    if name == "fcntl":
+        return fcntl, name
+    if name == "thread":
+        return threading, "_start_new_thread"
+    if name == "socket":
+        return socket.socket, "__init__"
+    return (socket.socket if name in _OF_SOCKETS else os), name
 
 
 def _shortened(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of a call that moves fewer bytes than it was asked to."""
+    if name == "sendmsg":
+        sock, parts = arguments
+        first = memoryview(next(iter(parts)))
+        return (sock, [first[: max(1, len(first) // 2)]])
     fd, what, *rest = arguments
+    if name == "recv":
+        return (fd, max(1, what // 2), *rest)
     if name == "pread":
         return (fd, max(1, what // 2), *rest)
     if name == "preadv":

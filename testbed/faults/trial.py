@@ -21,7 +21,8 @@ from nbdstream.leaf import create_leaf, open_leaf
 from nbdstream.leaf.base import BackingReference, ColdMetadata, Leaf, State
 from testbed.faults.oracle import CELL
 from testbed.faults.scenario import CELLS, CONTENT, FAILED_MOST, SIZE, Canceller, Life
-from testbed.faults.shim import FAULTS, SYNCS, Shim
+from testbed.faults.served import Served
+from testbed.faults.shim import FAULTS, SERVER_FAULTS, SYNCS, Shim
 from testbed.peers import PeerError, run
 
 MEMORY = Path("/dev/shm")
@@ -32,6 +33,8 @@ FORMATS = {
     "qcow2-plain": ("qcow2", False),
     "qed": ("qed", True),
 }
+# The whole server (`served`) with a leaf of that format.
+SERVED = {f"served-{name}": each for name, each in FORMATS.items() if name != "qcow2-plain"}
 CLUSTER = 8192
 
 
@@ -52,8 +55,8 @@ class Point:
     def parse(cls, text: str) -> "Point":
         """Raises ValueError."""
         image_format, seed, kind, fault, number = text.split("/")
-        if image_format not in FORMATS:
-            raise ValueError(f"{image_format} is no format: {', '.join(FORMATS)}")
+        if image_format not in FORMATS | SERVED:
+            raise ValueError(f"{image_format} is no format: {', '.join(FORMATS | SERVED)}")
         return cls(image_format, int(seed), kind, fault, int(number))
 
 
@@ -63,7 +66,7 @@ def points(image_format: str, seed: int) -> Iterator[Point]:
     broken = _judged(image_format, seed, shim, canceller)
     if broken:
         raise RuntimeError(f"without any fault: {broken}")
-    for call, faults in FAULTS.items():
+    for call, faults in (SERVER_FAULTS if image_format in SERVED else FAULTS).items():
         for fault in faults:
             for number in range(shim.counts[call]):
                 yield Point(image_format, seed, call, fault, number)
@@ -82,7 +85,7 @@ def broken_rules(point: Point) -> list[str]:
 
 
 def _judged(image_format: str, seed: int, shim: Shim, canceller: Canceller) -> list[str]:
-    name, extended = FORMATS[image_format]
+    name, extended = (FORMATS | SERVED)[image_format]
     directory = MEMORY if MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="faults-", dir=directory) as place:
         path = Path(place) / f"leaf.{name}"
@@ -93,19 +96,26 @@ def _judged(image_format: str, seed: int, shim: Shim, canceller: Canceller) -> l
             format=name,
             size=SIZE,
             cluster_size=CLUSTER,
-            backing=BackingReference(str(far), "raw", SIZE, "x"),
+            # A server looks who its backing is, and records it.
+            backing=BackingReference(str(far), "raw", SIZE, "" if image_format in SERVED else "x"),
             extended_l2=extended,
         )
-        life = Life(path, name, shim, canceller, seed)
+        life: Life | Served
+        if image_format in SERVED:
+            life = Served(path, name, shim, seed, far)
+        else:
+            life = Life(path, name, shim, canceller, seed)
         life.run()
         broken = life.oracle.broken
+        if life.ended_by and not shim.fired and not canceller.fired:
+            broken.append(f"ended without a fault: {life.ended_by!r}")
         if len(life.failed) > FAILED_MOST:
             broken.append(f"{len(life.failed)} requests failed: {life.failed[:3]}")
         _inspect(life, certain=life.stopped_clean and shim.call not in SYNCS)
         return broken
 
 
-def _inspect(life: Life, *, certain: bool) -> None:
+def _inspect(life: Life | Served, *, certain: bool) -> None:
     """Open the image as its next user does, look at all of it, and check it."""
     broken = life.oracle.broken
     try:
