@@ -10,8 +10,6 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
-import trio
-
 from nbdstream.backing.base import Priority
 from nbdstream.backing.connect import Endpoint, OwnServer, connect
 from nbdstream.backing.connection import Connection
@@ -23,6 +21,7 @@ from nbdstream.store.launch import waker
 from nbdstream.store.layout import Image, Store
 from nbdstream.store.register import Membership, join
 from nbdstream.store.resolve import resolve, whole_uri
+from nbdstream.tasks import in_worker
 from nbdstream.text import redacted
 
 log = logging.getLogger(__name__)
@@ -81,14 +80,14 @@ class StoreOpener:
             membership.pause()
             raise
         # Only who does not need the backing any more leaves the block without an error.
-        await trio.to_thread.run_sync(membership.leave)
+        await in_worker(membership.leave)
 
     async def _join(self, uri: str, identity: str, size: int) -> tuple[Image, Membership]:
         """Find or make the image, and enter ourselves as its user before it can be removed."""
         while True:
             image = await resolve(self.store, uri, identity, size)
             try:
-                return image, await trio.to_thread.run_sync(
+                return image, await in_worker(
                     lambda: join(image, self.leaf, temporary=self.temporary)  # noqa: B023
                 )
             except ImageGoneError:

@@ -18,6 +18,7 @@ from nbdstream.net.address import UnixAddress
 from nbdstream.net.connect import open_socket
 from nbdstream.store.layout import Image
 from nbdstream.store.locks import acquire
+from nbdstream.tasks import in_worker
 
 # Seconds that another process may take to start the image's process.
 START_TIMEOUT = 60.0
@@ -33,7 +34,7 @@ async def _wake(image: Image, uri: str) -> None:
     if await _answers(image):
         return
     try:
-        lock = await trio.to_thread.run_sync(
+        lock = await in_worker(
             lambda: acquire(image.start, timeout=START_TIMEOUT), abandon_on_cancel=False
         )
         with lock:

@@ -23,7 +23,7 @@ from nbdstream.store.exports import LOOK_INTERVAL, Space, image_exports
 from nbdstream.store.layout import Image
 from nbdstream.store.locks import acquire
 from nbdstream.streamer.job import ACTIVE, StreamJob
-from nbdstream.tasks import start_contained
+from nbdstream.tasks import in_worker, start_contained
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ async def serve_image(
         StoreError: another process serves it.
         NbdstreamError, OSError: the leaf cannot be opened, or the socket not be made.
     """
-    lock = await trio.to_thread.run_sync(lambda: acquire(image.serving, timeout=PREDECESSOR_TIME))
+    lock = await in_worker(lambda: acquire(image.serving, timeout=PREDECESSOR_TIME))
     with lock:
         complete = image.complete
         options = ServeOptions(
@@ -172,4 +172,4 @@ class _Process:
         """Once all is local there is nothing left to pull."""
         if self._disk.backing is not None:
             await self._disk.completed.wait()
-        await trio.to_thread.run_sync(lambda: self._image.pull.unlink(missing_ok=True))
+        await in_worker(lambda: self._image.pull.unlink(missing_ok=True))

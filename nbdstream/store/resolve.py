@@ -12,8 +12,6 @@ import logging
 import time
 from pathlib import Path
 
-import trio
-
 from nbdstream.backing import fingerprint, open_backing
 from nbdstream.backing.sources import anchored
 from nbdstream.errors import BackingGoneError, BackingMismatchError, UsageError
@@ -21,6 +19,7 @@ from nbdstream.leaf.base import BackingReference
 from nbdstream.store.files import read_record, write_record
 from nbdstream.store.layout import Image, Store
 from nbdstream.store.locks import acquire
+from nbdstream.tasks import in_worker
 from nbdstream.text import has_hidden, redacted
 
 log = logging.getLogger(__name__)
@@ -45,13 +44,13 @@ async def resolve(store: Store, uri: str, identity: str = "", size: int = 0) -> 
     """
     place = redacted(uri)
     if identity:
-        image = await trio.to_thread.run_sync(store.find, place, identity)
+        image = await in_worker(store.find, place, identity)
         if image is not None:
             return image
     name = store.root / "names" / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}"
-    lock = await trio.to_thread.run_sync(lambda: acquire(name, timeout=ASKING_MOST))
+    lock = await in_worker(lambda: acquire(name, timeout=ASKING_MOST))
     with lock:
-        image = await trio.to_thread.run_sync(_fresh, store, place, name)
+        image = await in_worker(_fresh, store, place, name)
         if image is None or identity not in ("", image.record.identity):
             known = BackingReference(place, "raw", size, identity)
             image = await _ask(store, uri, name, known)
@@ -81,8 +80,8 @@ async def _ask(store: Store, uri: str, name: Path, known: BackingReference) -> I
     except BackingGoneError as error:
         if known.identity:
             log.warning("%s; going on with what is local", error)
-            return await trio.to_thread.run_sync(store.create, known)
-        image = await trio.to_thread.run_sync(store.latest, redacted(uri))
+            return await in_worker(store.create, known)
+        image = await in_worker(store.latest, redacted(uri))
         if image is None:
             raise
         log.warning("%s; using image %s of the store", error, image.id)
@@ -94,7 +93,7 @@ async def _ask(store: Store, uri: str, name: Path, known: BackingReference) -> I
         write_record(name.with_suffix(".json"), values)
         return image
 
-    return await trio.to_thread.run_sync(remember)
+    return await in_worker(remember)
 
 
 def _fresh(store: Store, place: str, name: Path) -> Image | None:

@@ -9,8 +9,6 @@ import logging
 import time
 from dataclasses import dataclass
 
-import trio
-
 from nbdstream.errors import ImageGoneError, StoreError
 from nbdstream.leaf import MAP_SUFFIX
 from nbdstream.leaf.raw.map import local_runs
@@ -20,6 +18,7 @@ from nbdstream.store.launch import waker
 from nbdstream.store.layout import Image, Store
 from nbdstream.store.locks import acquire
 from nbdstream.store.register import User, UserState, sweep, users
+from nbdstream.tasks import in_worker
 from nbdstream.units import format_count
 
 log = logging.getLogger(__name__)
@@ -104,8 +103,8 @@ async def pull(image: Image, uri: str) -> None:
     its process. Raises StoreError, BackingError, OSError."""
     if image.complete:
         return
-    await trio.to_thread.run_sync(image.use)
-    await trio.to_thread.run_sync(lambda: image.pull.touch(mode=0o600))
+    await in_worker(image.use)
+    await in_worker(lambda: image.pull.touch(mode=0o600))
     await waker(image, uri)()
     async with QMPClient.connect(str(image.control)) as qmp:
         if not await qmp.execute("query-jobs"):
@@ -125,9 +124,9 @@ async def remove(store: Store, image: Image) -> None:
         ImageGoneError: it is not there any more.
         OSError: it could not be deleted.
     """
-    lock = await trio.to_thread.run_sync(image.lock)
+    lock = await in_worker(image.lock)
     with lock:
-        left = await trio.to_thread.run_sync(sweep, image)
+        left = await in_worker(sweep, image)
         if left:
             leaves = ", ".join(sorted({user.leaf for user in left})[:LEAVES_SHOWN])
             raise StoreError(
@@ -135,28 +134,28 @@ async def remove(store: Store, image: Image) -> None:
                 "stop the guests, and delete the leaves or let them become complete"
             )
         await _end_process(image)
-        await trio.to_thread.run_sync(store.discard, image)
-    await trio.to_thread.run_sync(store.clean)
+        await in_worker(store.discard, image)
+    await in_worker(store.clean)
 
 
 async def _end_process(image: Image) -> None:
     """End the process of an image that has no users."""
-    if not await trio.to_thread.run_sync(lambda: image.served):
+    if not await in_worker(lambda: image.served):
         return
     try:
         async with QMPClient.connect(str(image.control)) as qmp:
             await qmp.execute("quit")
     except (QMPError, OSError) as error:
         log.info("image %s: %s", image.id, error)  # it is ending, or was killed
-    lock = await trio.to_thread.run_sync(lambda: acquire(image.serving, timeout=END_TIMEOUT))
+    lock = await in_worker(lambda: acquire(image.serving, timeout=END_TIMEOUT))
     lock.release()
 
 
 async def prune(store: Store, keep: int) -> list[Facts]:
     """Remove images that nobody needs, those first that were used longest ago, until all images
     together take at most ``keep`` bytes. Returns what was removed. Raises as `remove` does."""
-    await trio.to_thread.run_sync(store.clean)
-    found = await trio.to_thread.run_sync(all_facts, store)
+    await in_worker(store.clean)
+    found = await in_worker(all_facts, store)
     total = sum(facts.stored for facts in found)
     removed = []
     for facts in sorted(found, key=lambda facts: facts.last_used):

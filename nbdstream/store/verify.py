@@ -15,6 +15,7 @@ from nbdstream.backing.base import Backing, Grant, Priority
 from nbdstream.leaf import MAP_SUFFIX
 from nbdstream.leaf.raw.map import local_runs
 from nbdstream.store.layout import Image
+from nbdstream.tasks import in_worker
 
 # Seconds that the source may be out of reach.
 SOURCE_TIMEOUT = 30.0
@@ -51,8 +52,8 @@ async def verify(image: Image, uri: str) -> Comparison:
 
     opening = open_backing(uri, timeout=SOURCE_TIMEOUT, size=record.size, identity=record.identity)
     async with opening as backing:
-        local = await trio.to_thread.run_sync(runs)
-        fd = await trio.to_thread.run_sync(os.open, image.leaf, os.O_RDONLY | os.O_CLOEXEC)
+        local = await in_worker(runs)
+        fd = await in_worker(os.open, image.leaf, os.O_RDONLY | os.O_CLOEXEC)
         try:
             async with trio.open_nursery() as pieces:
                 for start, end in local:
@@ -74,7 +75,7 @@ async def _compare(
     """Compare one piece, for which there is room."""
     data = bytearray(length)
     await backing.read(memoryview(data), offset, Priority.STREAM, grant)
-    if await trio.to_thread.run_sync(os.pread, fd, length, offset) != data:
+    if await in_worker(os.pread, fd, length, offset) != data:
         found.differing += length
         if len(found.ranges) < DIFFERENCES_MOST:
             found.ranges.append((offset, length))
