@@ -233,8 +233,8 @@ class Session:
     A line that begins with ``$ `` is a command, run by bash to its end; the lines up to the
     next one are its output, standard error included. In these ``…`` stands for any text within
     the line, and ``...`` for any number of lines. A command that ends in ``&`` is a server: it
-    goes on, and is ready when it has printed as many lines as are shown; ``kill %1`` ends the
-    last one, and waits for it.
+    goes on, and is ready when it has printed as many lines as are shown; ``kill %N`` ends the
+    N-th that runs, as bash counts them, and waits for it.
     """
 
     SHOWN = "/srv/vm"
@@ -242,14 +242,14 @@ class Session:
     def __init__(self, directory: Path, exits: ExitStack) -> None:
         self._directory = directory
         self._exits = exits
-        self._server: subprocess.Popen[str] | None = None
+        self._servers: dict[int, subprocess.Popen[str]] = {}
         programs = Path(binary("NBDSTREAM")).parent
         self._environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
 
     def run(self, command: str, expected: list[str]) -> None:
         """Raises AssertionError if the command says something else than is shown."""
-        if command == "kill %1":
-            self._stop()
+        if job := re.fullmatch(r"kill %(\d+)", command):
+            self._stop(int(job[1]))
             return
         actual = command.replace(self.SHOWN, str(self._directory))
         if actual.endswith("&"):
@@ -274,15 +274,16 @@ class Session:
         )
 
     def _start(self, command: str, lines: int) -> list[str]:
-        self._server = self._process(f"exec {command}")
-        self._exits.callback(self._stop)
-        assert self._server.stdout is not None
-        return [self._server.stdout.readline().rstrip("\n") for _ in range(lines)]
+        number = max(self._servers, default=0) + 1
+        server = self._servers[number] = self._process(f"exec {command}")
+        self._exits.callback(self._stop, number)
+        assert server.stdout is not None
+        return [server.stdout.readline().rstrip("\n") for _ in range(lines)]
 
-    def _stop(self) -> None:
-        if self._server is None:
+    def _stop(self, number: int) -> None:
+        server = self._servers.pop(number, None)
+        if server is None:
             return
-        server, self._server = self._server, None
         server.send_signal(signal.SIGTERM)
         try:
             rest, _ = server.communicate(timeout=READY_SECONDS)
@@ -331,6 +332,17 @@ def test_the_examples_of_the_manual() -> None:
         exits.enter_context(
             nbdkit("file", directory / "base.img", readonly=True, socket_path=socket)
         )
+        session = Session(directory, exits)
+        for command, expected in found:
+            session.run(command, expected)
+
+
+@pytest.mark.timeout(120)
+def test_the_tour_of_the_readme() -> None:
+    found = list(examples((TOP / "README.md").read_text()))
+    assert len(found) > 8
+    with temporary_directory() as directory, ExitStack() as exits:
+        make_base(directory / "base.img")
         session = Session(directory, exits)
         for command, expected in found:
             session.run(command, expected)
