@@ -7,8 +7,8 @@ The ways, the guest and what it is checked for afterwards are those of `./dev de
 (`testbed/migrations/ways.py`): as root between two network namespaces, memory and disk through one
 queue. Time runs from being asked, with the guest at work, to its first sign of life at the
 destination; so making a leaf and starting servers and QEMU there counts. The pause is the
-one that the guest's pulse shows (`testbed/migrations/pulse.py`), beside the time for which QEMU has
-the guest stopped.
+one that the guest's heartbeat shows (`testbed/migrations/heartbeat.py`), beside the time for
+which QEMU has the guest stopped.
 
 `--seconds` means nothing here: a round takes about three minutes.
 """
@@ -24,7 +24,7 @@ from nbdstream.errors import NbdstreamError
 from testbed.guests import images
 from testbed.link.model import Shape
 from testbed.migrations.arrangement import Ends
-from testbed.migrations.road import Road, road
+from testbed.migrations.network import Network, network
 from testbed.migrations.ways import (
     WAYS,
     MemoryOnly,
@@ -42,7 +42,7 @@ SIZE = 2 << 30
 ALLOCATED = 1 << 30
 
 
-def one(kind: type[Way], base: Ends, between: Road, disk: Path) -> Outcome:
+def one(kind: type[Way], base: Ends, between: Network, disk: Path) -> Outcome:
     """Move a guest with a copy of a disk. Raises PeerError."""
     with tempfile.TemporaryDirectory(dir=base.directory) as name:
         ends = replace(base, directory=Path(name))
@@ -58,7 +58,7 @@ def run(options: Options) -> Report:
     report = Report("A guest moves over 200 Mbit/s, 20 ms, with 2 GiB of disk", ["", *columns])
     outcomes: dict[str, list[Outcome]] = {}
     image = images.busybox()
-    with temporary_directory() as directory, road(directory, LINK) as between:
+    with temporary_directory() as directory, network(directory, LINK) as between:
         report.notes.append(f"Over {between.what}.")
         disk = images.copy_image(image / "disk.raw", directory / "disk.raw")
         images.grow(disk, SIZE, ALLOCATED - disk.stat().st_blocks * 512)
@@ -110,7 +110,7 @@ def _fill(report: Report, outcomes: dict[str, list[Outcome]]) -> None:
     ]
     everything = [outcome for found in outcomes.values() for outcome in found]
     report.notes.append(
-        "Pause: from the last beat of the guest's pulse at the source to the first one at the "
+        "Pause: from the last beat of the guest's heartbeat at the source to the first one at the "
         f"destination; without a migration at most {max(o.heard.usual for o in everything):.2f} s "
         "were between two."
     )

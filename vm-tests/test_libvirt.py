@@ -26,8 +26,8 @@ from testbed.migrations.arrangement import (
     records,
     wait_acknowledged,
 )
+from testbed.migrations.heartbeat import LOOP, Heartbeat
 from testbed.migrations.libvirt import DOMAIN, Host, VirshError, domain_xml, host
-from testbed.migrations.pulse import LOOP, Pulse
 from testbed.peers import Peer, nbdkit, nbdstream_serve, run, temporary_directory
 
 pytestmark = [
@@ -140,7 +140,7 @@ def ended(control: str) -> Iterator[None]:
 
 @asynccontextmanager
 async def running_domain(site: Site) -> AsyncIterator[Console]:
-    """The domain boots at the source, and its writer and its pulse begin."""
+    """The domain boots at the source, and its writer and its heartbeat begin."""
     await libvirt.ready(site.here, site.there)
     async with libvirt.running_domain(site.here, site.ends, xml_file("here", site.ends)) as console:
         yield console
@@ -183,20 +183,22 @@ def said(ends: Ends) -> str:
 )
 async def test_a_domain_moves(site: Site, way: tuple[str, ...]) -> None:
     """Where its definition stays behind, it cannot be used any more."""
-    pulse, ends = Pulse(), site.ends
+    heartbeat, ends = Heartbeat(), site.ends
     async with open_background_nursery() as nursery, running_domain(site) as console:
         # Nobody may miss its first beat.
-        nursery.start_soon(pulse.listen, ends.path("here.pulse"), ends.path("there.pulse"))
+        nursery.start_soon(
+            heartbeat.listen, ends.path("here.heartbeat"), ends.path("there.heartbeat")
+        )
         await trio.testing.wait_all_tasks_blocked()
         await console.send(f"{LOOP}\n")
         with trio.fail_after(60):
-            await pulse.wait_here(50)
+            await heartbeat.wait_here(50)
         done = await site.move("--migrateuri", "tcp://127.0.0.1:49300", *FULL_SPEED, *way)
         assert done.returncode == 0
         seen = last_acknowledged(console.transcript)
         with trio.fail_after(60):
-            await pulse.wait_there()
-        print(pulse.pause(), await site.there.virsh("domjobinfo", "--completed", DOMAIN))
+            await heartbeat.wait_there()
+        print(heartbeat.pause(), await site.there.virsh("domjobinfo", "--completed", DOMAIN))
         assert await site.there.state() == "running"
         if way:
             assert await site.here.state() == ""

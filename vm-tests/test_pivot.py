@@ -22,7 +22,7 @@ from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import GenericError
 from nbdstream.tasks import open_background_nursery
 from testbed.guests import systems
-from testbed.migrations import arrangement, pulse
+from testbed.migrations import arrangement, heartbeat
 from testbed.migrations.arrangement import Ends, last_acknowledged, records
 from testbed.peers import binary, nbdkit, nbdstream_serve, run
 from testbed.pivots.trial import Trial
@@ -44,7 +44,7 @@ async def test_a_guest_goes_on_from_its_leaf(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ends, leaf = Ends(tmp_path, busybox_image), tmp_path / f"leaf.{suffix}"
-    beats = pulse.Pulse()
+    beats = heartbeat.Heartbeat()
     execute = QMPClient.execute
 
     async def attempt(qmp: Monitor, disk: PivotDisk, step: str) -> None:
@@ -74,8 +74,8 @@ async def test_a_guest_goes_on_from_its_leaf(
                 arrangement.source(ends, Disk.nbd(server.uri)) as guest,
                 trio.open_nursery() as nursery,
             ):
-                nursery.start_soon(beats.listen, ends.path("source.pulse"), ends.path("none"))
-                await guest.console.send(pulse.LOOP + "\n")
+                nursery.start_soon(beats.listen, ends.path("source.heartbeat"), ends.path("none"))
+                await guest.console.send(heartbeat.LOOP + "\n")
                 await wait_local(str(server.control))
                 for step in STEPS:
                     await attempt(qmp, disk, step)
@@ -100,7 +100,7 @@ async def test_a_guest_goes_on_from_its_leaf(
     assert records(raw) >= last_acknowledged(text) > 3
 
 
-def longest(beats: list[pulse.Beat]) -> float:
+def longest(beats: list[heartbeat.Beat]) -> float:
     """The longest time between two beats."""
     return max(after.heard - before.heard for before, after in pairwise(beats))
 

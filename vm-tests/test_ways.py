@@ -9,8 +9,8 @@ import trio
 from testbed.guests import images
 from testbed.link.model import Shape
 from testbed.migrations.arrangement import Ends
-from testbed.migrations.pulse import Beat, Pulse
-from testbed.migrations.road import road
+from testbed.migrations.heartbeat import Beat, Heartbeat
+from testbed.migrations.network import network
 from testbed.migrations.ways import WAYS, MemoryOnly, Way, migrate
 
 MIB = 1 << 20
@@ -24,7 +24,7 @@ async def test_a_guest_that_writes_moves(
 ) -> None:
     size = busybox_disk.stat().st_size  # noqa: ASYNC240
     images.grow(busybox_disk, size + 64 * MIB, 16 * MIB)
-    with road(tmp_path, FAST) as between:
+    with network(tmp_path, FAST) as between:
         outcome = await migrate(kind(Ends(tmp_path, busybox_image), between, busybox_disk, print))
     assert 0 < outcome.pause < outcome.running
     assert outcome.heard.heard > 0
@@ -37,9 +37,9 @@ async def test_a_guest_that_writes_moves(
 
 
 async def test_a_pulse_goes_on_in_the_middle_of_a_line(tmp_path: Path) -> None:
-    pulse = await heard(tmp_path, b"1 5.00\r\n2 5.01\r\n3 5", b".02\r\n4 5.03\r\n")
-    assert [beat.number for beat in pulse.here] == [1, 2]
-    assert [(beat.number, beat.guest) for beat in pulse.there] == [(3, 5.02), (4, 5.03)]
+    heartbeat = await heard(tmp_path, b"1 5.00\r\n2 5.01\r\n3 5", b".02\r\n4 5.03\r\n")
+    assert [beat.number for beat in heartbeat.here] == [1, 2]
+    assert [(beat.number, beat.guest) for beat in heartbeat.there] == [(3, 5.02), (4, 5.03)]
 
 
 async def test_a_lost_beat_is_noticed(tmp_path: Path) -> None:
@@ -48,20 +48,20 @@ async def test_a_lost_beat_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_pause_is_what_lies_between_the_ends() -> None:
-    pulse = Pulse()
-    pulse.here += [Beat(1, 5.00, 10.0), Beat(2, 5.02, 10.1), Beat(3, 5.03, 10.5)]
-    pulse.there += [Beat(4, 5.05, 12.0), Beat(5, 5.06, 13.0)]
-    pause = pulse.pause()
+    heartbeat = Heartbeat()
+    heartbeat.here += [Beat(1, 5.00, 10.0), Beat(2, 5.02, 10.1), Beat(3, 5.03, 10.5)]
+    heartbeat.there += [Beat(4, 5.05, 12.0), Beat(5, 5.06, 13.0)]
+    pause = heartbeat.pause()
     assert (pause.heard, pause.usual) == pytest.approx((1.5, 0.4))
     assert pause.guest == pytest.approx(0.02)
 
 
-async def heard(directory: Path, here: bytes, there: bytes) -> Pulse:
-    """A pulse to which two sockets have said this, one after the other."""
-    pulse = Pulse()
+async def heard(directory: Path, here: bytes, there: bytes) -> Heartbeat:
+    """A heartbeat to which two sockets have said this, one after the other."""
+    heartbeat = Heartbeat()
     async with trio.open_nursery() as nursery:
         one, other = (str(directory / name) for name in ("here", "there"))
-        nursery.start_soon(pulse.listen, one, other)
+        nursery.start_soon(heartbeat.listen, one, other)
         for path, beats in zip((one, other), (here, there), strict=True):
             with trio.socket.socket(trio.socket.AF_UNIX) as sock:
                 await sock.bind(path)
@@ -69,6 +69,6 @@ async def heard(directory: Path, here: bytes, there: bytes) -> Pulse:
                 stream, _ = await sock.accept()
                 with stream:
                     await stream.send(beats)
-                    await (pulse.wait_there() if path == other else pulse.wait_here(2))
+                    await (heartbeat.wait_there() if path == other else heartbeat.wait_here(2))
         nursery.cancel_scope.cancel()
-    return pulse
+    return heartbeat

@@ -4,7 +4,7 @@
     ./dev demo migrate [--guest debian|busybox] [--rate 200M] [--delay 10ms] [--data SIZE]
 
 The same guest, with a writer that syncs and acknowledges numbered records, moves three times
-from one network namespace into another (see `road`): memory alone, by ``nbdstream migrate``,
+from one network namespace into another (see `network`): memory alone, by ``nbdstream migrate``,
 and by QEMU's own means (see `ways`). One table compares them.
 """
 
@@ -23,18 +23,18 @@ from testbed.link.control import parse_bit_rate, parse_seconds
 from testbed.link.model import Shape
 from testbed.migrations import arrangement
 from testbed.migrations.arrangement import Ends
-from testbed.migrations.road import Road, road
+from testbed.migrations.network import Network, network
 from testbed.migrations.ways import WAYS, Outcome, Way, migrate
 
 SYSTEMS = {"debian": systems.DEBIAN, "busybox": arrangement.SMALL}
 
 
-async def demo(base: Ends, between: Road, data: int) -> None:
+async def demo(base: Ends, between: Network, data: int) -> None:
     """Run all three, and compare."""
     _table([await _one(way, base, between, data) for way in WAYS])
 
 
-async def _one(kind: type[Way], base: Ends, between: Road, data: int) -> Outcome:
+async def _one(kind: type[Way], base: Ends, between: Network, data: int) -> Outcome:
     print(f"\n{kind.name}:", flush=True)
     begin = trio.current_time()
 
@@ -49,7 +49,15 @@ async def _one(kind: type[Way], base: Ends, between: Road, data: int) -> Outcome
 
 
 def _table(outcomes: list[Outcome]) -> None:
-    columns = ("way", "runs there", "QEMU's pause", "pulse's pause", "complete", "memory", "disk")
+    columns = (
+        "way",
+        "runs there",
+        "QEMU's pause",
+        "heartbeat's pause",
+        "complete",
+        "memory",
+        "disk",
+    )
     print("\n{:28}{:>12}{:>14}{:>15}{:>11}{:>12}{:>12}".format(*columns))
     for one in outcomes:
         print(
@@ -63,8 +71,8 @@ def _table(outcomes: list[Outcome]) -> None:
     print(
         f"\ntime until running: x {ours.running / yardstick.running:.2f} of memory only, "
         f"x {ours.running / theirs.running:.2f} of QEMU's own way\n"
-        f"pause as the guest's pulse shows it: x {ours.heard.heard / yardstick.heard.heard:.2f} of "
-        f"memory only (without a migration {usual:.2f} s at most;\n"
+        f"pause as the guest's heartbeat shows it: "
+        f"x {ours.heard.heard / yardstick.heard.heard:.2f} of memory only (without a migration {usual:.2f} s at most;\n"
         f"  of all this the guest's own clock shows {clock:.2f} s at most: it stands still)\n"
         f"disk moved: x {ours.disk / ours.allocated:.3f} of what was allocated at the source"
     )
@@ -84,7 +92,7 @@ def main() -> None:
     image = images.debian() if arguments.guest == "debian" else images.busybox()
     with tempfile.TemporaryDirectory(prefix="nbdstream-demo-") as name:
         base = Ends(Path(name), image, SYSTEMS[arguments.guest])
-        with road(base.directory, shape) as between:
+        with network(base.directory, shape) as between:
             print(f"{arguments.rate}bit/s, {2000 * shape.delay:g} ms: {between.what}")
             trio.run(demo, base, between, parse_size(arguments.data))
 

@@ -28,7 +28,7 @@ from nbdstream.qmp.protocol import QMPConnectionError
 from nbdstream.tasks import open_background_nursery
 from testbed.guests import bootdisk, systems
 from testbed.guests.systems import BUSYBOX, RunningGuest, System
-from testbed.migrations import pulse
+from testbed.migrations import heartbeat
 
 SMALL: System = dataclasses.replace(BUSYBOX, memory=128 * MiB)
 RECORDS = "/records"
@@ -92,7 +92,7 @@ def destination_command(ends: Ends, disks: int) -> list[str]:
 def _extra(ends: Ends, end: str) -> tuple[str, ...]:
     """What both QEMUs have besides disks and console."""
     kernel = systems.direct_boot(ends.image) if (ends.image / "vmlinuz").exists() else ()
-    return (*kernel, *pulse.serial_port(ends.path(f"{end}.pulse")))
+    return (*kernel, *heartbeat.serial_port(ends.path(f"{end}.heartbeat")))
 
 
 @asynccontextmanager

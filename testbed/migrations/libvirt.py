@@ -185,7 +185,7 @@ def domain_xml(end: str, directory: Path, system: System) -> str:
     boot loader.
 
     Its console is at ``<end>.serial`` and in ``<end>.console``, its second serial port at
-    ``<end>.pulse``.
+    ``<end>.heartbeat``.
     """
     place = directory / end
     return f"""<domain type='qemu'>
@@ -213,7 +213,7 @@ def domain_xml(end: str, directory: Path, system: System) -> str:
       <log file='{place}.console'/>
       <target port='0'/>
     </serial>
-    <serial type='unix'><source mode='bind' path='{place}.pulse'/><target port='1'/></serial>
+    <serial type='unix'><source mode='bind' path='{place}.heartbeat'/><target port='1'/></serial>
   </devices>
 </domain>
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same running guest moved in three ways over the same road, timed alike.
+"""The same running guest moved in three ways over the same network, timed alike.
 
 - `MemoryOnly`: both ends have the same disk, as on shared storage. The yardstick;
 - `Nbdstream`: ``nbdstream migrate``. The guest first, its disk afterwards;
@@ -31,10 +31,10 @@ from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import JSONObject
 from nbdstream.tasks import open_background_nursery
 from testbed.guests import systems
-from testbed.migrations import arrangement, pulse
+from testbed.migrations import arrangement, heartbeat
 from testbed.migrations.arrangement import Ends, last_acknowledged, records, wait_acknowledged
-from testbed.migrations.pulse import Pause, Pulse
-from testbed.migrations.road import Road
+from testbed.migrations.heartbeat import Heartbeat, Pause
+from testbed.migrations.network import Network
 from testbed.peers import run
 
 NODE = "disk0"
@@ -57,8 +57,8 @@ class Outcome:
 
     ``running``: until the guest's first sign of life at the destination; ``complete``: until
     nothing depends on the source, both from being asked. ``pause`` is the time between QEMU's
-    stop at the source and its start at the destination, ``heard`` what the guest's pulse
-    shows of it. ``memory`` and ``disk`` went over the road, both ways; ``allocated`` is how
+    stop at the source and its start at the destination, ``heard`` what the guest's heartbeat
+    shows of it. ``memory`` and ``disk`` went over the network, both ways; ``allocated`` is how
     much data the source's disk had in the end.
     """
 
@@ -78,8 +78,8 @@ class Way(ABC):
 
     name: str
 
-    def __init__(self, ends: Ends, road: Road, disk: Path, say: Say) -> None:
-        self.ends, self.road, self.disk, self.say = ends, road, disk, say
+    def __init__(self, ends: Ends, network: Network, disk: Path, say: Say) -> None:
+        self.ends, self.network, self.disk, self.say = ends, network, disk, say
         self.started: list[Spawned] = []
 
     @property
@@ -97,12 +97,12 @@ class Way(ABC):
         """The destination's guest is switched off: close its disk."""
 
     def plan(self) -> MigrationPlan:
-        """By which the guest moves over the road."""
-        offer, memory = self.road.offer, self.road.memory
+        """By which the guest moves over the network."""
+        offer, memory = self.network.offer, self.network.memory
         disk = self.ends.disk("raw", node=NODE)
         return replace(
             self.ends.plan(replace(disk, listen=offer.listen, reach=offer.reach)),
-            prefix=self.road.there,
+            prefix=self.network.there,
             memory=_uri(memory.reach),
             memory_listen=_uri(memory.listen),
         )
@@ -190,11 +190,11 @@ class Mirror(MemoryOnly):
         return await super().move(source)
 
     async def copy_disk(self, source: QMPClient, there: QMPClient) -> None:
-        door = self.road.target
-        await there.execute("nbd-server-start", {"addr": _address(door.listen)})
+        endpoint = self.network.target
+        await there.execute("nbd-server-start", {"addr": _address(endpoint.listen)})
         export = {"type": "nbd", "id": "mirror", "node-name": NODE, "name": NODE}
         await there.execute("block-export-add", {**export, "writable": True})
-        node = Disk.nbd(f"nbd://{door.reach}/{NODE}").blockdev
+        node = Disk.nbd(f"nbd://{endpoint.reach}/{NODE}").blockdev
         await source.execute("blockdev-add", {**node, "node-name": "target"})
         job = {"job-id": "mirror", "device": NODE, "target": "target", "sync": "full"}
         job["copy-mode"] = "write-blocking"
@@ -217,22 +217,26 @@ async def migrate(way: Way) -> Outcome:
     Raises WayError if it has, SystemExit on SIGTERM, and what `migration` and `Migration.run`
     raise; whatever was started is ended then.
     """
-    ends, beats = way.ends, Pulse()
+    ends, beats = way.ends, Heartbeat()
     try:
         async with open_background_nursery() as nursery:
             nursery.start_soon(_heed_signal)
-            nursery.start_soon(beats.listen, ends.path("source.pulse"), ends.path("there.pulse"))
-            async with arrangement.source(ends, Disk.file(way.disk), prefix=way.road.here) as guest:
-                await guest.console.send(f"{pulse.LOOP}\n")
+            nursery.start_soon(
+                beats.listen, ends.path("source.heartbeat"), ends.path("there.heartbeat")
+            )
+            async with arrangement.source(
+                ends, Disk.file(way.disk), prefix=way.network.here
+            ) as guest:
+                await guest.console.send(f"{heartbeat.LOOP}\n")
                 await beats.wait_here(BEATS)
                 way.say("the guest is up, and writes")
-                before = way.road.moved()
+                before = way.network.moved()
                 began = trio.current_time()
                 pause = await way.move(guest.guest.qmp)
                 complete = trio.current_time() - began
                 running = await _wait_there(way, beats) - began
                 memory, disk = (
-                    after - count for after, count in zip(way.road.moved(), before, strict=True)
+                    after - count for after, count in zip(way.network.moved(), before, strict=True)
                 )
                 seen = last_acknowledged(guest.console.transcript)
             allocated = way.disk.stat().st_blocks * 512
@@ -251,7 +255,7 @@ async def migrate(way: Way) -> Outcome:
     )
 
 
-async def _wait_there(way: Way, beats: Pulse) -> float:
+async def _wait_there(way: Way, beats: Heartbeat) -> float:
     """When the guest gave its first sign of life at the destination."""
     try:
         return await beats.wait_there()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest's pulse: does it run, and for how long did it not?
+"""A guest's heartbeat: does it run, and for how long did it not?
 
 A loop in the guest sends its number and the guest's uptime over a second serial port, a
-hundred times a second; `Pulse` notes when each arrives. A migration moves the loop with the
+hundred times a second; `Heartbeat` notes when each arrives. A migration moves the loop with the
 guest, so that the time between its last beat at the source and its first one at the
-destination is how long nobody heard of the guest, wherever the time went.
+destination is how long the guest was not heard of, wherever the time went.
 
 Both ends have to have one clock, and it cannot be the guest's: that one stands still while
 the guest is stopped, and shows of the pause as good as nothing (`Pause.guest`).
@@ -46,11 +46,11 @@ class Pause:
 
 def serial_port(path: str) -> tuple[str, ...]:
     """QEMU arguments for the port, which is /dev/ttyS1 in the guest and a socket here."""
-    chardev = f"socket,id=pulse,path={path},server=on,wait=off"
-    return ("-chardev", chardev, "-device", "isa-serial,chardev=pulse,id=pulse,index=1")
+    chardev = f"socket,id=heartbeat,path={path},server=on,wait=off"
+    return ("-chardev", chardev, "-device", "isa-serial,chardev=heartbeat,id=heartbeat,index=1")
 
 
-class Pulse:
+class Heartbeat:
     """The beats of one guest, at the source (``here``) and the destination (``there``)."""
 
     def __init__(self) -> None:
