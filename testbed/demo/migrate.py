@@ -72,7 +72,8 @@ def _table(outcomes: list[Outcome]) -> None:
         f"\ntime until running: x {ours.running / yardstick.running:.2f} of memory only, "
         f"x {ours.running / theirs.running:.2f} of QEMU's own way\n"
         f"pause as the guest's heartbeat shows it: "
-        f"x {ours.heard.heard / yardstick.heard.heard:.2f} of memory only (without a migration {usual:.2f} s at most;\n"
+        f"x {ours.heard.heard / yardstick.heard.heard:.2f} of memory only "
+        f"(without a migration {usual:.2f} s at most;\n"
         f"  of all this the guest's own clock shows {clock:.2f} s at most: it stands still)\n"
         f"disk moved: x {ours.disk / ours.allocated:.3f} of what was allocated at the source"
     )

@@ -44,7 +44,7 @@ class Network:
 
 @contextmanager
 def network(directory: Path, shape: Shape) -> Iterator[Network]:
-    """A network whose link has this shape, with its sockets, if any, in ``directory``. Raises OSError."""
+    """A network of this shape; sockets, if it has any, are in ``directory``. Raises OSError."""
     with _emulated(directory, shape) if wire.missing() else _namespaces(shape) as made:
         yield made
 
