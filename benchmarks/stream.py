@@ -7,7 +7,7 @@ measured. (Not in /dev/shm: block status is slow there, and QEMU waits for every
 runs from the first bulk data that comes over the link until the command says that it is
 done: connecting and starting up is left out for everybody. Leaves and copies are in
 memory (/dev/shm where there is one), so that no disk sets the pace, and durable writes
-cost nobody anything. QEMU's job takes minutes on long links: its rate is what its offset
+cost nothing. QEMU's job takes minutes on long links: its rate is what its offset
 gains in the time of one load.
 """
 

@@ -59,7 +59,7 @@ async def serve(leaf: Leaf, source: Source) -> list[object]:
             nursery.start_soon(job.run)
             if source.flag():
                 job.start()
-        # A request that hangs is seen by whoever runs the target: the virtual clock cannot
+        # A request that hangs is seen by the user who runs the target: the virtual clock cannot
         # tell, since it runs on while a worker thread is busy.
         async with trio.open_nursery() as guests:
             for _ in range(1 + source.byte() % 3):

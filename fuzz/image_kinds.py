@@ -102,7 +102,7 @@ def _infinite_record(header: Header) -> bytes:
 
 def _taken(name: str, image_format: str, path: Path, *, writable: bool) -> Image:
     """The image at ``path`` as a value; the files are removed."""
-    # Nobody else has it, but it may still be open here, and locked.
+    # No other process has it, but it may still be open here, and locked.
     copy = path.with_name("copy")
     for suffix in ("", MAP_SUFFIX):
         if Path(f"{path}{suffix}").exists():

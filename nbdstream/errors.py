@@ -9,7 +9,7 @@
     ├── LeafError             the local image
     │   ├── LeafFormatError       not what it claims to be, or damaged
     │   ├── LeafUnsupportedError  well-formed, but uses a feature that we refuse by name
-    │   └── LeafInUseError        somebody else has it open
+    │   └── LeafInUseError        another process has it open
     └── BackingError          the remote image
         ├── BackingMismatchError  not the image that the leaf belongs to: never retried
         ├── BackingReadError      the server answered this request with an error

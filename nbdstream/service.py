@@ -243,7 +243,7 @@ async def _open_images(
     """Open the leaf and the backing that belongs to it; check that they do (invariant 6).
     The event closes the backing. ``image_format``: what the leaf is, if that is known for
     certain, or ""."""
-    exists = os.path.lexists(options.leaf)  # noqa: ASYNC240 - nobody is served yet
+    exists = os.path.lexists(options.leaf)  # noqa: ASYNC240 - no client is served yet
     if not exists and options.backing is None:
         raise UsageError(NEEDS_BACKING.format(options.leaf))
     if exists:
@@ -291,14 +291,14 @@ async def _open_images(
 def _trusted(leaf: Leaf, known: BackingReference) -> str:
     """The URI of the backing that a leaf names, if its owner has named that before.
 
-    Whoever made the image could name any file or address (invariant 13). Raises UsageError.
+    The author of the image could name any file or address (invariant 13). Raises UsageError.
     """
     uri = named_by_image(leaf.path, known.uri, known.format)
     if runs_program(uri):
         raise UsageError(f"{leaf.path}: the backing {uri} runs a program: name it with -b")
     if not is_vouched_for(leaf.fd, known):
         raise UsageError(
-            f"{leaf.path} names the backing {known.uri}, and nobody here has confirmed that: "
+            f"{leaf.path} names the backing {known.uri}, and no user has confirmed that: "
             f"if it is the right one, name it with -b {uri}"
         )
     return uri

@@ -28,7 +28,7 @@ MEMORY = Path("/dev/shm")
 @contextlib.contextmanager
 def memory_directory() -> Iterator[Path]:
     """A temporary directory in memory where there is such a thing, for leaves and copies: no
-    disk sets the pace, and durable writes cost nobody anything.
+    disk sets the pace, and durable writes cost nothing.
     """
     with tempfile.TemporaryDirectory(
         prefix="nbds-", dir=MEMORY if MEMORY.is_dir() else None

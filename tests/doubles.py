@@ -311,7 +311,7 @@ class GatedBacking(Backing):
 
 
 class PoisonedBuffers(Buffers):
-    """Whoever looks at a buffer after it was given back sees it."""
+    """What is read from a buffer after it was given back is poison."""
 
     def give(self, buffer: bytearray) -> None:
         buffer[:] = b"\xee" * len(buffer)

@@ -3,7 +3,7 @@
 
 Every image that may be left is opened and held to invariants 2 and 3 of the design:
 each sector that a guest sees is what the last completed flush made durable or something
-newer, and nothing else: no other sector's bytes, no other cluster's, no zeroes that nobody
+newer, and nothing else: no other sector's bytes, no other cluster's, no zeroes that no guest
 wrote. What is unallocated shows the backing, whose content the leaf started from, so
 "flushed data became unallocated" fails the same test. Then the leaf has to check clean,
 to take new writes, and to keep all the rest while it does.

@@ -72,7 +72,7 @@ async def in_thread(function: Callable[[], T]) -> T:
 
 async def clients_gone(server: Server, remaining: int = 0) -> None:
     """Wait until no more than ``remaining`` connections are left."""
-    while server.clients > remaining:  # noqa: ASYNC110 - what a server tells anybody
+    while server.clients > remaining:  # noqa: ASYNC110 - what a server tells
         await trio.sleep(0.001)
 
 

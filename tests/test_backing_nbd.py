@@ -265,7 +265,7 @@ async def test_a_cancelled_read_leaves_the_buffer_alone(image: Path) -> None:
             kept = bytes(data)
             await trio.sleep(0.5)
             assert bytes(data) == kept
-            data.append(0)  # nobody holds the buffer
+            data.append(0)  # the buffer is not held
             assert backing.statistics().in_flight == 0
 
 

@@ -121,7 +121,7 @@ async def test_a_leaf_that_was_taken_back_is_the_same_disk_with_its_hot_path(
         assert disk.statistics()["flushes"] > before["flushes"]
     data = (tmp_path / "leaf.raw").read_bytes()
     assert data[: 2 * len(PAGE)] == 2 * PAGE
-    open_leaf(str(tmp_path / "leaf.raw"), format="raw").close()  # nobody has it locked
+    open_leaf(str(tmp_path / "leaf.raw"), format="raw").close()  # it is not locked
 
 
 async def test_a_leaf_that_nobody_took_over_is_taken_back_unasked(

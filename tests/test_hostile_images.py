@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that strangers wrote, made to read what is not theirs, to hang, or to grow.
 
-A *canary* is a file of the host that nobody named but the image. Whatever an image says, the
+A *canary* is a file of the host that only the image names. Whatever an image says, the
 canary's words never reach a client, the log, or an error message.
 """
 

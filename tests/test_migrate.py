@@ -103,7 +103,7 @@ def test_the_source_may_run_again_as_long_as_the_destination_was_not_told_to() -
             assert steps == ()
             continue
         assert owner(phase) == "source"
-        # Nobody is left who could run at the destination before the source may write, and
+        # Nothing is left that could run at the destination before the source may write, and
         # the source may write before it can run.
         assert steps.index(Undo.QUIT_DESTINATION) < steps.index(Undo.UNSEAL)
         if phase >= Phase.MEMORY:

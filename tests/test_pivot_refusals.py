@@ -101,7 +101,7 @@ async def test_a_leaf_that_qemu_cannot_open_is_refused_and_the_guest_goes_on(
 
 
 def partial_lock(leaf: Path) -> int:
-    """Hold "nobody else may write" of QEMU's locks, by which a server that has the leaf is not
+    """Hold "no other process may write" of QEMU's locks, by which a server that has the leaf is not
     disturbed. Returns the descriptor that has it."""
     fd = os.open(leaf, os.O_RDWR)
     lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 201, 1, 0)

@@ -185,7 +185,7 @@ async def test_a_foreign_profile_costs_a_warning_and_is_used_within_bounds(
         assert leaf.data_between(SIZE - 512, SIZE)
         caplog.clear()
         Prefetcher(disk, profile((0, CLUSTER), identity=""))
-        assert caplog.records == []  # nobody knows that it is another one
+        assert caplog.records == []  # it is not known that it is another one
 
 
 async def test_a_lost_backing_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:

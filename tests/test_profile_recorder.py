@@ -95,7 +95,7 @@ async def test_the_order_of_first_touch_is_recorded(tmp_path: Path) -> None:
     assert units(profile) == ORDER
     assert (profile.backing_size, profile.backing_identity) == (SIZE, "s1:abc")
     assert profile.unit == CLUSTER
-    assert not profile.complete  # nobody waited for the end
+    assert not profile.complete  # it was ended before
 
 
 async def test_what_a_write_has_to_fetch_counts_other_writes_do_not(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ async def test_a_cancelled_command_leaves_the_connection_sound() -> None:
 
 
 class LastWords(trio.abc.Stream):
-    """A server that answers ``quit`` and hangs up, both before anybody else gets a turn."""
+    """A server that answers ``quit`` and hangs up, both before any other task runs."""
 
     def __init__(self) -> None:
         self._session = ServerSession({"qemu": {}})
@@ -232,7 +232,7 @@ async def test_the_client_is_closed_after_its_block() -> None:
 
 
 async def listens(path: Path) -> bool:
-    """Whether somebody accepts connections there; the file alone comes a moment before."""
+    """Whether a server accepts connections there; the file alone comes a moment before."""
     try:
         stream = await trio.open_unix_socket(path)
     except (FileNotFoundError, ConnectionRefusedError):

@@ -45,7 +45,7 @@ async def test_nothing_of_two_thousand_clients_stays(caplog: pytest.LogCaptureFi
 
 
 class Passes(trio.abc.Instrument):
-    """Processor time of each pass of an event loop: nobody is served for so long."""
+    """Processor time of each pass of an event loop: no client is served for so long."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -47,7 +47,7 @@ async def test_a_guest_outlives_the_servers_crashes(
     leaf_format: str, busybox_image: Path, tmp_path: Path
 ) -> None:
     """kill -9, three times, while the guest writes and the disk is streamed; each time the
-    server is started anew on the same socket, and the guest goes on."""
+    server is started again on the same socket, and the guest goes on."""
     leaf = tmp_path / f"leaf.{leaf_format}"
     socket = tmp_path / "nbd.sock"
     with nbdkit("file", busybox_image / "disk.raw", readonly=True) as backing:

@@ -147,7 +147,7 @@ async def running_domain(site: Site) -> AsyncIterator[Console]:
 
 
 async def end_source(site: Site) -> None:
-    """End the source's server. Where the domain is still defined, somebody starts both once
+    """End the source's server. Where the domain is still defined, both are started once
     more: that is refused, for the disk is read-only."""
     await arrangement.end_server(str(site.server.control))
     if not await site.here.state():
@@ -185,7 +185,7 @@ async def test_a_domain_moves(site: Site, way: tuple[str, ...]) -> None:
     """Where its definition stays behind, it cannot be used any more."""
     heartbeat, ends = Heartbeat(), site.ends
     async with open_background_nursery() as nursery, running_domain(site) as console:
-        # Nobody may miss its first beat.
+        # Its first beat must not be missed.
         nursery.start_soon(
             heartbeat.listen, ends.path("here.heartbeat"), ends.path("there.heartbeat")
         )

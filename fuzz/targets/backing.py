@@ -24,7 +24,7 @@ from nbdstream.errors import BackingError
 from nbdstream.net.address import NbdUri, UnixAddress
 
 SIZE = 300_000
-# Of the virtual clock. The first is the backing's own; it counts anew for each trouble.
+# Of the virtual clock. The first is the backing's own; it starts again with each failure.
 TIMEOUT = 10.0
 SECONDS = 300.0
 

@@ -47,7 +47,7 @@ class Backing(abc.ABC):
     Attributes:
         uri: as the user wrote it, for messages and for the leaf's own record.
         size: bytes.
-        known_identity: its fingerprint, where whoever serves it vouches for that, else "".
+        known_identity: its fingerprint, where its server vouches for that, else "".
     """
 
     uri: str
@@ -75,7 +75,7 @@ class Backing(abc.ABC):
 
     @abc.abstractmethod
     def known_zero(self, offset: int, length: int) -> bool:
-        """Whether the whole range is already known to read as zeroes; asks nobody."""
+        """Whether the whole range is already known to read as zeroes; sends no request."""
 
     @abc.abstractmethod
     def forget(self) -> None:

@@ -8,7 +8,7 @@ that `nbdstream.net.connect` has connected.
 TLS over TCP is the exception. libnbd checks a server's certificate against the name of its host,
 and before `set_tls_hostname` (1.20) it knows that name only if it has looked it up by itself.
 So there, name look-up and connecting are libnbd's, in a worker thread. While that is under
-way libnbd has the handle locked, and whoever else calls one of its methods waits as well:
+way libnbd has the handle locked, and any other caller of one of its methods waits as well:
 a handle that is given up before its thread is done is left to the thread.
 """
 
@@ -31,7 +31,7 @@ from nbdstream.net.address import NbdUri, TcpAddress
 from nbdstream.net.connect import lookup_limiter, open_socket
 from nbdstream.tasks import in_worker
 
-# A handshake takes about five round trips; nobody waits longer than this for one.
+# A handshake takes about five round trips; no caller waits longer than this for one.
 CONNECT_TIMEOUT = 30.0
 # Export names shown when the one asked for does not exist.
 NAMES_SHOWN = 8
@@ -73,7 +73,7 @@ async def connect(endpoint: Endpoint, timeout: float = CONNECT_TIMEOUT) -> Conne
     """Connect to an endpoint by its NBD URI (NBD's doc/uri.md).
 
     Raises:
-        BackingGoneError: nobody answers, or not in ``timeout`` seconds: this may change.
+        BackingGoneError: no server answers, or not in ``timeout`` seconds: this may change.
         BackingError: the server answers, but not with this export: a misconfiguration.
     """
     name = endpoint.name
@@ -137,7 +137,7 @@ def _connection(handle: nbd.NBD, name: str) -> Connection:
 
 
 def _hang_up(handle: nbd.NBD) -> None:
-    """Let the server go now, and not when nobody holds the handle any more."""
+    """Let the server go now, and not when the last reference to the handle goes."""
     try:
         sock = socket.socket(fileno=handle.aio_get_fd())
     except (nbd.Error, OSError):

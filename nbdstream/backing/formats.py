@@ -103,7 +103,7 @@ async def nbd_node(name: str, image_format: str, endpoint: Endpoint, level: int 
     """An image in an NBD export; ``name`` is what the user calls it, ``level`` its place in a
     chain.
 
-    The host's name is looked up here: what reads the image reaches one port, and asks nobody.
+    The host's name is looked up here: what reads the image reaches one port, and resolves no names.
     Raises BackingError.
     """
     export = NbdUri.parse(endpoint.uri)

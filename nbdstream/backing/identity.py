@@ -8,7 +8,7 @@ partition tables, superblocks and their backups live, and a comb in between. One
 trip: all samples are read at once.
 
 It guards against mistakes (another image, an image that was replaced), not against
-somebody who makes two images that agree in every sampled block.
+an attacker who makes two images that agree in every sampled block.
 """
 
 import hashlib

@@ -191,7 +191,7 @@ class Pool:
             raise BackingGoneError(f"{self._endpoint.name}: {self.last_error}")
 
     def close(self) -> None:
-        """End all connections; whoever waits for one gets BackingGoneError."""
+        """End all connections; tasks that wait for one get BackingGoneError."""
         self._fail(BackingGoneError(f"{self._endpoint.name}: the backing was closed"))
 
     def _fail(self, error: BackingError) -> None:

@@ -140,7 +140,7 @@ def open_image(path: str) -> int:
 
 
 def _needs_root(path: str) -> bool:
-    """Whether a file is somebody's who does not let others read it (or write to a socket)."""
+    """Whether a file's owner does not let others read it (or write to a socket)."""
     try:
         status = Path(path).stat()
     except OSError:

@@ -144,7 +144,7 @@ def _report(error: BaseException) -> int:
         raise error
     error = sole_error(error)
     if isinstance(error, BrokenPipeError):
-        # Whoever read our output has gone (`nbdstream map … | head`): end as quietly as
+        # The reader of our output has gone (`nbdstream map … | head`): end as quietly as
         # other programs do. Python would complain once more while it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -153,7 +153,7 @@ def _report(error: BaseException) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """An error as one line for a person, whoever wrote what is in it."""
+    """An error as one line for a person; text from elsewhere in it is made safe to print."""
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return shown(f"{place}{error.strerror}")

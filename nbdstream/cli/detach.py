@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going to the background, as daemon(7) describes it, and telling whoever waits how it went."""
+"""Going to the background, as daemon(7) describes it, and telling the process that waits how it went."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ LOG_MOST = 1 << 20
 
 
 def detached(work: Callable[[Callable[[], None]], None], log: Path) -> None:
-    """Do some work in a process of its own, which nobody waits for: a session leader without a
+    """Do some work in a process of its own, which is not waited for: a session leader without a
     terminal, whose output goes to the file ``log``.
 
     ``work`` is given a function that it calls once it is ready; then this returns. No thread may

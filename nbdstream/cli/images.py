@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""create, info, map, check: commands on a leaf that nobody is serving."""
+"""create, info, map, check: commands on a leaf that is not being served."""
 
 import itertools
 import json

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where things go that the user did not place: sockets, the leaf of a passing guest, the store.
 
-A socket that anybody could connect to would let every user of the host write the disk, so it
+A socket that all users could connect to would let every user of the host write the disk, so it
 is in a directory that only its owner can enter. A leaf grows as large as its disk, so it does
 not go where a file system in memory is usual (``/tmp``).
 """
@@ -48,7 +48,7 @@ def private_socket(leaf: str) -> Iterator[Path]:
 
 
 def _is_private(directory: Path) -> bool:
-    """Whether a directory is ours, and nobody else's to enter."""
+    """Whether a directory is ours, and no other user may enter it."""
     try:
         status = directory.lstat()
     except OSError:

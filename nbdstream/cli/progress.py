@@ -68,7 +68,7 @@ class Snapshot:
 
     def __str__(self) -> str:
         parts = []
-        if self.state != "off":  # without a job nobody has counted what is local
+        if self.state != "off":  # without a job, what is local was not counted
             percent = 100 * self.local / self.length if self.length else 100.0
             parts.append(f"{percent:.1f} % local")
             parts.append(f"{format_size(self.local)} of {format_size(self.length)}")

@@ -36,7 +36,7 @@ async def end_on_signals(
 
 
 async def stop_when_complete(service: Service) -> None:
-    """Stop the service once everything is local and nobody uses it any more."""
+    """Stop the service once everything is local and no client is connected."""
     if service.opened.job is not None:
         await service.opened.job.completed.wait()
     await service.wait_no_clients()

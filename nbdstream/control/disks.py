@@ -113,7 +113,7 @@ class DiskCommands:
 
 async def _longest(disk: StreamedDisk, offset: int, end: int, limit: int) -> list[JSONObject]:
     """The first ``limit`` of the longest extents that tile the range, named as qemu-img map
-    names them. Where in the leaf's file they lie is nobody's business here, so that pieces
+    names them. Where in the leaf's file they lie does not matter here, so that pieces
     which were streamed in any order join again."""
     found: list[JSONObject] = []
     # One more than asked for shows that the last one is as long as it can be.

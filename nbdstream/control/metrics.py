@@ -47,7 +47,7 @@ _BACKING_GAUGES = {
     "base-rtt": "Seconds that a small read of the backing takes when nothing else is under way.",
 }
 _BACKING_COUNTERS = {
-    "reconnects": "Connections made anew after a loss.",
+    "reconnects": "Connections made again after a loss.",
     "retries": "Reads of the backing that were sent again.",
 }
 

@@ -64,7 +64,7 @@ def _job(disk: StreamedDisk, job: StreamJob) -> JSONObject:
 
 
 def _deadline(deadline: Deadline) -> JSONObject:
-    """``late`` is missing if it will be kept, and while nobody can tell by how much it won't."""
+    """``late`` is missing if the deadline will be kept, and if the delay is not known."""
     report: JSONObject = {
         "left": deadline.left,
         "speed": deadline.needed if math.isfinite(deadline.needed) else 0.0,

@@ -10,7 +10,7 @@ is to be sent lies in the client's backlog until the writer takes it:
 - an event never waits: a client with a full backlog loses its connection instead, since
   a missed event is worse than a connection that is known to be gone.
 
-Only the socket's owner may connect (mode 0600): whoever can, can stop the server.
+Only the socket's owner may connect (mode 0600): any client can stop the server.
 """
 
 import logging

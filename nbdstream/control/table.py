@@ -133,7 +133,7 @@ class CommandTable:
         except NbdstreamError as error:
             raise GenericError(str(error)) from error
         except Exception as error:
-            log.exception("the command %s failed in a way nobody expected", request.name)
+            log.exception("the command %s failed unexpectedly", request.name)
             raise GenericError("internal error; the server's log has more") from error
         return {} if result is None else result
 

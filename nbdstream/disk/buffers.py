@@ -10,7 +10,7 @@ MOST = 64 << 20
 
 
 class Buffers:
-    """Those that nobody uses for now, by length."""
+    """Those that are not in use, by length."""
 
     def __init__(self) -> None:
         self._spare: dict[int, list[bytearray]] = defaultdict(list)
@@ -25,7 +25,7 @@ class Buffers:
         return spare.pop()
 
     def give(self, buffer: bytearray) -> None:
-        """Nobody will look at the buffer any more, nor write to it."""
+        """The buffer will not be read or written any more."""
         if len(buffer) >= LEAST and self._kept + len(buffer) <= MOST:
             self._kept += len(buffer)
             self._spare[len(buffer)].append(buffer)

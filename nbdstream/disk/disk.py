@@ -8,7 +8,7 @@ becomes of the rest. docs/concurrency.md walks through the races; in short:
   acts on what it saw does both without an await in between (`Atomically` repeats
   such a step as a whole when the leaf first needs something done). Hence a guest
   write wins over any fetch (invariant 1), without locks.
-- After each await, what was known of the leaf is looked up anew.
+- After each await, what was known of the leaf is looked up again.
 - Writes and zeroes of whole blocks need nothing from the backing (invariant 9). A
   write that covers a part of a block first has that block made DATA; then it is an
   overwrite in place.
@@ -162,7 +162,7 @@ class StreamedDisk:
 
         The lookup only reads what the loop changes in single steps. That it gives the same
         place before and after the read proves that the space was not given back in
-        between: before space is used anew there is a flush.
+        between: before space is used again there is a flush.
         """
         host = self._locate(offset, len(view))
         hit = self.read_nowait(view, offset)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetches: how unallocated clusters come from the backing, each one once.
 
-A fetch claims whole clusters while it is under way. Whoever misses one of them
+A fetch claims whole clusters while it is under way. A request that misses one of them
 meanwhile joins the fetch instead of sending another (invariant 4); a guest that joins
 one which was sent for the stream job promotes it. What came back is stored only
 where the leaf is *still* unallocated at that moment (invariant 1), by plain calls with
@@ -12,7 +12,7 @@ away takes no data from the others that wait. Those who wait use the leaf for wh
 allocated by then, and the fetched bytes for what is not (copy on read is off, or the
 leaf is full).
 
-A fetch may be *parked*: its data is there, but is not stored until somebody wants it.
+A fetch may be *parked*: its data is there, but is not stored until a request wants it.
 So a guest that reads on towards it does not just hit, unseen, but comes by here; that is
 how readahead learns that it is time to go on, at no cost to any hit.
 """
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # The most that one read of the backing asks for: what a miss within it waits for.
 MAX_FETCH = 1 << 20
-# A parked fetch that nobody wants for so long is stored after all: seconds.
+# A parked fetch that no request wants for so long is stored after all: seconds.
 PARK_TIME = 5.0
 
 
@@ -157,7 +157,7 @@ class Fetcher:
         return fetches
 
     def disown(self) -> None:
-        """Let nobody join the fetches under way any more: what they bring may be stale."""
+        """No request joins the fetches under way any more: what they bring may be stale."""
         self._by_cluster.clear()
 
     def _join(self, fetch: Fetch, priority: Priority, *, store: bool) -> None:
@@ -219,7 +219,7 @@ class Fetcher:
             fetch.done.set()
 
     def _forget(self, fetch: Fetch) -> None:
-        """Let nobody join it any more."""
+        """No request joins it any more."""
         size = self._leaf.cluster_size
         for cluster in range(
             fetch.offset // size, align_up(fetch.offset + fetch.length, size) // size
@@ -228,8 +228,8 @@ class Fetcher:
                 del self._by_cluster[cluster]
 
     def _retire(self, fetch: Fetch) -> None:
-        """Use the buffer again, unless somebody may still look at it (whoever joined), or
-        write to it (whoever failed to read)."""
+        """Use the buffer again, unless a request that joined may still read it, or
+        libnbd may still write to it (after a failed read)."""
         if fetch.error is None and fetch.purpose >= Priority.PREFETCH and not fetch.joined:
             self._buffers.give(fetch.data)
         if not self._by_cluster:

@@ -4,8 +4,8 @@
 With subclusters, a guest's small write allocates a part of a cluster and waits for
 nothing (invariant 9). The image is in order, but QEMU 7.2 dies of an assertion
 (``bdrv_co_do_copy_on_readv``) when its own copy-on-read or block-stream meets such a cluster.
-Whoever stops us cleanly is to be able to go on with QEMU, so the rest of these clusters
-is fetched first. It is best effort: a backing that is out of reach keeps nobody from
+After a clean stop QEMU must be able to go on, so the rest of these clusters
+is fetched first. It is best effort: a backing that is out of reach does not keep the user from
 stopping.
 """
 

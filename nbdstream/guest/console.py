@@ -114,7 +114,7 @@ class Console:
         return "\n".join(self._text.splitlines()[-TAIL_LINES:])
 
     async def send(self, text: str) -> None:
-        """Type *text*. Raises ConsoleClosedError if nobody is there to read it."""
+        """Type *text*. Raises ConsoleClosedError if QEMU has closed it."""
         try:
             await self._stream.send_all(text.encode())
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:

@@ -28,7 +28,7 @@ from nbdstream.tasks import in_worker
 
 # Seconds for which a sealed disk holds a guest's write back instead of failing it: a QEMU
 # whose migration failed at the last moment lets its guest go on by itself, and it takes
-# whoever runs the migration a while to see that and to take the seal off.
+# the user who runs the migration a while to see that and to take the seal off.
 HOLD = 600.0
 
 
@@ -80,7 +80,7 @@ class Offering:
 
     @command("x-nbdstream-seal")
     async def seal(self, generation: str) -> JSONObject:
-        """Let nobody write any more; durable when it returns."""
+        """Refuse all writes from now on; durable when it returns."""
         seal = self._check(generation)
         try:
             await self._disk.freeze(seal.reason, hold=HOLD)

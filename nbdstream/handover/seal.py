@@ -34,7 +34,7 @@ class Seal:
 
     @property
     def reason(self) -> str:
-        """Why nobody may write, in one line."""
+        """Why writes are refused, in one line."""
         return f"sealed: the disk was handed over as generation {self.generation}"
 
 

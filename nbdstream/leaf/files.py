@@ -57,7 +57,7 @@ def zero_range(fd: int, offset: int, length: int, *, unmap: bool) -> None:
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Give back the space of a range that nobody will read, if the file system can."""
+    """Give back the space of a range that will not be read, if the file system can."""
     try:
         fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
     except OSError:

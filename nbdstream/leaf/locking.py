@@ -5,7 +5,7 @@ QEMU says what it does to an image, and what it tolerates from others, with one 
 byte for each *permission* (``block/file-posix.c``, ``raw_apply_lock_bytes``):
 
 - byte 100 + n: "I use permission n";
-- byte 200 + n: "nobody else may use permission n".
+- byte 200 + n: "no other process may use permission n".
 
 Every lock is a *shared* open-file-description lock, so several processes can hold the
 same byte. First the own bytes are locked, then the opposite bytes of everybody else are
@@ -14,7 +14,7 @@ both give up, but never both go on. A lock lives as long as the open file descri
 so closing the descriptor is all the unlocking there is, and a crash leaves nothing.
 
 We take what QEMU takes for an image in use: a writable one is read, written and resized,
-and nobody else may write or resize it; a read-only one is read, on the same terms.
+and no other process may write or resize it; a read-only one is read, on the same terms.
 """
 
 import enum
@@ -26,7 +26,7 @@ import struct
 from nbdstream.errors import LeafInUseError, LeafUnsupportedError
 
 _USES = 100  # first byte of "I use this permission"
-_DENIES = 200  # first byte of "nobody else may use it"
+_DENIES = 200  # first byte of "no other process may use it"
 
 # struct flock of the 64-bit Linux ABI: l_type, l_whence, l_start, l_len, l_pid
 FLOCK = struct.Struct("hhqqi4x")
@@ -95,7 +95,7 @@ def _verb(permission: Permission) -> str:
 
 
 def _take(fd: int, byte: int) -> None:
-    # Nobody holds these bytes exclusively except for a passing probe's sake, and probes
+    # No process holds these bytes exclusively except for a passing probe's sake, and probes
     # (F_OFD_GETLK) acquire nothing: a refusal here is a real error.
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What nbdstream remembers of an image where no guest can write: extended attributes.
 
-A guest writes the bytes of a raw disk, and whoever made a qcow2 or QED image wrote all of
+A guest writes the bytes of a raw disk, and the author of a qcow2 or QED image wrote all of
 its header. So neither may decide how an image is read, nor which backing it is given
 (invariant 13). Two attributes of the file hold what was decided by its owner:
 
@@ -9,7 +9,7 @@ its header. So neither may decide how an image is read, nor which backing it is 
   writing as;
 - ``user.nbdstream.backing``: a digest of the backing that the owner named, by ``create -b`` or
   ``serve -b``. A backing that is recorded in the image and has no such digest was chosen
-  by whoever made the image.
+  by the image's author.
 
 The attributes stay with the file when it is renamed; a copy has them only if the tool that
 copies keeps them (``cp --preserve=xattr``, ``rsync -X``). Some file systems have none. What

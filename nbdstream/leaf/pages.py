@@ -8,7 +8,7 @@ when a flush writes its snapshot.
   shared `ZERO_PAGE` and `FULL_PAGE`: holes of a sparse table file cost neither memory
   nor a read, and ``page is FULL_PAGE`` is the fastest test there is.
 - Only a page in ``_dirty`` is ever changed in place. A flush takes the dirty pages as
-  they are and empties the set; whoever changes such a page afterwards changes a copy.
+  they are and empties the set; a later change of such a page changes a copy.
   So a snapshot costs nothing, and never shows what came after it.
 - Damaged parts of a page are zeroes in memory, and go to the file as they were there. Such a
   page stays in memory, so that it is not judged again when the file has grown.

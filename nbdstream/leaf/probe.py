@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which format an image has, decided without the help of whoever wrote its bytes.
+"""Which format an image has, decided without looking at bytes that others wrote.
 
 A guest can write any magic number to the start of its raw disk. If that made the next
 start read the disk as qcow2, the guest would choose the backing file, and could read any

@@ -31,7 +31,7 @@ QUIT_SECONDS = 5.0
 # Seconds for which the destination's QEMU holds the guest's requests while its nbdstream is
 # away, to be started again.
 RECONNECT_DELAY = 600
-# Seconds between two looks at whether somebody listens: the guest's move waits for it.
+# Seconds between two looks at whether a server listens: the guest's move waits for it.
 _POLL = 0.01
 _WORDS = 2048
 
@@ -68,7 +68,9 @@ class Spawned:
                     raise MigrationError(f"{self.log}: {self._words()}")
                 await trio.sleep(_POLL)
             return
-        raise MigrationError(f"nobody listens at {path} after {START_SECONDS:g} s; see {self.log}")
+        raise MigrationError(
+            f"no server listens at {path} after {START_SECONDS:g} s; see {self.log}"
+        )
 
     async def end(self, patience: float = END_SECONDS) -> None:
         """Have it end, gracefully if that takes no longer than ``patience`` seconds."""
@@ -139,7 +141,7 @@ class DestinationDisk:
 
 
 def delete_leaf(plan: DiskPlan) -> None:
-    """Delete the destination's leaf, which nobody serves any more, and what goes with it."""
+    """Delete the destination's leaf, which is not served any more, and what goes with it."""
     for path in (plan.leaf, plan.leaf + MAP_SUFFIX, plan.socket, plan.control):
         Path(path).unlink(missing_ok=True)
 
@@ -169,7 +171,7 @@ def qemu_command(plan: MigrationPlan) -> list[str]:
 
 
 async def start_qemu(plan: MigrationPlan) -> Spawned | None:
-    """Start the destination's QEMU, or wait for the one that somebody else starts; returns
+    """Start the destination's QEMU, or wait for the one that another tool starts; returns
     when its QMP socket is there. Raises MigrationError."""
     if plan.command:
         Path(plan.destination_qmp).unlink(missing_ok=True)  # noqa: ASYNC240
@@ -227,7 +229,7 @@ async def expect_waiting(destination: QMPClient) -> None:
 
 async def quit_qemu(path: str, process: Spawned | None) -> None:
     """End the destination's QEMU, which has never run its guest. Best effort: one that is out
-    of reach still waits for a command to run, which nobody will give."""
+    of reach still waits for a command to run, which never comes."""
     if process is not None:
         # At once: it has nothing to flush, and would wait for a server that is away.
         await process.end(patience=0)

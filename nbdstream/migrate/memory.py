@@ -34,7 +34,7 @@ CANCEL_SECONDS = 10.0
 FAILED = ("failed", "cancelled", "cancelling")
 # The states of a migration that can still be cancelled.
 CANCELLABLE = ("setup", "active", "pre-switchover", "device")
-# What `Memory.start` may set, and what QEMU has where nobody set anything.
+# What `Memory.start` may set, and QEMU's defaults.
 CAPABILITIES = ("return-path", "events", "postcopy-ram", "pause-before-switchover")
 DEFAULT_PARAMETERS = {"max-bandwidth": 128 << 20, "downtime-limit": 300}
 
@@ -159,7 +159,7 @@ async def _cancel(source: QMPClient) -> None:
 
 
 async def settled_status(source: QMPClient) -> str:
-    """query-migrate's status; in the moment in which the guest is handed over, what comes of
+    """query-migrate's status; while the guest is handed over, what comes of
     that, unless it takes too long. Raises QMPError."""
     deadline = trio.current_time() + STALL_SECONDS
     while True:

@@ -65,7 +65,7 @@ class MigrationPlan:
     """``source_qmp`` and ``destination_qmp`` are the two QEMUs' sockets; ``memory`` is the URI
     over which they migrate, ``memory_listen`` where the destination listens for it, if that is
     another one. ``prefix`` is put before every command that is run at the destination
-    (``ip netns exec …``), ``command`` the QEMU to start there; where it is empty, somebody else
+    (``ip netns exec …``), ``command`` the QEMU to start there; where it is empty, another tool
     starts one once the disks are served.
 
     ``max_bandwidth`` is in bytes per second, 0 for QEMU's own limit; ``downtime_limit`` in

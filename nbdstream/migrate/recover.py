@@ -37,7 +37,7 @@ _POLL = 0.1
 async def take_back(plan: MigrationPlan) -> str:
     """Have the guest go on at the source; a line that says what was done.
 
-    Raises MigrationError if it is too late, if nobody can tell whether it is, or if a disk's
+    Raises MigrationError if it is too late, if that cannot be told, or if a disk's
     server does not answer (then the rest is done); QMPError.
     """
     monitor = Monitor(plan.source_qmp)
@@ -75,7 +75,7 @@ async def take_back(plan: MigrationPlan) -> str:
         if not await _discard(planned, generation)
     ]
     words = "taken back: the guest runs at the source"
-    return words + (f"; of no use, and left for you to delete: {', '.join(left)}" if left else "")
+    return words + (f"; left over, for you to delete: {', '.join(left)}" if left else "")
 
 
 async def _refuse_if_late(source: QMPClient, plan: MigrationPlan) -> None:

@@ -73,7 +73,7 @@ query-migrate's answer in MEMORY, ``{"disks": [x-nbdstream-stats…]}`` in RUNNI
 
 class Migration:
     """One migration; ``phase`` says how far it is, ``disks`` and ``qemu`` are what was started
-    at the destination (``qemu`` None: by somebody else, or not yet)."""
+    at the destination (``qemu`` None: by another tool, or not yet)."""
 
     def __init__(self, plan: MigrationPlan, watch: Watch | None = None) -> None:
         self.plan = plan

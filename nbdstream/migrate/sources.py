@@ -59,7 +59,7 @@ class Source(ABC):
 
     @abstractmethod
     async def seal(self) -> None:
-        """When this returns, nobody will write the content that was offered."""
+        """When this returns, the content that was offered does not change any more."""
 
     async def mark(self) -> None:  # noqa: B027 - not all have to
         """The guest runs at the destination: have the source's image say so, where `seal`

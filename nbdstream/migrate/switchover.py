@@ -4,7 +4,7 @@
 Pure: no I/O, so that every row of the table in docs/migration.md can be tested. The one
 rule that all of it serves: **the source may run again exactly as long as the destination
 has not been told to run.** That is `Phase.TOLD`; it is entered before the command is sent,
-because nobody can know whether a command that failed was carried out.
+because it cannot be known whether a command that failed was carried out.
 """
 
 import enum

@@ -150,7 +150,7 @@ def listen_unix(path: Path, *, mode: int | None = None) -> Listener:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the Unix socket at ``path`` if nobody answers there."""
+    """Remove the Unix socket at ``path`` if no server answers there."""
     if not path.is_socket():
         raise UsageError(f"'{path}' exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

@@ -52,7 +52,7 @@ EVENT_BACKLOG = 4096
 
 
 class EventQueue:
-    """Events in the order in which they came, until somebody takes them."""
+    """Events in the order in which they came, until they are taken."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque(maxlen=EVENT_BACKLOG)
@@ -142,7 +142,7 @@ class QMPClient:
         With *oob* commands may be given out of band, if the server is able to do that.
 
         Waits while the server has as many clients waiting as it lets wait (QEMU: one). Raises
-        QMPConnectionError if nobody listens there.
+        QMPConnectionError if no server listens there.
         """
         try:
             while not _connected(stream := await trio.open_unix_socket(str(path))):
@@ -209,7 +209,7 @@ class QMPClient:
         """Take the first event that matches, of all since the connection was made.
 
         As ``EventQueue.wait``, on a queue that every connection has: an event that came
-        while nobody waited is not missed.
+        before the wait is not missed.
         """
         return await self._backlog.wait(*names, data=data)
 
@@ -283,7 +283,7 @@ class QMPClient:
             pending.settle(outcome)
         elif not isinstance(id_, int) or not 0 < id_ <= self._last_id:
             raise QMPProtocolError(f"an answer to no command of ours (id {id_!r})")
-        # else: whoever gave the command was cancelled
+        # else: the task that gave the command was cancelled
 
     def _end(self, error: QMPError, cause: Exception | None = None) -> None:
         """Tell everyone who waits, and remember it for those who come later."""

@@ -15,7 +15,7 @@ from nbdstream.server.constants import STATE_HOLE, STATE_ZERO
 
 def _allocation(extent: StatusExtent) -> int:
     # A hole whose contents are unknown is reported as data: clients skip holes when
-    # they copy, and what a hole of the backing reads as may matter to somebody.
+    # they copy, and what a hole of the backing reads as may matter to a client.
     if not extent.zero:
         return 0
     return STATE_ZERO | STATE_HOLE if extent.hole else STATE_ZERO

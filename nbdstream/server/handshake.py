@@ -6,7 +6,7 @@ which returns what to send. When ``outcome`` is set, option haggling is over: `A
 means that the transmission phase begins (with the bytes in ``unconsumed``), `Goodbye`
 that the client took its leave. When ``starting_tls`` is set, the replies go out and a TLS
 handshake follows; after `secured` everything goes through TLS. A client that breaks the
-protocol makes `receive` raise `ProtocolError`, after which the connection is of no use any more.
+protocol makes `receive` raise `ProtocolError`, after which the connection cannot be used any more.
 
 The conversation is one generator that asks for an exact number of bytes at a time, so
 that it reads from top to bottom like "Fixed newstyle negotiation" in doc/proto.md.
@@ -158,7 +158,7 @@ class Handshake:
             except StopIteration as end:
                 self.outcome = end.value
         if self.starting_tls and self._input:
-            # Never to be taken for what comes through TLS: somebody on the way may have sent it.
+            # Never to be taken for what comes through TLS: an attacker on the way may have sent it.
             raise ProtocolError("data in clear behind NBD_OPT_STARTTLS")
         output = bytes(self._output)
         self._output.clear()

@@ -92,7 +92,7 @@ class Server:
             logger.warning("requests in flight were dropped after %g s", STOP_TIMEOUT)
 
     def stop(self) -> None:
-        """Accept nobody any more, finish what is in flight, then have `run` return.
+        """Accept no more clients, finish what is in flight, then have `run` return.
 
         Requests that take longer than `STOP_TIMEOUT` are dropped.
         """

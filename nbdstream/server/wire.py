@@ -5,7 +5,7 @@ Everything is tried at once first and waits only where the socket would block: a
 connection passes through here without a single task switch.
 
 What must hold: a message is never interleaved with another one, and a client that does
-not read its replies stalls nobody but itself.
+not read its replies stalls only itself.
 """
 
 import select
@@ -87,7 +87,7 @@ class Wire:
         self._shut_down(socket.SHUT_RD)
 
     def hang_up(self) -> None:
-        """End the connection in both directions, and wake whoever waits for it."""
+        """End the connection in both directions, and wake the tasks that wait for it."""
         self._shut_down(socket.SHUT_RDWR)
 
     def _shut_down(self, how: int) -> None:

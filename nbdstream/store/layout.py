@@ -58,7 +58,7 @@ class Record:
     @property
     def id(self) -> str:
         """The image's name in the store. Images with the same fingerprint from two addresses are
-        two images: samples do not prove that the rest is the same, and whoever serves one
+        two images: samples do not prove that the rest is the same, and the server of one
         address must not choose what users of the other one see."""
         named = f"{self.uri}\0{self.identity}".encode(errors="surrogateescape")
         return hashlib.sha256(named).hexdigest()[:ID_LENGTH]
@@ -257,7 +257,7 @@ class Store:
         return image
 
     def discard(self, image: Image) -> None:
-        """Remove an image, whose lock the caller holds and which nobody uses. Raises OSError."""
+        """Remove an image, whose lock the caller holds and which is not in use. Raises OSError."""
         trash = self.root / "trash" / f"{image.id}.{secrets.token_hex(4)}"
         image.directory.rename(trash)
         sync_directory(str(image.directory))

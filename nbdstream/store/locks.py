@@ -3,7 +3,7 @@
 
 They are exclusive open-file-description locks on the first byte of a file (fcntl(2)). The
 kernel drops them when the process ends, however it ends, so a lock proves that its holder
-lives. `is_held` only looks: unlike an attempt to take the lock, it disturbs nobody.
+lives. `is_held` only looks: unlike an attempt to take the lock, it disturbs no other process.
 """
 
 import errno

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of an image in use: its leaf, served to guests' servers on a socket in the store.
 
-It ends when nobody has been connected for a while and nothing is being pulled. Ending loses
+It ends when no client has been connected for a while and nothing is being pulled. Ending loses
 nothing, and neither does being killed: what was flushed of the leaf stays, the rest is fetched
 again, and guests' servers start another process and ask once more.
 """
@@ -144,7 +144,7 @@ class _Process:
             with trio.move_on_after(idle_time) as waiting:
                 await self._changed.park()
             if waiting.cancelled_caught and not self._in_use:
-                log.info("nobody uses image %s any more", self._image.id)
+                log.info("image %s is not used any more", self._image.id)
                 self._server.stop()
                 return
 

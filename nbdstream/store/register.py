@@ -7,9 +7,9 @@ and it stays when the user ends without having made its leaf whole: a guest that
 off, or was killed, needs the rest of its disk when it is started again. So a user is
 
 - RUNNING: its lock is held;
-- WAITING: nobody holds the lock, and the leaf exists and still has this image as its backing, or
-  it cannot be said that it has not (its file system is not mounted, another process has it open);
-- GONE: anything else. The file is then deleted by whoever holds the image's lock.
+- WAITING: no process holds the lock, and the leaf exists and still has this image as its backing,
+  or it cannot be read (its file system is not mounted, another process has it open);
+- GONE: anything else. The file is then deleted by the holder of the image's lock.
 
 All functions may block: they are for worker threads.
 """
@@ -91,7 +91,7 @@ def join(image: Image, leaf: str, *, temporary: bool) -> Membership:
     entry, new = image.users / f"{token}{_SUFFIX}", image.users / f".{token}"
     with image.lock():
         write_record(new, values)
-        # Locked under a name that does not count yet: nobody ever sees it without its lock.
+        # Locked under a name that does not count yet: it is never seen without its lock.
         lock = FileLock(os.open(new, os.O_RDWR | os.O_CLOEXEC))
         try:
             new.rename(entry)
@@ -107,7 +107,7 @@ def join(image: Image, leaf: str, *, temporary: bool) -> Membership:
 
 
 def users(image: Image) -> list[User]:
-    """All users that count, in the order in which they came; disturbs nobody. A leaf that has
+    """All users that count, in the order in which they came. A leaf that has
     several entries, because its server was killed, is one user. Raises OSError."""
     found: dict[str, User] = {}
     for _, user in _entries(image):
@@ -161,7 +161,7 @@ def _look(path: Path, image: Image) -> User:
 
 
 def _needs(leaf: Path, device: int, image: Image) -> bool:
-    """Whether a leaf that nobody has open through us still needs the image, or may need it."""
+    """Whether a leaf that is not open through us still needs the image, or may need it."""
     if not os.path.lexists(leaf):
         return _device(leaf) != device
     try:

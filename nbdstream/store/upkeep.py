@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking after a store: what is in it, and removing what nobody needs.
+"""Looking after a store: what is in it, and removing what is not needed.
 
 An image is only ever removed while its lock is held and its register is empty, after its process
-has ended. So nobody can begin to use it meanwhile, and nobody who uses it loses it.
+has ended. So no server can begin to use it meanwhile, and none that uses it loses it.
 """
 
 import logging
@@ -56,7 +56,7 @@ class Facts:
 
 
 def facts_of(image: Image) -> Facts:
-    """Look at an image; disturbs nobody (worker).
+    """Look at an image, which may be in use (worker).
 
     Raises:
         ImageGoneError: it was removed meanwhile.
@@ -99,7 +99,7 @@ def _running(found: list[User]) -> bool:
 
 
 async def pull(image: Image, uri: str) -> None:
-    """Have all of an image fetched, whether or not anybody uses it: now, and after a restart of
+    """Have all of an image fetched, whether or not it is used: now, and after a restart of
     its process. Raises StoreError, BackingError, OSError."""
     if image.complete:
         return
@@ -117,10 +117,10 @@ async def pull(image: Image, uri: str) -> None:
 
 
 async def remove(store: Store, image: Image) -> None:
-    """Remove an image that nobody needs.
+    """Remove an image that is not needed.
 
     Raises:
-        StoreError: somebody needs it, or its process does not end; one line says who.
+        StoreError: it is needed, or its process does not end; one line says by what.
         ImageGoneError: it is not there any more.
         OSError: it could not be deleted.
     """
@@ -152,7 +152,7 @@ async def _end_process(image: Image) -> None:
 
 
 async def prune(store: Store, keep: int) -> list[Facts]:
-    """Remove images that nobody needs, those first that were used longest ago, until all images
+    """Remove images that are not needed, those first that were used longest ago, until all images
     together take at most ``keep`` bytes. Returns what was removed. Raises as `remove` does."""
     await in_worker(store.clean)
     found = await in_worker(all_facts, store)
@@ -168,7 +168,7 @@ async def prune(store: Store, keep: int) -> list[Facts]:
         except ImageGoneError:
             pass
         except StoreError as error:
-            log.info("%s", error)  # somebody has begun to use it
+            log.info("%s", error)  # a server has begun to use it
             continue
         else:
             removed.append(facts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stream job: makes everything local while nobody waits, then lets go of the backing.
+"""The stream job: makes everything local in the background, then lets go of the backing.
 
 It knows no format and no protocol: it asks the disk what is unallocated and has it
 made allocated, which is what any reader with copy on read does. Two tasks: the
@@ -132,7 +132,7 @@ class StreamJob:
 
     @property
     def link_rate(self) -> float:
-        """Bytes per second that the backing has delivered lately, at best, to anybody."""
+        """Bytes per second that the backing has delivered lately, at best, to all readers."""
         backing = self._disk.backing
         return backing.statistics().rate if backing is not None else 0.0
 

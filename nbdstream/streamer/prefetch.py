@@ -3,7 +3,7 @@
 
 It works whether or not a stream job runs: it is one more reader with copy on read, at a
 priority between a guest's own reads and the job's. What is local is passed over; what
-the guest asks for meanwhile is fetched once, whoever comes first.
+the guest asks for meanwhile is fetched once, by the one that comes first.
 
 A boot jumps about, so a profile names many small ranges. Those that lie side by side and
 are wanted soon after one another are fetched as one (`merged`): each request that is
@@ -46,7 +46,9 @@ class Prefetcher:
         self.done = 0
         backing = disk.leaf.backing
         if backing is not None and not _is_of(profile, backing):
-            log.warning("the boot profile is of another backing: what it names may be of no use")
+            log.warning(
+                "the boot profile is of another backing: what it names may not be what a boot reads"
+            )
 
     async def run(self) -> None:
         """The prefetcher's task: ends when all has been fetched, or cannot be any more."""

@@ -8,13 +8,13 @@ task's (`Recorder.run`), which looks once a second:
 - A boot is over when the guest has touched nothing new for `QUIET_TIME`, when
   `RECORD_TIME` has passed, or when it has touched `UNITS_MOST` or `BYTES_MOST`. Then the
   profile is written beside the leaf, and the disk is left in peace.
-- Less than `BYTES_LEAST` is no boot but somebody who looked (``nbdinfo``, a partition
+- Less than `BYTES_LEAST` is not a boot but a look at the disk (``nbdinfo``, a partition
   table being read): that is forgotten, and the recorder waits on.
-- Somebody who reads most of it in order makes a copy. That says nothing about a boot:
+- A client that reads most of it in order makes a copy. That says nothing about a boot:
   it is forgotten likewise.
 
 When the server is stopped before the end, the profile says that it is not complete. The
-next boot then records anew; a complete one is never overwritten.
+next boot then records again; a complete one is never overwritten.
 """
 
 import logging
@@ -133,7 +133,7 @@ class Recorder:
                     await in_worker(self._write, self._profile(complete))
 
     async def _until_quiet(self) -> None:
-        """Wait until somebody reads, and then until that is over."""
+        """Wait until a client reads, and then until that is over."""
         while not self._units:  # noqa: ASYNC110 - a thread that reads can set no event
             await trio.sleep(LOOK_INTERVAL)
         start = changed = trio.current_time()

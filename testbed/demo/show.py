@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo prints: a timeline, what the guest says, a live line, and a table.
 
-On a terminal the live line is drawn anew at the bottom; elsewhere it is printed every few
+On a terminal the live line is drawn again at the bottom; elsewhere it is printed every few
 seconds. All of it goes to standard output through one rich console.
 """
 
@@ -37,7 +37,7 @@ class Result:
 
 
 class Show:
-    """Prints the demo; the clock starts anew with each ``begin``."""
+    """Prints the demo; the clock starts again with each ``begin``."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
@@ -71,7 +71,7 @@ class Show:
                 self._console.print(Text(f"{self.elapsed:7.2f} s  │ {plain}", style="dim"))
 
     def mute_guest(self) -> None:
-        """Nobody wants to read what the guest says from now on, in this chapter."""
+        """What the guest says from now on is not shown, in this chapter."""
         self._guest_muted = True
 
     @contextmanager

@@ -28,7 +28,7 @@ class System:
     """What runs in the guest: how it tells that it is up, and how it is switched off."""
 
     login: str
-    """Printed when somebody could log in: the end of the boot."""
+    """Printed when a user could log in: the end of the boot."""
     prompt: str
     power_off: str
     memory: int
@@ -50,7 +50,7 @@ class RunningGuest:
         return self.guest.console
 
     async def wait_login(self) -> None:
-        """Wait for the end of the boot: somebody could log in now."""
+        """Wait for the end of the boot: a user could log in now."""
         await self.console.wait_for(self.system.login, BOOT_TIMEOUT)
 
     async def wait_shell(self) -> None:

@@ -27,7 +27,7 @@ _answering = threading.Lock()
 
 
 def _serve_lines(link: Link, lines: TextIO, replies: TextIO) -> None:
-    """Answer commands until the stream ends or nobody reads the replies."""
+    """Answer commands until the stream ends or the replies are not read."""
     for line in lines:
         with _answering:
             try:

@@ -34,7 +34,7 @@ def serve_again(disk: DiskPlan) -> Spawned:
 
 
 async def wait_local(disk: DiskPlan) -> None:
-    """Wait until a destination's disk depends on nobody."""
+    """Wait until a destination's disk has no backing."""
     with trio.fail_after(120):
         while not await is_local(disk):  # noqa: ASYNC110 - from another process
             await trio.sleep(0.1)
@@ -56,7 +56,7 @@ async def ask(control: str | Path | None, command: str) -> JSONObject:
 
 async def finish(ends: Ends, leaf: str, seen: int, *, pivoted: bool = False) -> None:
     """The guest goes on writing at the destination; all that it acknowledged is in the leaf,
-    which needs nobody any more. ``pivoted``: there is no server even now."""
+    which needs no backing any more. ``pivoted``: there is no server even now."""
     async with destination(ends):
         await wait_acknowledged(ends, seen + 3)
     last = last_acknowledged(Path(ends.path("there.console")).read_text())  # noqa: ASYNC240

@@ -188,7 +188,7 @@ def records(raw_disk: Path) -> int:
     command = ["debugfs", "-R", f"cat {RECORDS}", str(partition)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = output.splitlines()
-    # What was being written when the guest was ended may be half there: nobody was told of it.
+    # What was being written when the guest was ended may be half there: it was not acknowledged.
     whole = lines if output.endswith("\n") else lines[:-1]
     for number, line in enumerate(whole, 1):
         checksum = hashlib.md5(f"{number}\n".encode(), usedforsecurity=False).hexdigest()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a row of replies says of a path: the least delay, the mean one, the rate.
 
-No clock: whoever uses these tells them the time, in seconds.
+No clock: the caller passes the time, in seconds.
 """
 
 from collections import deque
@@ -84,7 +84,7 @@ class RateMeter:
         self._period_end = now
 
     def idled(self, seconds: float) -> None:
-        """Nothing was asked for so long: that is nobody's rate."""
+        """Nothing was asked for so long: that time says nothing of the rate."""
         self._since += seconds
 
     def add(self, now: float, length: int, round_trip: float) -> bool:

@@ -41,7 +41,7 @@ from nbdstream.leaf.qcow2.table_file import fixed_metadata
 def check_image(
     fd: int, header: Header, syncs: Syncs, *, repair: bool, strict: bool = False
 ) -> tuple[CheckResult, Header]:
-    """Check, and with ``repair`` repair, an image that nobody uses meanwhile (may block).
+    """Check, and with ``repair`` repair, an image that is not used meanwhile (may block).
 
     With ``strict``, damage that no repair can undo is raised as LeafFormatError before
     anything is written. Returns the header as well, since a repair may move the refcount

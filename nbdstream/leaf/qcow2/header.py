@@ -250,7 +250,7 @@ def _parse_record(data: bytes | None, name: bytes) -> tuple[int, str]:
         if values["name-crc32"] == zlib.crc32(name):
             return int(values["size"]), str(values["identity"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        pass  # somebody else's extension of the same type: it is not a record
+        pass  # another program's extension of the same type: it is not a record
     return 0, ""
 
 

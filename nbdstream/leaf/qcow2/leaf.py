@@ -7,7 +7,7 @@
    still in the page cache. Then both are *synced*: data, so that no table can show a
    cluster before its content is there (invariant 3); the dirty bit, because from here on
    clusters are in use that the refcounts in the file do not know, and after a crash
-   somebody has to count anew before he allocates.
+   the next writer has to count them again before it allocates.
    Where damage was met, the corrupt bit and `Tables`' pins go along: they are durable before
    the file can grow.
 2. New L2 tables and changed slices of old ones are written. If there are new tables, they
@@ -263,7 +263,7 @@ class Qcow2Leaf(DurableLeaf):
 
     def _punch(self, dropped: list[Dropped]) -> None:
         """Worker: give the space of what was let go of back to the file system, now that no
-        table in the file refers to it. Nobody uses it before `end_flush`."""
+        table in the file refers to it. It is not used before `end_flush`."""
         for offset, length, compressed in dropped:
             if not compressed:
                 files.punch_hole(self.fd, offset, length)

@@ -67,7 +67,7 @@ class Step:
 
 @dataclass
 class RefcountPlan:
-    """Changes for a worker to write, in this order. Nobody else touches the blocks.
+    """Changes for a worker to write, in this order. No other code touches the blocks.
 
     Attributes:
         moved_table: the whole table, if it was moved to ``table_offset``.

@@ -196,7 +196,7 @@ class Walk:
         """Count the refcount blocks, last of all.
 
         Returns the indexes of those that cannot be used (not in the file, or referred to
-        by somebody else as well), and whether the count includes them.
+        by another entry as well), and whether the count includes them.
         """
         bad = []
         clusters = max(self.references.clusters, self._geometry.clusters(self._file_size))

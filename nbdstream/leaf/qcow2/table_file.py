@@ -19,7 +19,7 @@ MAX_DAMAGED = 1024
 
 @dataclass
 class TableSnapshot:
-    """What a flush writes: copies, which nobody else touches.
+    """What a flush writes: copies, which no other code touches.
 
     ``damage`` is what to mark the image as corrupt for, if not ""; ``pins`` are damaged entries
     to write back: (offset in the file, content). ``new_tables`` are the places of

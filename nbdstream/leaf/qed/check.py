@@ -5,7 +5,7 @@ Works on the file alone, with nothing of it in memory, and counts as ``qemu-img 
 does: each invalid offset and each second reference to a cluster is an error, each
 cluster that nothing refers to is a leak.
 
-A repair clears invalid offsets, as QEMU's does. One that nobody asked for (``strict``) clears
+A repair clears invalid offsets, as QEMU's does. An automatic one (``strict``) clears
 only what a crash may have left: an entry that points beyond the file, in an image without
 backing, belongs to a write that was never flushed. With a backing, QEMU and this package sync
 data before the entry that shows it, so such an entry is damage (the file was cut off, say), as
@@ -177,7 +177,7 @@ class _Scan:
 def check_image(
     fd: int, header: Header, syncs: Syncs, *, repair: bool, strict: bool = False
 ) -> CheckResult:
-    """Check all tables of an image that nobody else uses (blocks; reads every table).
+    """Check all tables of an image that no other process uses (blocks; reads every table).
 
     With ``strict``, damage that no crash leaves is raised as LeafFormatError before anything is
     written. Raises LeafUnsupportedError where that would take unreasonable memory, OSError.

@@ -284,7 +284,7 @@ class Tables:
     def claim(self, first: int, count: int) -> list[tuple[bytearray, int, int]]:
         """Get ready to `store` entries of clusters that have an L2 table: (page, byte, count).
 
-        Changes nothing that anybody sees. Raises ColdMetadata, FlushNeeded.
+        Changes nothing that can be seen. Raises ColdMetadata, FlushNeeded.
         """
         claims = []
         stop = first + count

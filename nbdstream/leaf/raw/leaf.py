@@ -10,7 +10,7 @@ of the two files.
 - *Data before bits.* A flush syncs the data file, and only then writes the bits that
   were set before it began. Without that barrier a crash could leave a bit whose block
   holds what the file system found there. A crash between the two loses bits only: these
-  blocks are unallocated again, whatever their bytes, and are fetched or written anew.
+  blocks are unallocated again, whatever their bytes, and are fetched or written again.
 - *Bits before the flush returns*, hence the second sync. A flush without new bits needs
   just the first.
 - Data written over allocated blocks, and zeroes punched into them, are under the bits'

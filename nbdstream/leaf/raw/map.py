@@ -10,7 +10,7 @@ new, is therefore true of the data as it was at some flush: bits need no checksu
 order among themselves, and no journal. The one order that matters is that data is
 synced before its bits are written, and `RawLeaf` sees to that.
 
-The file has its full length from the start, but is sparse: what nobody has touched is a
+The file has its full length from the start, but is sparse: what was never touched is a
 hole, and costs nothing. One page of bits stands for 128 MiB of disk.
 """
 
@@ -215,7 +215,7 @@ class AllocationMap:
     def claim(self, offset: int, length: int) -> list[tuple[bytearray, int, int]]:
         """Get ready to mark the blocks that the range covers whole: hand over to `mark`.
 
-        Changes nothing that anybody sees. Raises ColdMetadata, FlushNeeded.
+        Changes nothing that can be seen. Raises ColdMetadata, FlushNeeded.
         """
         first = (offset + BLOCK_SIZE - 1) >> BLOCK_SHIFT
         end = offset + length
