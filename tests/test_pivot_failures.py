@@ -142,8 +142,8 @@ async def test_a_server_that_dies_meanwhile_leaves_the_guest_stopped_and_the_lea
 async def test_tool_and_server_killed_with_the_leaf_open_in_qemu(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QEMU has the leaf locked then, and nobody uses it: the next tool closes it there, so that it
-    can be served again; the one after that finishes."""
+    """QEMU has the leaf locked then, and no process uses it: the next tool closes it there, so that
+    it can be served again; the one after that finishes."""
     execute = QMPClient.execute
 
     async def die(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going to the background, as daemon(7) describes it, and telling the process that waits how it went."""
+"""Going to the background, as daemon(7) describes it, and telling the caller how it went."""
 
 import os
 import sys

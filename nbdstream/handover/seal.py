@@ -67,7 +67,7 @@ def read_seal(leaf: str) -> Seal | None:
     if seal.stamp and stamp_of(leaf) != seal.stamp:
         raise LeafFormatError(
             f"{leaf} was changed after it was handed over as generation {seal.generation}: "
-            "whoever relies on that has lost it; to use the image all the same, delete "
+            "a copy that relies on that has lost it; to use the image all the same, delete "
             f"{_path(leaf)}"
         )
     return seal

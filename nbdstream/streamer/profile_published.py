@@ -3,9 +3,9 @@
 
 Beside ``https://HOST/PATH`` that is the object ``https://HOST/PATH.nbdprofile``, likewise for S3;
 beside the NBD export ``NAME`` it is the export ``NAME.nbdprofile`` of the same server. Most images
-have none, so its absence costs nothing but a connection, and nobody waits for it.
+have none, so its absence costs nothing but a connection, and no request waits for it.
 
-Whoever serves the image can put anything there. It is read up to a small size, parsed like any
+The server of the image can put anything there. It is read up to a small size, parsed like any
 other profile, and used only if it is of this image.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's collection of boot profiles, by what they are of: one file for each image.
 
-Nobody has to name a profile: the second boot of an image on a host finds the one that the first
+No profile has to be named: the second boot of an image on a host finds the one that the first
 boot recorded. An image is known by its fingerprint and its size (`nbdstream.backing.identity`),
 so the same image is found under any URI.
 
@@ -84,7 +84,7 @@ class ProfileStore:
             try:
                 os.utime(path)
             except OSError:
-                pass  # somebody else's store, or it was removed just now
+                pass  # another user's store, or it was removed just now
         return found
 
     def keep(self, new: Profile) -> bool:
