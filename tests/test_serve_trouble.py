@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,7 +100,9 @@ def test_errors_of_the_backing_are_never_data(leaf: Path, image: Path, tmp_path:
             switch.touch()
             with Qmp(server.control) as qmp:  # type: ignore[arg-type]
                 qmp.execute("block-job-resume", device="disk0")
-                time.sleep(0.5)  # let it run into errors for a while
+                wait_for(
+                    lambda: qmp.execute("x-nbdstream-stats")["backing"]["retries"] >= 3, "errors"
+                )
                 assert qmp.execute("query-block-jobs")[0]["status"] == "running"
             switch.unlink()
             assert server.wait(60) == 0
