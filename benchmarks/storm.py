@@ -31,6 +31,8 @@ SIZE = 256 * MIB
 LINK = Shape(delay=0.005)
 GUESTS = (1, 4, 16)
 BURSTS = 150
+# Only what guests ask for: a profile that the first run records would help all others.
+ALONE = ("--stream", "off", "--prefetch", "off")
 # Seconds in which a guest computes after a burst.
 PAUSE = 0.01
 # Reads in each measurement of latency, each of another MiB.
@@ -79,7 +81,7 @@ class Storm:
 
 @contextmanager
 def _alone(host: Host, name: str) -> Iterator[Peer]:
-    with nbdstream_serve(host.leaves / name, host.uri, "--stream", "off") as server:
+    with nbdstream_serve(host.leaves / name, host.uri, *ALONE) as server:
         yield server
 
 
@@ -88,9 +90,7 @@ def _storm(source: Path, count: int, *, store: bool) -> Storm:
     with memory_directory() as directory, ExitStack() as stack:
         host = stack.enter_context(store_host(source, directory, shape=LINK))
         open_guest: Callable[[str], AbstractContextManager[Peer]] = (
-            (lambda name: host.guest(name, "--stream", "off"))
-            if store
-            else (lambda name: _alone(host, name))
+            (lambda name: host.guest(name, *ALONE)) if store else (lambda name: _alone(host, name))
         )
         names = [f"leaf{number}.qcow2" for number in range(count)]
         with ThreadPoolExecutor(count) as pool:
@@ -122,7 +122,7 @@ def _latency(source: Path, rounds: int) -> tuple[float | None, float | None]:
     with memory_directory() as directory, store_host(source, directory) as host:
         image("pull", host.uri, "--store", host.store, "--wait")
         for number in range(rounds):
-            with host.guest(f"leaf{number}.qcow2", "--stream", "off") as server:
+            with host.guest(f"leaf{number}.qcow2", *ALONE) as server:
                 misses.append(_probe(server.uri))
                 hits.append(_probe(server.uri))
     return median(misses), median(hits)
@@ -133,7 +133,7 @@ def run(options: Options) -> Report:
     report = Report(
         "Guests of one image that start together", [*columns, "server MiB", "store MiB"]
     )
-    report.add_recipe(["nbdstream", "serve", "LEAF", "-b", "URI", "--store", "--stream", "off"])
+    report.add_recipe(["nbdstream", "serve", "LEAF", "-b", "URI", "--store", *ALONE])
     with memory_directory() as directory:
         source = directory / "source"
         make_image(source, SIZE, sparse=False)
