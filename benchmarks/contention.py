@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.load import Result, fio, fio_command
+from benchmarks.load import NO_PROFILE, Result, fio, fio_command
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
 from testbed.far import Far, far_backing, qemu_leaf
 from testbed.link.model import Shape
@@ -51,7 +51,8 @@ class Streaming:
 
 @contextlib.contextmanager
 def _nbdstream(suffix: str, far: Far, directory: Path) -> Iterator[Streaming]:
-    with nbdstream_serve(directory / f"leaf.{suffix}", far.uri, "--stream", "paused") as peer:
+    leaf = directory / f"leaf.{suffix}"
+    with nbdstream_serve(leaf, far.uri, "--stream", "paused", *NO_PROFILE) as peer:
         yield Streaming(peer.uri, lambda: _resumed(peer))
 
 

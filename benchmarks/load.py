@@ -10,6 +10,9 @@ from testbed.peers import binary, run
 
 # fio may take this much longer than it was told to: a slow server answers late.
 SLACK_SECONDS = 60
+# Options of `nbdstream serve` where misses are measured: the profile that one round leaves
+# behind would have the next one fetch ahead of its reads.
+NO_PROFILE = ("--prefetch", "off")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmarks.load import fio_command, run_fio
+from benchmarks.load import NO_PROFILE, fio_command, run_fio
 from benchmarks.report import Cell, Options, Report, judged, progress
 from testbed.peers import (
     Peer,
@@ -44,7 +44,7 @@ def _servers(directory: Path, backing: str) -> dict[str, Start]:
     make_qcow2(overlay, SIZE, backing=backing)
 
     def serve(name: str) -> Start:
-        return lambda: nbdstream_serve(directory / name, backing, "--stream", "off")
+        return lambda: nbdstream_serve(directory / name, backing, "--stream", "off", *NO_PROFILE)
 
     return {
         "nbdstream raw, backing": serve("leaf.raw"),

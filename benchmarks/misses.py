@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.load import Result, fio, fio_command, run_fio
+from benchmarks.load import NO_PROFILE, Result, fio, fio_command, run_fio
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
 from testbed.far import qemu_leaf
 from testbed.peers import Peer, make_qcow2, nbdkit, nbdstream_serve, temporary_directory
@@ -59,8 +59,9 @@ def _leaves(directory: Path, backing: Peer, size: int) -> Iterator[dict[str, str
     """The URIs of the leaves under test, by name."""
     qcow2 = directory / "qemu.qcow2"
     make_qcow2(qcow2, size)
-    with nbdstream_serve(directory / "leaf.raw", backing.uri, "--stream", "off") as ours:
-        with nbdstream_serve(directory / "leaf.qcow2", backing.uri, "--stream", "off") as ours_2:
+    options = ("--stream", "off", *NO_PROFILE)
+    with nbdstream_serve(directory / "leaf.raw", backing.uri, *options) as ours:
+        with nbdstream_serve(directory / "leaf.qcow2", backing.uri, *options) as ours_2:
             with qemu_leaf(qcow2, backing.socket) as qemu:
                 yield {
                     "nbdstream raw": ours.uri,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import nbd
 
+from benchmarks.load import NO_PROFILE
 from benchmarks.report import Cell, Options, Report, judged, median, progress
 from testbed.far import memory_directory
 from testbed.peers import Peer, Qmp, binary, make_image, nbdkit, nbdstream_serve
@@ -104,7 +105,8 @@ def _copy(uri: str) -> float:
 def _stream(uri: str, guest: str, limit: float) -> float:
     """Seconds from resuming the job to its end, or ``limit``."""
     with memory_directory() as directory:
-        with nbdstream_serve(directory / "leaf.raw", uri, "--stream", "paused") as peer:
+        leaf = directory / "leaf.raw"
+        with nbdstream_serve(leaf, uri, "--stream", "paused", *NO_PROFILE) as peer:
             assert peer.control
             with Qmp(peer.control, timeout=600) as qmp, contextlib.ExitStack() as stack:
                 kind = GUESTS[guest]

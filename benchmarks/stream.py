@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.load import NO_PROFILE
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
 from testbed.far import Far, far_backing, memory_directory, qemu_leaf
 from testbed.link.model import Shape
@@ -65,7 +66,7 @@ def _children_seconds() -> float:
 
 
 def _nbdstream(leaf: str, far: Far, directory: Path, _: Options) -> Sample:
-    with nbdstream_serve(directory / leaf, far.uri, "--stream", "paused") as peer:
+    with nbdstream_serve(directory / leaf, far.uri, "--stream", "paused", *NO_PROFILE) as peer:
         assert peer.control
         with Qmp(peer.control, timeout=600) as qmp:
             used = processor_seconds(peer.pid)

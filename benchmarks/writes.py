@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmarks.load import Result, fio, fio_command
+from benchmarks.load import NO_PROFILE, Result, fio, fio_command
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
 from testbed.far import Far, far_backing, memory_directory, qemu_leaf
 from testbed.link.model import Shape
@@ -33,7 +33,7 @@ def _nbdstream(suffix: str, directory: Path, far: Far | None) -> Iterator[str]:
     elif far is None:
         # As nbdstream makes its own.
         make_qcow2(leaf, SIZE, options="extended_l2=on,lazy_refcounts=on")
-    with nbdstream_serve(leaf, far.uri if far else None, "--stream", "off") as peer:
+    with nbdstream_serve(leaf, far.uri if far else None, "--stream", "off", *NO_PROFILE) as peer:
         yield peer.uri
 
 
