@@ -32,6 +32,7 @@ from nbdstream.errors import BackingMismatchError, UsageError, sole_error
 from nbdstream.export import Export
 from nbdstream.handover.custody import Custody
 from nbdstream.handover.generation import STANDBY, generation_of
+from nbdstream.handover.offer import HOLD
 from nbdstream.handover.seal import Seal, read_seal
 from nbdstream.health import Health
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
@@ -135,8 +136,8 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
             if options.standby:
                 disk.stand_by()
             if seal is not None:
-                log.warning("%s is %s; it is served read-only", options.leaf, seal.reason)
-                await disk.freeze(seal.reason)
+                log.warning("%s is %s: no guest changes it here", options.leaf, seal.reason)
+                await disk.freeze(seal.reason, hold=HOLD)
             job = _job(options, disk)
             async with trio.open_nursery() as nursery:
                 tasks: list[tuple[str, Callable[[], Awaitable[None]]]] = []
@@ -172,7 +173,10 @@ async def open_service(
 
         custody = Custody(opened.disk, nursery)
         export: Export = custody
-        if opened.seal is not None:
+        # A QEMU that had the disk before the server ended may connect again, to have its guest go
+        # on once the seal is off. From an export that has become read-only it dies of an
+        # assertion (version 7.2). So the guest's writes wait, as in the process that sealed.
+        if opened.seal is not None and opened.leaf.read_only:
             export = ReadOnlyExport(export, export.name, opened.seal.reason)
         server = Server([export], tls=certificates, clients_changed=clients_changed)
         service = Service(opened, server, listeners, clients, custody, options.tls)

@@ -332,7 +332,7 @@ async def test_a_leaf_that_only_stood_by_is_no_disk(tmp_path: Path, image: Path)
                 pass
 
 
-async def test_a_sealed_leaf_is_served_read_only_by_the_next_process(
+async def test_a_sealed_leaf_is_not_changed_by_the_next_process_before_it_is_unsealed(
     tmp_path: Path, image: Path
 ) -> None:
     leaf, listen = tmp_path / "leaf.qcow2", f"unix:{tmp_path / 'offer'}"
@@ -342,13 +342,24 @@ async def test_a_sealed_leaf_is_served_read_only_by_the_next_process(
             await ask(source, "x-nbdstream-seal", generation=offer["generation"])
             source.kill()
         with nbdstream_serve(leaf) as source:
-            info = json.loads(run(["nbdinfo", "--json", source.uri]))
-            assert info["exports"][0]["is_read_only"]
+            # A guest's QEMU that connects again would die of an export that has become read-only.
+            client = nbd.NBD()
+            client.connect_uri(source.uri)
+            assert not client.is_read_only()
+            buffer = nbd.Buffer.from_bytearray(bytearray(b"\x77" * 4096))
+            cookie = client.aio_pwrite(buffer, 4096)
+            assert client.pread(4096, 4096) == image.read_bytes()[4096:8192]  # noqa: ASYNC240
+            assert not client.aio_command_completed(cookie)
             assert_same(offer["uri"], image)
             query = await ask(source, "x-nbdstream-export-query")
             assert query["generation"] == offer["generation"]
             with pytest.raises(GenericError, match="offered already"):
                 await ask(source, "x-nbdstream-export-add", listen_at=listen)
+            await ask(source, "x-nbdstream-unseal", generation=offer["generation"])
+            while not client.aio_command_completed(cookie):
+                client.poll(-1)
+            assert client.pread(4096, 4096) == b"\x77" * 4096
+            client.shutdown()
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])

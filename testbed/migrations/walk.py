@@ -27,6 +27,7 @@ import trio
 
 from nbdstream.migrate.memory import Settings
 from nbdstream.migrate.switchover import PHASE_WORDS, Phase
+from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import QMPError
 from testbed.guests import images
 from testbed.guests.systems import RunningGuest
@@ -48,10 +49,12 @@ AGAIN = "S"
 CANCEL = "C"
 SERVE_THERE = "D"
 REBOOT = "B"
+CONTINUE = "N"
 WORDS = {
     AGAIN: "start the source's server again",
     CANCEL: "`nbdstream migrate --cancel`",
     SERVE_THERE: "start the destination's server again",
+    CONTINUE: "`cont` in the destination's QEMU, as the tool says",
     REBOOT: "start the guest again from the disk there",
 }
 
@@ -91,7 +94,7 @@ BORDERS = {
     TOOL: (_border("tell", "before"), _border("tell", "after")),
     SOURCE_SERVER: (_border("activate", "before"), _border("hand over", "before")),
     SOURCE_QEMU: _HANDED,
-    SERVER: _HANDED,
+    SERVER: (_border("activate", "sent"), _HANDED[1]),
     QEMU: _HANDED,
 }
 
@@ -250,10 +253,6 @@ class Walk:
                 self.found.said += f"\n{said}"
                 assert taken_back, said
                 self.found.deeds += CANCEL
-                if not (await moving.stats(self._move.disk.source_control))["owner"]:
-                    assert self._move.server is not None
-                    self._move.server.terminate()
-                    self._serve_here(stack)
         if self._cell.victim == SOURCE_QEMU:
             self.found.lives = False
             self.found.deeds += REBOOT
@@ -269,6 +268,11 @@ class Walk:
             await self._move.wait_local()
             await self._move.judge_destination_disk(guest.console.transcript)
             return
+        if self._cell.victim == SOURCE_QEMU and "continue" in self.found.said:
+            async with QMPClient.connect(self._ends.path("there.qmp")) as there:
+                if await moving.run_state(there) == "paused":
+                    await there.execute("cont")
+                    self.found.deeds += CONTINUE
         if self._cell.victim == SERVER and SERVE_THERE not in self.found.deeds:
             self._serve_there()
         await self._move.judge_destination(guest, sealed=self._cell.victim != SOURCE_SERVER)
