@@ -203,13 +203,15 @@ async def state_of(destination: QMPClient) -> There:
 
 async def look_there(path: str) -> There:
     """`state_of` the QEMU whose QMP socket this is, if it answers."""
-    try:
-        with trio.move_on_after(QUIT_SECONDS):
-            async with QMPClient.connect(path) as qmp:
-                return await state_of(qmp)
-    except QMPError as error:
-        if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
-            return There.GONE
+    with trio.move_on_after(QUIT_SECONDS):
+        while True:
+            try:
+                async with QMPClient.connect(path) as qmp:
+                    return await state_of(qmp)
+            except QMPError as error:
+                if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
+                    return There.GONE
+            await trio.sleep(_POLL)  # one that hangs up is about to end
     return There.SILENT
 
 

@@ -133,6 +133,8 @@ class Found:
 
     def words(self) -> str:
         """The outcome for the table."""
+        if self.found and self.found < self.acknowledged:
+            return f"**{self.acknowledged - self.found} lost**"
         if self.broken:
             return "**broken**"
         where = self.home if self.lives else f"disk at {self.home}"
