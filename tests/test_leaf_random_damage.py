@@ -4,7 +4,7 @@
     NBDSTREAM_DAMAGE=2000 NBDSTREAM_SEED=7 pytest tests/test_leaf_random_damage.py
 
 The rule: after our repair qemu-img finds nothing, and what was not under an entry that was
-damaged is as before, to us and to QEMU; before it, a damaged image is served or refused, and no
+damaged is as before. Before it, a damaged image is served or refused, and no
 write to it reaches a table or another place of the disk.
 """
 
