@@ -26,6 +26,7 @@ NAMES = (
     "writes",
     "boot",
     "migration",
+    "pivot",
     "crowd",
     "storm",
 )

@@ -171,7 +171,7 @@ async def open_service(
         def clients_changed(_count: int) -> None:
             clients.unpark_all()
 
-        custody = Custody(opened.disk, nursery)
+        custody = Custody(opened.disk, nursery, opened.job)
         export: Export = custody
         # A QEMU that had the disk before the server ended may connect again, to have its guest go
         # on once the seal is off. From an export that has become read-only it dies of an

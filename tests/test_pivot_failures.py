@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nbdstream.guest.disks import Disk
-from nbdstream.pivot import run as pivot_run
+from nbdstream.pivot.leaf import PivotLeaf
 from nbdstream.pivot.servers import PivotError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import GenericError, QMPError
@@ -95,7 +95,7 @@ async def test_a_tool_that_is_killed_leaves_what_the_next_one_can_mend(
         with qemu(tmp_path, Disk.nbd(server.uri)) as vm:
             await qemu_io(vm, "d0", "write -P 0x11 0 64k")
             monkeypatch.setattr(QMPClient, "execute", die)
-            monkeypatch.setattr(pivot_run, "_probe", _no_probe)
+            monkeypatch.setattr(PivotLeaf, "probe", _no_probe)
             with pytest.raises((Killed, BaseExceptionGroup)):
                 await pivot(vm, [disk_of(server)])
             monkeypatch.undo()

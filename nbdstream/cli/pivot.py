@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """pivot: the running guest goes on from the leaf itself."""
 
+from functools import partial
+
 import click
 import trio
 
@@ -23,7 +25,12 @@ from nbdstream.service import Service
     metavar="PATH",
     help="Path of the leaf as QEMU sees it, if that differs. Once per CONTROL, in order.",
 )
-def pivot(controls: tuple[str, ...], qmp: str, leaf_paths: tuple[str, ...]) -> None:
+@click.option(
+    "--now",
+    is_flag=True,
+    help="Do not wait for a qcow2 or QED leaf to be complete: QEMU reads the rest by itself.",
+)
+def pivot(controls: tuple[str, ...], qmp: str, leaf_paths: tuple[str, ...], now: bool) -> None:
     """Let a running guest go on from its leaf, without nbdstream.
 
     CONTROL is the control socket of the server of a disk that is completely local; name those
@@ -38,7 +45,7 @@ def pivot(controls: tuple[str, ...], qmp: str, leaf_paths: tuple[str, ...]) -> N
         PivotDisk(ControlledServer(control), path)
         for control, path in zip(controls, paths, strict=True)
     ]
-    pause = trio.run(run_pivot, Monitor.at(qmp), disks)
+    pause = trio.run(partial(run_pivot, Monitor.at(qmp), disks, now=now))
     say(pivoted(pause))
 
 

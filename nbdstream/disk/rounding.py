@@ -25,12 +25,17 @@ TIMEOUT = 20.0
 AT_ONCE = 16
 
 
-async def round_off(disk: StreamedDisk) -> None:
-    """Fetch what clusters lack that are local in part, if the leaf's other users need that."""
+async def round_off(disk: StreamedDisk, within: float = TIMEOUT) -> bool:
+    """Fetch what clusters lack that are local in part, if the leaf's other users need that.
+    ``within``: seconds that it may take.
+
+    Returns:
+        Whether no such cluster is left.
+    """
     if not disk.leaf.whole_clusters or disk.backing is None or disk.read_only or disk.gate.reason:
-        return
+        return True
     done = False
-    with trio.move_on_after(TIMEOUT):
+    with trio.move_on_after(within):
         try:
             await _fetch_rests(disk)
             done = True
@@ -41,6 +46,7 @@ async def round_off(disk: StreamedDisk) -> None:
             "%s: some clusters are local only in part: serve it again before QEMU 7.2 streams it",
             disk.leaf.path,
         )
+    return done
 
 
 async def _fetch_rests(disk: StreamedDisk) -> None:

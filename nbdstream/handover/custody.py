@@ -22,12 +22,13 @@ from pathlib import Path
 
 import trio
 
-from nbdstream.disk import StreamedDisk
+from nbdstream.disk import StreamedDisk, round_off
 from nbdstream.disk.gate import GateState
 from nbdstream.errors import LeafError, LeafInUseError, UsageError
 from nbdstream.export import StatusExtent
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import Leaf
+from nbdstream.streamer.job import JobStatus, StreamJob
 from nbdstream.tasks import in_worker, start_contained
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 _REASON = "the leaf was let go of: another process may have it"
 # Seconds that requests under way get to end before the leaf is closed.
 DRAIN_SECONDS = 5.0
+# Seconds for clusters that were local in part when the guest was stopped.
+ROUND_OFF_SECONDS = 5.0
 # Seconds after which a leaf is taken back unasked, longer than a pivot and its way back take; then
 # seconds between attempts.
 HOLD_SECONDS = 60.0
@@ -49,8 +52,10 @@ class Custody:
         let_go: whether the leaf is closed, and requests are held.
     """
 
-    def __init__(self, disk: StreamedDisk, nursery: trio.Nursery) -> None:
-        """``nursery`` runs the task that takes the leaf back unasked."""
+    def __init__(
+        self, disk: StreamedDisk, nursery: trio.Nursery, job: StreamJob | None = None
+    ) -> None:
+        """``nursery`` runs the task that takes the leaf back unasked; ``job`` works on the disk."""
         self.disk = disk
         self.let_go = False
         self.name = disk.name
@@ -62,6 +67,8 @@ class Custody:
         self.read_nowait = disk.read_nowait
         self.write_nowait = disk.write_nowait
         self._nursery = nursery
+        self._job = job
+        self._stopped: JobStatus | None = None  # what the job was doing when we stopped it
         self._path = disk.leaf.path
         self._identity = _identity(disk.leaf.fd)
         self._turn = trio.Lock()
@@ -121,16 +128,23 @@ class Custody:
 
     # -- letting go ------------------------------------------------------------------------
 
-    def refusal(self) -> str:
-        """Why the leaf may not be let go of now, or ""."""
-        if self.disk.read_only:
+    def refusal(self, *, incomplete: bool = False) -> str:
+        """Why the leaf may not be let go of now, or "". ``incomplete``: whoever opens it reads what
+        it lacks from the backing that it names."""
+        disk = self.disk
+        if disk.read_only:
             return "the leaf is served read-only"
-        if self.disk.backing is not None:
+        if disk.backing is None:
+            return disk.gate.reason
+        if not incomplete:
             return "the leaf is not complete: it still depends on its backing"
-        return self.disk.gate.reason
+        if disk.leaf.format == "raw":
+            return "the leaf is not complete, and only nbdstream can tell what a raw leaf lacks"
+        return disk.gate.reason
 
-    async def release(self) -> None:
-        """Let go of the leaf. Does nothing if that was done before.
+    async def release(self, *, incomplete: bool = False) -> None:
+        """Let go of the leaf. Does nothing if that was done before. ``incomplete``: as in
+        `refusal`; the job is cancelled then, and begins again when the leaf is taken back.
 
         Raises:
             UsageError: `refusal` says why not, or requests do not end.
@@ -140,10 +154,16 @@ class Custody:
         async with self._turn:
             if self.let_go:
                 return
-            if reason := self.refusal():
+            if reason := self.refusal(incomplete=incomplete):
                 raise UsageError(reason)
             self.let_go = True
-            await self._drain()
+            try:  # if that fails or is cancelled, all goes on as before
+                await self._stop_job()
+                await self._drain()
+                await self._round_off()
+            except BaseException:
+                self._go_on()
+                raise
             self._watch = trio.CancelScope()
             start_contained(
                 self._nursery, "letting go", self.disk.health.report, self._watch_over, self._watch
@@ -152,17 +172,17 @@ class Custody:
                 await self.disk.let_go(_REASON)
 
     async def _drain(self) -> None:
-        """Wait until no request is under way; new ones are held. If that fails or is cancelled,
-        all goes on as before."""
-        try:
-            with trio.move_on_after(DRAIN_SECONDS):
-                while self._busy:
-                    await self._changed.park()
-        finally:
-            if self._busy:
-                self._go_on()
+        """Wait until no request is under way; new ones are held."""
+        with trio.move_on_after(DRAIN_SECONDS):
+            while self._busy:
+                await self._changed.park()
         if self._busy:
             raise UsageError("requests are under way that do not end: try again")
+
+    async def _round_off(self) -> None:
+        """QEMU is not to find clusters that are local in part."""
+        if not await round_off(self.disk, ROUND_OFF_SECONDS):
+            raise UsageError("the backing does not deliver what some clusters lack: try again")
 
     async def take_back(self) -> bool:
         """Open the leaf again and go on with the requests that were held.
@@ -214,8 +234,18 @@ class Custody:
             raise LeafError(f"{old.path}: now a disk of {leaf.size} bytes, it had {self.size}")
         return leaf
 
+    async def _stop_job(self) -> None:
+        """What it has under way would end in a leaf that is closed."""
+        if self._job is not None and self._job.status is not JobStatus.NULL:
+            self._stopped = self._job.status
+            await self._job.stop()
+
     def _go_on(self) -> None:
         self.let_go = False
+        if self._job is not None and self._stopped is not None:
+            if self._job.status is JobStatus.NULL and not self._job.completed.is_set():
+                self._job.start(paused=self._stopped is JobStatus.PAUSED)
+            self._stopped = None
         self._changed.unpark_all()
 
 

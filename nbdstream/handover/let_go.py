@@ -4,6 +4,7 @@
 from pathlib import Path
 
 from nbdstream.control.table import command
+from nbdstream.disk import round_off
 from nbdstream.handover.custody import Custody
 from nbdstream.qmp.protocol import JSONObject
 
@@ -17,8 +18,9 @@ class LetGo:
         self._path = str(Path(custody.disk.leaf.path).absolute())
 
     @command("x-nbdstream-pivot-query")
-    async def query(self) -> JSONObject:
-        """What a program that wants to open the leaf has to know."""
+    async def query(self, now: bool = False) -> JSONObject:
+        """What a program that wants to open the leaf has to know; with ``now`` it would do so
+        before the leaf is complete, which is prepared then."""
         leaf = self._custody.disk.leaf
         answer: JSONObject = {
             "uris": self._uris,
@@ -27,13 +29,18 @@ class LetGo:
             "size": leaf.size,
             "let-go": self._custody.let_go,
         }
-        reason = "" if self._custody.let_go else self._custody.refusal()
+        if self._custody.disk.backing is not None and leaf.backing is not None:
+            answer["backing"] = {"uri": leaf.backing.uri, "format": leaf.backing.format}
+        reason = "" if self._custody.let_go else self._custody.refusal(incomplete=now)
+        if now and not reason:
+            await round_off(self._custody.disk)
         return answer | ({"refused": reason} if reason else {})
 
     @command("x-nbdstream-let-go")
-    async def let_go(self) -> None:
-        """Flush, close and unlock the leaf; hold requests from now on."""
-        await self._custody.release()
+    async def let_go(self, now: bool = False) -> None:
+        """Flush, close and unlock the leaf; hold requests from now on. With ``now`` also if it is
+        not complete."""
+        await self._custody.release(incomplete=now)
 
     @command("x-nbdstream-take-back")
     async def take_back(self) -> None:

@@ -55,9 +55,10 @@ async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDis
             back.
     """
     graph = await Graph.of(qemu)
-    for node in (PROBE, *graph.unused(LEAF)):
-        if graph.has(node):
+    while unused := [*graph.unused(PROBE), *graph.unused(LEAF)]:  # and then those below them
+        for node in unused:
             await qemu.execute("blockdev-del", {"node-name": node})
+        graph = await Graph.of(qemu)
     rest, pivoted = [], []
     for disk in disks:
         try:

@@ -9,6 +9,7 @@ There are two ways to replace an export while the guest's device stays where it 
   itself.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,9 @@ class Graph:
         return [
             name
             for name, node in self._nodes.items()
-            if name.startswith(prefix) and node["file"] == file
+            # With another backing than the image names, QEMU describes the node as JSON.
+            if name.startswith(prefix)
+            and (node["file"] == file or f'"filename": {json.dumps(file)}' in node["file"])
         ]
 
     def unused(self, prefix: str) -> list[str]:

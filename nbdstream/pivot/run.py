@@ -11,24 +11,23 @@ import logging
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 import trio
 
 from nbdstream.errors import NbdstreamError
+from nbdstream.pivot.leaf import PivotLeaf, backing_node
 from nbdstream.pivot.leftovers import (
     LEAF,
-    PROBE,
     PivotDisk,
     clear_up,
     forget_stop,
     go_on,
     remember_stop,
 )
-from nbdstream.pivot.nodes import Attached, Graph
-from nbdstream.pivot.servers import DiskServer, Monitor, PivotError
+from nbdstream.pivot.nodes import Graph
+from nbdstream.pivot.servers import Monitor, PivotError
 from nbdstream.qmp.client import QMPClient
-from nbdstream.qmp.protocol import CommandError, JSONObject, QMPError
+from nbdstream.qmp.protocol import CommandError, QMPError
 
 log = logging.getLogger(__name__)
 
@@ -41,46 +40,11 @@ TAKE_BACK_SECONDS = 3.0
 _POLL = 0.1
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A disk that has passed the checks."""
-
-    server: DiskServer
-    leaf: str
-    format: str
-    attached: Attached
-    node: str  # the leaf's, in QEMU
-
-    def leaf_node(self) -> JSONObject:
-        """Arguments of blockdev-add for the leaf."""
-        common = {**self._kept(), "discard": "unmap"}
-        node = {"driver": self.format, "node-name": self.node, **common}
-        if self.format != "raw":
-            node["backing"] = None  # all is local, whatever the leaf still names
-        if self.attached.device:
-            node["detect-zeroes"] = self.attached.top["detect_zeroes"]
-        return {**node, "file": {"driver": "file", "filename": self.leaf, **common}}
-
-    def reopened(self) -> JSONObject:
-        """Options of blockdev-reopen for the guest's disk; those that are not given would be
-        set to their defaults."""
-        return {
-            "driver": "raw",
-            "node-name": self.attached.name,
-            **self._kept(),
-            "detect-zeroes": self.attached.top["detect_zeroes"],
-            "discard": "unmap",
-            "file": self.node,
-        }
-
-    def _kept(self) -> JSONObject:
-        top = self.attached.top
-        cache = {key: top["cache"][key] for key in ("direct", "no-flush")}
-        return {"read-only": top["ro"], "cache": cache}
-
-
-async def pivot(monitor: Monitor, disks: Sequence[PivotDisk]) -> float:
+async def pivot(monitor: Monitor, disks: Sequence[PivotDisk], *, now: bool = False) -> float:
     """Have the guest of this QEMU go on from its leaves; end their servers.
+
+    Args:
+        now: also from leaves that are not complete, where QEMU can read the backing itself.
 
     Returns:
         Seconds for which the guest was stopped; 0 if it was paused already (it stays so), or if
@@ -95,7 +59,7 @@ async def pivot(monitor: Monitor, disks: Sequence[PivotDisk]) -> float:
         async with monitor.open() as qemu:
             with _in_time(CHECK_SECONDS):
                 rest = await clear_up(qemu, disks)
-                prepared = await _prepare(qemu, rest)
+                prepared = await _prepare(qemu, rest, now=now)
                 running = (await qemu.execute("query-status"))["running"]
             if not prepared:
                 return 0.0
@@ -103,11 +67,13 @@ async def pivot(monitor: Monitor, disks: Sequence[PivotDisk]) -> float:
             with trio.CancelScope(shield=True):
                 began = trio.current_time()
                 try:
-                    pause = await _switch(qemu, prepared, running=running)
+                    pause = await _switch(qemu, prepared, running=running, now=now)
                 except (NbdstreamError, OSError, trio.TooSlowError) as error:
                     failure = error
                 else:
-                    await _leave(qemu, prepared)
+                    # Closing the old node, QEMU may wait for a server that has just died.
+                    with trio.move_on_after(STEP_SECONDS):
+                        await _leave(qemu, prepared)
                     return pause
         with trio.CancelScope(shield=True):
             await _settle(monitor, prepared, failure, running=running)
@@ -126,7 +92,7 @@ def _in_time(seconds: float) -> Iterator[None]:
 # -- before -----------------------------------------------------------------------------------
 
 
-async def _prepare(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[_Prepared]:
+async def _prepare(qemu: QMPClient, disks: Sequence[PivotDisk], *, now: bool) -> list[PivotLeaf]:
     version = qemu.version["qemu"]
     if (version["major"], version["minor"]) < QEMU_LEAST:
         raise PivotError(
@@ -136,35 +102,25 @@ async def _prepare(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[_Prepare
     graph = await Graph.of(qemu)
     prepared = []
     for disk in disks:
-        facts = await disk.server.facts()
+        facts = await disk.server.facts(now=now)
         if reason := facts.get("refused"):
             raise PivotError(f"{facts['leaf']}: {reason}")
         attached = graph.find(facts["uris"])
         leaf, node = disk.leaf_path or facts["leaf"], LEAF + secrets.token_hex(4)
-        prepared.append(_Prepared(disk.server, leaf, facts["format"], attached, node))
-        await _probe(qemu, prepared[-1])
+        backing = backing_node(facts.get("backing"))
+        prepared.append(PivotLeaf(disk.server, leaf, facts["format"], attached, node, backing))
+        await prepared[-1].probe(qemu)
     if len({one.attached.name for one in prepared}) < len(prepared):
         raise PivotError("the same disk is named twice")
     return prepared
 
 
-async def _probe(qemu: QMPClient, disk: _Prepared) -> None:
-    """Whether QEMU can open the leaf's file. It takes no lock and reads nothing of it."""
-    node = {"driver": "file", "node-name": PROBE, "filename": disk.leaf, "locking": "off"}
-    try:
-        await qemu.execute("blockdev-add", {**node, "read-only": disk.attached.top["ro"]})
-    except CommandError as error:
-        raise PivotError(
-            f"QEMU cannot open the leaf: {error}. It needs the right to read and write the file,"
-            " and its own path of it (--leaf-path)"
-        ) from error
-    await qemu.execute("blockdev-del", {"node-name": PROBE})
-
-
 # -- forth ------------------------------------------------------------------------------------
 
 
-async def _switch(qemu: QMPClient, disks: Sequence[_Prepared], *, running: bool) -> float:
+async def _switch(
+    qemu: QMPClient, disks: Sequence[PivotLeaf], *, running: bool, now: bool
+) -> float:
     """Returns for how many seconds the guest was stopped."""
     with trio.fail_after(STEP_SECONDS):
         if running:
@@ -173,9 +129,10 @@ async def _switch(qemu: QMPClient, disks: Sequence[_Prepared], *, running: bool)
         if running:
             await qemu.execute("stop")
         for disk in disks:
-            await disk.server.let_go()
+            await disk.server.let_go(now=now)
         for disk in disks:
-            await qemu.execute("blockdev-add", disk.leaf_node())
+            for node in disk.added():
+                await qemu.execute("blockdev-add", node)
         await _replace(qemu, disks)
         if running:
             await qemu.execute("cont")
@@ -187,7 +144,7 @@ async def _switch(qemu: QMPClient, disks: Sequence[_Prepared], *, running: bool)
         return pause
 
 
-async def _replace(qemu: QMPClient, disks: Sequence[_Prepared]) -> None:
+async def _replace(qemu: QMPClient, disks: Sequence[PivotLeaf]) -> None:
     options = [disk.reopened() for disk in disks if not disk.attached.device]
     if options:
         await qemu.execute("blockdev-reopen", {"options": options})
@@ -197,7 +154,7 @@ async def _replace(qemu: QMPClient, disks: Sequence[_Prepared]) -> None:
             await qemu.execute("qom-set", drive)
 
 
-async def _leave(qemu: QMPClient, disks: Sequence[_Prepared]) -> None:
+async def _leave(qemu: QMPClient, disks: Sequence[PivotLeaf]) -> None:
     """These disks are on their leaves: end what they were on before."""
     await forget_stop(qemu)
     for disk in disks:
@@ -211,7 +168,7 @@ async def _leave(qemu: QMPClient, disks: Sequence[_Prepared]) -> None:
 
 
 async def _settle(
-    monitor: Monitor, disks: Sequence[_Prepared], failure: Exception, *, running: bool
+    monitor: Monitor, disks: Sequence[PivotLeaf], failure: Exception, *, running: bool
 ) -> None:
     """Find out on which side the disks are, and have the guest go on there.
 
@@ -237,8 +194,8 @@ async def _settle(
 
 
 async def _go_on(
-    qemu: QMPClient, disks: Sequence[_Prepared], why: str, *, running: bool
-) -> list[_Prepared]:
+    qemu: QMPClient, disks: Sequence[PivotLeaf], why: str, *, running: bool
+) -> list[PivotLeaf]:
     """Have the guest go on, each disk on the side where QEMU has it; those on their exports.
 
     Raises:
@@ -249,8 +206,7 @@ async def _go_on(
     forth = [disk for disk in disks if graph.in_use(disk.node)]
     back = [disk for disk in disks if disk not in forth]
     for disk in back:
-        with suppress(CommandError):  # it may not have been added
-            await qemu.execute("blockdev-del", {"node-name": disk.node})
+        await disk.remove(qemu)
     if troubles := await _take_back(back):
         raise PivotError(
             f"{why}; the guest is stopped, because {'; '.join(troubles)}. Serve that leaf again on"
@@ -262,7 +218,7 @@ async def _go_on(
     return back
 
 
-async def _take_back(disks: Sequence[_Prepared]) -> list[str]:
+async def _take_back(disks: Sequence[PivotLeaf]) -> list[str]:
     """Have each server open its leaf again; what did not work."""
     troubles = []
     for disk in disks:
@@ -271,7 +227,7 @@ async def _take_back(disks: Sequence[_Prepared]) -> list[str]:
     return troubles
 
 
-async def _try_to_take_back(disk: _Prepared) -> str:
+async def _try_to_take_back(disk: PivotLeaf) -> str:
     """Again and again for a moment: a program that looks at the image has it locked, too."""
     patience = trio.current_time() + TAKE_BACK_SECONDS
     while True:

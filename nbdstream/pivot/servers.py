@@ -29,12 +29,12 @@ class PivotError(NbdstreamError):
 class DiskServer(Protocol):
     """The server of one disk. All but `end` raise NbdstreamError, OSError."""
 
-    async def facts(self) -> JSONObject:
+    async def facts(self, *, now: bool = False) -> JSONObject:
         """What ``x-nbdstream-pivot-query`` returns."""
         ...
 
-    async def let_go(self) -> None:
-        """Flush, close and unlock the leaf; hold requests."""
+    async def let_go(self, *, now: bool = False) -> None:
+        """Flush, close and unlock the leaf, with ``now`` an incomplete one, too; hold requests."""
         ...
 
     async def take_back(self) -> None:
@@ -52,13 +52,13 @@ class ControlledServer:
     def __init__(self, control: str) -> None:
         self._control = control
 
-    async def facts(self) -> JSONObject:
+    async def facts(self, *, now: bool = False) -> JSONObject:
         """See `DiskServer`."""
-        return await self._ask("x-nbdstream-pivot-query")
+        return await self._ask("x-nbdstream-pivot-query", {"now": now})
 
-    async def let_go(self) -> None:
+    async def let_go(self, *, now: bool = False) -> None:
         """See `DiskServer`."""
-        await self._ask("x-nbdstream-let-go")
+        await self._ask("x-nbdstream-let-go", {"now": now})
 
     async def take_back(self) -> None:
         """See `DiskServer`."""
@@ -72,9 +72,9 @@ class ControlledServer:
                 while True:
                     await qmp.wait_event()
 
-    async def _ask(self, command: str) -> JSONObject:
+    async def _ask(self, command: str, arguments: JSONObject | None = None) -> JSONObject:
         async with connect(self._control) as qmp:
-            answer: JSONObject = await qmp.execute(command)
+            answer: JSONObject = await qmp.execute(command, arguments)
             return answer
 
 
@@ -84,13 +84,13 @@ class OwnServer:
     def __init__(self, service: Service) -> None:
         self._commands = LetGo(service.custody, service.uris)
 
-    async def facts(self) -> JSONObject:
+    async def facts(self, *, now: bool = False) -> JSONObject:
         """See `DiskServer`."""
-        return await self._commands.query()
+        return await self._commands.query(now)
 
-    async def let_go(self) -> None:
+    async def let_go(self, *, now: bool = False) -> None:
         """See `DiskServer`."""
-        await self._commands.let_go()
+        await self._commands.let_go(now)
 
     async def take_back(self) -> None:
         """See `DiskServer`."""

@@ -188,6 +188,12 @@ class StreamJob:
             self._enter(JobStatus.ABORTING)
             self._scope.cancel()
 
+    async def stop(self) -> None:
+        """Cancel it, and return when nothing of it is under way any more."""
+        while self._status is not JobStatus.NULL:
+            self.cancel()
+            await trio.lowlevel.checkpoint()
+
     async def step(self, offset: int, length: int) -> int:
         """Stream one piece by hand, whether or not the job runs: make the cluster(s) at
         ``offset`` local. Returns how many bytes were not before. Raises BackingError, OSError."""

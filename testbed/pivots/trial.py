@@ -30,7 +30,7 @@ VICTIMS = ("tool", "server", "qemu", "answer", "tool and server")
 FIRST = "nbdstream-stopped"
 COMMANDS = 16
 ATTEMPTS_MOST = 12
-TOOL_SECONDS = 120
+TOOL_SECONDS = 300
 RECONNECT_DELAY = 120
 
 
