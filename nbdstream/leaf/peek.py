@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image records of its backing, read without a lock: a look that is in nobody's way.
+"""What an image records of its backing, read without a lock: a look that gets in no one's way.
 
 Opening an image, even for reading, takes locks that would make another process fail which opens
 it for writing at that moment.

@@ -167,7 +167,7 @@ class Store:
         self._require_private()
 
     def _require_private(self) -> None:
-        """Whoever can write to a store chooses what guests see. Raises StoreError."""
+        """A user who can write to a store chooses what guests see. Raises StoreError."""
         status = self.root.stat()
         if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
             raise StoreError(

@@ -2,7 +2,7 @@
 """Whether the refcounts of an image that was closed cleanly can be relied on.
 
 Refcounts repeat what the tables say. Where they are damaged, nothing is lost: they are counted
-anew, as after a crash. What must not happen is that a cluster in use is taken for free, and
+again, as after a crash. What must not happen is that a cluster in use is taken for free, and
 written over. So before anything is allocated where the refcounts are 0, they are compared with
 the references, if the tables are small enough to be read at an open; otherwise that space
 stays unused (`nbdstream.leaf.qcow2.refcounts`).
