@@ -48,6 +48,7 @@ SIZE = 16 << 30
 SPEED = "1M"  # of the stream job: it shall have work to the end
 WRITTEN = 256 * MIB  # what the writing guest writes again and again
 ROUND = 30.0  # seconds of load
+STOP_SECONDS = 120.0  # it makes clusters whole first, for up to 20 s
 SETTLE = 15.0  # seconds that the server may take to let go of a round
 # What memory may differ by from one quiet moment to another without being growth.
 SLACK_BYTES, SLACK_OBJECTS = 12 * MIB, 2000
@@ -288,12 +289,16 @@ def main() -> int:
         arranged = Arrangement(server, backing, report, ("127.0.0.1", port))
         history = trio.run(_load, arranged, minutes)
         found = grown(history)
-        if server.terminate() != 0:
+        server.process.terminate()
+        if server.wait(STOP_SECONDS) != 0:
             found.append("the server did not end cleanly")
         if "Traceback" in server.stderr():
             found.append(server.stderr())
         alone = f"driver=qcow2,file.filename={directory}/leaf.qcow2,backing="
-        run(["qemu-img", "check", "-q", "--image-opts", alone])
+        try:
+            run(["qemu-img", "check", "-q", "--image-opts", alone])
+        except PeerError as error:
+            found.append(str(error)[:1000])
     print(*(found or [f"nothing grew in {minutes:g} minutes, {len(history)} rounds"]), sep="\n")
     return 1 if found else 0
 
