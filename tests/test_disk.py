@@ -4,9 +4,11 @@
 import errno
 
 import pytest
+import trio
+import trio.testing
 
 from nbdstream.backing.base import Priority
-from nbdstream.disk import DetectZeroes, open_disk, round_off
+from nbdstream.disk import DetectZeroes, open_disk, round_off, rounding
 from nbdstream.errors import BackingReadError
 from nbdstream.export import Hit
 from nbdstream.leaf.base import State
@@ -164,6 +166,22 @@ async def test_clusters_that_are_local_in_part_are_made_whole_for_others() -> No
         backing.reads.clear()
         await round_off(disk)
         assert backing.reads == []
+
+
+async def test_making_clusters_whole_starts_few_tasks_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rounding, "AT_ONCE", 2)
+    async with gated_disk() as (disk, leaf, backing), trio.open_nursery() as nursery:
+        leaf.whole_clusters = True
+        for cluster in range(30):
+            disk.write_nowait(memoryview(b"w" * 512), cluster * 2048 + 512)
+        before = trio.lowlevel.current_statistics().tasks_living
+        nursery.start_soon(round_off, disk)
+        await trio.testing.wait_all_tasks_blocked()
+        assert trio.lowlevel.current_statistics().tasks_living - before < 10
+        assert len(backing.reads) == 2
+        nursery.cancel_scope.cancel()
 
 
 async def test_making_clusters_whole_gives_up_when_the_backing_is_gone(

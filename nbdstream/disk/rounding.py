@@ -50,12 +50,14 @@ async def round_off(disk: StreamedDisk, within: float = TIMEOUT) -> bool:
 
 
 async def _fetch_rests(disk: StreamedDisk) -> None:
-    limit = trio.CapacityLimiter(AT_ONCE)
+    room = trio.Semaphore(AT_ONCE)
     size = disk.leaf.cluster_size
 
     async def fetch(offset: int) -> None:
-        async with limit:
+        try:
             await disk.populate(offset, min(size, disk.size - offset), Priority.PREFETCH)
+        finally:
+            room.release()
 
     async with trio.open_nursery() as nursery:
         offset = 0
@@ -63,5 +65,6 @@ async def _fetch_rests(disk: StreamedDisk) -> None:
             # A gap that begins or ends within a cluster leaves that one local in part.
             edges = {at - at % size for at in (gap.offset, gap.end) if at % size and at < disk.size}
             for edge in edges:
+                await room.acquire()  # no task that only waits (invariant 10)
                 nursery.start_soon(fetch, edge)
             offset = align_up(gap.end, size)
