@@ -32,8 +32,7 @@ from nbdstream.errors import BackingMismatchError, UsageError, sole_error
 from nbdstream.export import Export
 from nbdstream.handover.custody import Custody
 from nbdstream.handover.generation import STANDBY, generation_of
-from nbdstream.handover.offer import HOLD
-from nbdstream.handover.seal import Seal, read_seal
+from nbdstream.handover.seal import HOLD, Seal, read_seal
 from nbdstream.health import Health
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf

@@ -33,7 +33,7 @@ from nbdstream.server.constants import (
     Option,
     OptionReply,
 )
-from nbdstream.server.server import Server
+from nbdstream.server.server import MAX_CLIENTS, Server
 from testbed.peers import run, temporary_directory
 from tests.memory_export import MemoryExport
 
@@ -47,11 +47,12 @@ async def serving(
     *,
     tls: Certificates | None = None,
     clients_changed: Callable[[int], None] | None = None,
+    max_clients: int = MAX_CLIENTS,
 ) -> AsyncIterator[tuple[Server, Path]]:
     """A server on a Unix socket; it has stopped cleanly when the block ends."""
     with temporary_directory() as directory:
         path = directory / "nbd"
-        server = Server(exports, tls=tls, clients_changed=clients_changed)
+        server = Server(exports, tls=tls, clients_changed=clients_changed, max_clients=max_clients)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.run, [listen_unix(path)])
             try:

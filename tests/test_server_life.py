@@ -64,12 +64,9 @@ async def calls(disk: MemoryExport, number: int) -> None:
 # --- clients that are gone --------------------------------------------------------------
 
 
-async def test_changes_of_clients_that_are_gone_hold_no_place(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(server_module, "MAX_CLIENTS", 4)
+async def test_changes_of_clients_that_are_gone_hold_no_place() -> None:
     disk = held_export(SIZE)
-    async with serving([disk]) as (server, path):
+    async with serving([disk], max_clients=4) as (server, path):
         for number in range(1, 13):  # three times as many as there are places
             gone = await RawClient.connect(path)
             await gone.go()
@@ -183,12 +180,9 @@ async def test_a_dropped_write_leaves_whole_blocks() -> None:
 # --- too many clients -------------------------------------------------------------------
 
 
-async def test_one_client_too_many_is_told_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+async def test_one_client_too_many_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
     disk = MemoryExport(SIZE)
-    async with serving([disk]) as (server, path):
+    async with serving([disk], max_clients=1) as (server, path):
         first = await RawClient.connect(path)
         await first.go()
         second = await RawClient.connect(path)

@@ -61,11 +61,16 @@ _NO_LIBNBD = (
 _WHOLE_SUMMARY = 1000
 
 
+# What messages of these levels begin with; others as the library calls them.
+_LEVELS = {logging.WARNING: "warning", logging.ERROR: "error", logging.CRITICAL: "error"}
+
+
 class _Formatter(logging.Formatter):
     """Log records with no control characters and no secrets in them, wherever they are from."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return shown(super().formatMessage(record))
+        level = _LEVELS.get(record.levelno, record.levelname)
+        return shown(f"nbdstream: {level}: {super().formatMessage(record)}")
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
         return shown(super().formatException(ei), keep="\n")
@@ -115,14 +120,8 @@ def cli(verbose: int) -> None:
     """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter("nbdstream: %(levelname)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=level)
-    for number, name in (
-        (logging.WARNING, "warning"),
-        (logging.ERROR, "error"),
-        (logging.CRITICAL, "error"),
-    ):
-        logging.addLevelName(number, name)
 
 
 def main() -> None:

@@ -19,17 +19,12 @@ from nbdstream.disk import StreamedDisk
 from nbdstream.disk.readonly import ReadOnlyExport
 from nbdstream.errors import UsageError
 from nbdstream.handover.generation import export_name, new_generation
-from nbdstream.handover.seal import Seal, remove_seal, write_seal
+from nbdstream.handover.seal import HOLD, Seal, remove_seal, write_seal
 from nbdstream.net.address import TcpAddress, UnixAddress, parse_address
 from nbdstream.net.listeners import Listener, listen_tcp, listen_unix
 from nbdstream.qmp.protocol import GenericError, JSONObject
 from nbdstream.server.server import Server
 from nbdstream.tasks import in_worker
-
-# Seconds for which a sealed disk holds a guest's write back instead of failing it: a QEMU
-# whose migration failed at the last moment lets its guest go on by itself, and it takes
-# the user who runs the migration a while to see that and to take the seal off.
-HOLD = 600.0
 
 
 class Offering:

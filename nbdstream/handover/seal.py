@@ -18,6 +18,10 @@ from nbdstream.errors import LeafFormatError
 from nbdstream.leaf.files import sync_directory
 
 SUFFIX = ".sealed"
+# Seconds for which a sealed disk holds a guest's write back instead of failing it: a QEMU
+# whose migration failed at the last moment lets its guest go on by itself, and it takes
+# the user who runs the migration a while to see that and to take the seal off.
+HOLD = 600.0
 
 
 @dataclass(frozen=True)
