@@ -84,18 +84,19 @@ async def stream_with_nbdstream(
         task.show.note(f"nbdstream serves {leaf.name}: {server.uri}")
         assert server.control is not None
         disk = Disk.nbd(server.uri)
-        async with start(task.system, disk, on_console=task.show.guest) as guest:
-            async with QMPClient.connect(server.control) as control:
+        # Watched from the beginning: a small disk is local before its guest has begun.
+        async with QMPClient.connect(server.control) as control, _watched(task, control) as stream:
 
-                async def status() -> str:
-                    return str(Snapshot.of(await control.execute("x-nbdstream-stats")))
+            async def status() -> str:
+                return str(Snapshot.of(await control.execute("x-nbdstream-stats")))
 
-                async with _shown(task.show, status), _watched(task, control) as stream:
+            async with start(task.system, disk, on_console=task.show.guest) as guest:
+                async with _shown(task.show, status):
                     login = await bring_up(task, guest)
                     local = await stream.wait()
-            if pivots:
-                await _pivot(task, guest, str(server.control))
-            await power_off(task, guest)
+                if pivots:
+                    await _pivot(task, guest, str(server.control))
+                await power_off(task, guest)
     return Result(way, login, local, task.moved())
 
 
