@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seal on an image whose disk was handed over: LEAF.sealed beside it, a line of JSON.
 
-While the record is there, nbdstream serves the leaf read-only, and offers the generation of
+While the record is there, nbdstream holds what clients write, and offers the generation of
 its content that was handed over (`nbdstream.handover.generation`) and no other. To write to
 the disk again, the record has to be removed first; the generation's name goes with it.
 
