@@ -9,6 +9,7 @@ from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
 from nbdstream.leaf import format_from_suffix
 from nbdstream.server.certificates import Certificates, TlsPolicy
+from nbdstream.server.server import MAX_CLIENTS
 from nbdstream.streamer.profile import read_profile
 from nbdstream.streamer.profile_store import ProfileStore
 
@@ -24,6 +25,7 @@ class ServeOptions:
     ``finish_in`` is in seconds from now, None for no deadline; ``prefetch`` the file of a boot
     profile, ``profiles`` the collection in which one is found and kept otherwise;
     ``backing_timeout`` in seconds, None to wait for a lost backing for ever;
+    ``max_clients``: how many NBD clients are served at once;
     ``standby``: the backing may still be written, so keep nothing of it until told; ``tls``: how
     TLS is offered to clients, None for not at all;
     ``opener`` opens the backing, as `open_backing` does; ``shared``: many guests read the disk,
@@ -43,6 +45,7 @@ class ServeOptions:
     profiles: ProfileStore | None = None
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     backing_timeout: float | None = None
+    max_clients: int = MAX_CLIENTS
     keep_backing: bool = False
     standby: bool = False
     tls: TlsPolicy | None = None

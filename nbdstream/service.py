@@ -10,7 +10,7 @@ flight is finished, then the disk is flushed, then the leaf closed clean.
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -23,15 +23,15 @@ from nbdstream.backing import (
     runs_program,
 )
 from nbdstream.backing.base import Backing
+from nbdstream.backing.holding import Holding, holding
 from nbdstream.backing.identity import fingerprint
-from nbdstream.backing.nbd import NbdBacking
 from nbdstream.backing.padded import PaddedBacking
 from nbdstream.disk import StreamedDisk, open_disk, round_off
 from nbdstream.disk.readonly import ReadOnlyExport
-from nbdstream.errors import BackingMismatchError, UsageError, sole_error
+from nbdstream.errors import UsageError
 from nbdstream.export import Export
 from nbdstream.handover.custody import Custody
-from nbdstream.handover.generation import STANDBY, generation_of
+from nbdstream.handover.generation import STANDBY, check_generation
 from nbdstream.handover.seal import HOLD, Seal, read_seal
 from nbdstream.health import Health
 from nbdstream.leaf import create_leaf, format_from_suffix, open_leaf
@@ -46,7 +46,7 @@ from nbdstream.streamer.automatic import prefetch
 from nbdstream.streamer.job import StreamJob
 from nbdstream.streamer.profile import read_profile
 from nbdstream.streamer.recorder import record_boot
-from nbdstream.tasks import in_worker, log_failure, open_background_nursery, start_contained, surely
+from nbdstream.tasks import in_worker, start_contained, surely
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,14 @@ log = logging.getLogger(__name__)
 @dataclass
 class Opened:
     """A leaf that is ready for use. ``job`` is None where there is nothing to stream;
-    ``seal`` is set if the disk was handed over: no guest writes it any more."""
+    ``seal`` is set if the disk was handed over: no guest writes it any more; ``holding`` keeps
+    the backing open."""
 
     leaf: Leaf
     disk: StreamedDisk
     job: StreamJob | None
     seal: Seal | None
+    holding: Holding
 
 
 @dataclass
@@ -122,7 +124,10 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
     store = None if options.standby or options.read_only else options.profiles
     health = Health()
     leaf_format = seal.format if seal is not None else ""
-    async with _open_images(options, leaf_format, health) as (leaf, backing, let_go):
+    async with (
+        holding(health.report) as held,
+        _open_images(options, leaf_format, held) as (leaf, backing),
+    ):
         async with open_disk(
             leaf,
             backing,
@@ -147,8 +152,8 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
                     tasks.append(("boot profile", partial(record_boot, disk, store)))
                 for name, task in tasks:
                     start_contained(nursery, name, health.report, task)
-                nursery.start_soon(_let_go_when_local, disk, let_go)
-                yield Opened(leaf, disk, job, seal)
+                nursery.start_soon(_let_go_when_local, disk, held)
+                yield Opened(leaf, disk, job, seal, held)
                 nursery.cancel_scope.cancel()
             await round_off(disk)
 
@@ -177,7 +182,12 @@ async def open_service(
         # assertion (version 7.2). So the guest's writes wait, as in the process that sealed.
         if opened.seal is not None and opened.leaf.read_only:
             export = ReadOnlyExport(export, export.name, opened.seal.reason)
-        server = Server([export], tls=certificates, clients_changed=clients_changed)
+        server = Server(
+            [export],
+            tls=certificates,
+            clients_changed=clients_changed,
+            max_clients=options.max_clients,
+        )
         service = Service(opened, server, listeners, clients, custody, options.tls)
         nursery.start_soon(_serve, service)
         yield service
@@ -207,44 +217,18 @@ def _job(options: ServeOptions, disk: StreamedDisk) -> StreamJob | None:
     return job
 
 
-async def _let_go_when_local(disk: StreamedDisk, let_go: trio.Event) -> None:
+async def _let_go_when_local(disk: StreamedDisk, held: Holding) -> None:
     """Hang up on the backing, and end its helper, once they are not needed any more."""
     await disk.completed.wait()
-    let_go.set()
-
-
-@asynccontextmanager
-async def _holding(
-    opening: AbstractAsyncContextManager[NbdBacking], health: Health
-) -> AsyncIterator[tuple[NbdBacking, trio.Event]]:
-    """Keep a backing open until the event is set, or the block ends. Raises what opening
-    raises; a failure after that is reported, and ends nothing but the backing."""
-    let_go = trio.Event()
-
-    async def hold(*, task_status: trio.TaskStatus[NbdBacking]) -> None:
-        started = False
-        try:
-            async with opening as backing:
-                started = True
-                task_status.started(backing)
-                await let_go.wait()
-        except Exception as error:
-            if not started:
-                raise
-            failure = sole_error(error)
-            log_failure("backing", failure)
-            health.report("backing", failure)
-
-    async with open_background_nursery() as nursery:
-        yield await nursery.start(hold), let_go
+    held.let_go()
 
 
 @asynccontextmanager
 async def _open_images(
-    options: ServeOptions, image_format: str, health: Health
-) -> AsyncIterator[tuple[Leaf, Backing | None, trio.Event]]:
+    options: ServeOptions, image_format: str, held: Holding
+) -> AsyncIterator[tuple[Leaf, Backing | None]]:
     """Open the leaf and the backing that belongs to it; check that they do (invariant 6).
-    The event closes the backing. ``image_format``: what the leaf is, if that is known for
+    ``held`` keeps the backing open. ``image_format``: what the leaf is, if that is known for
     certain, or ""."""
     exists = os.path.lexists(options.leaf)  # noqa: ASYNC240 - no client is served yet
     if not exists and options.backing is None:
@@ -254,7 +238,7 @@ async def _open_images(
             if leaf.backing is None:
                 if options.backing is not None:
                     log.warning("%s is wholly local: the backing is not used", leaf.path)
-                yield leaf, None, trio.Event()
+                yield leaf, None
                 return
             known = leaf.backing
             uri = options.backing or _trusted(leaf, known)
@@ -265,30 +249,30 @@ async def _open_images(
                 size=known.size,
                 identity="" if options.standby else known.identity,
             )
-            async with _holding(opening, health) as (backing, let_go):
-                if not options.standby:
-                    await _record(leaf, backing)
-                    _remember(options, leaf, backing)
-                yield leaf, _fitted(backing, leaf), let_go
+            backing = await held.open(opening)
+            if not options.standby:
+                await _record(leaf, backing)
+                _remember(options, leaf, backing)
+            yield leaf, _fitted(backing, leaf)
         return
     assert options.backing is not None
     leaf_format = options.format or format_from_suffix(options.leaf)
     opening = options.opener(options.backing, timeout=options.backing_timeout)
-    async with _holding(opening, health) as (backing, let_go):
-        if options.standby:
-            reference = BackingReference(backing.uri, "raw", backing.size, STANDBY)
-        else:
-            reference = await _reference(backing, leaf_format)
-            backing.expect(reference.identity)
-        create_leaf(
-            options.leaf,
-            format=leaf_format,
-            size=backing.size,
-            cluster_size=None,
-            backing=reference,
-        )
-        async with _open_leaf(options, leaf_format) as leaf:
-            yield leaf, _fitted(backing, leaf), let_go
+    backing = await held.open(opening)
+    if options.standby:
+        reference = BackingReference(backing.uri, "raw", backing.size, STANDBY)
+    else:
+        reference = await _reference(backing, leaf_format)
+        backing.expect(reference.identity)
+    create_leaf(
+        options.leaf,
+        format=leaf_format,
+        size=backing.size,
+        cluster_size=None,
+        backing=reference,
+    )
+    async with _open_leaf(options, leaf_format) as leaf:
+        yield leaf, _fitted(backing, leaf)
 
 
 def _trusted(leaf: Leaf, known: BackingReference) -> str:
@@ -326,11 +310,7 @@ def _check_hand_over(options: ServeOptions, known: BackingReference, uri: str) -
             f"{options.leaf} only stood by for {known.uri}, which never handed over: the disk "
             "is still there; delete this leaf"
         )
-    if generation_of(known.uri) != generation_of(uri):
-        raise BackingMismatchError(
-            f"{uri}: not generation {generation_of(known.uri) or 'known'} of the source's disk, "
-            f"which the leaf belongs to ({known.uri})"
-        )
+    check_generation(known.uri, uri)
 
 
 @asynccontextmanager

@@ -275,7 +275,7 @@ def plain_file(path: Path) -> None:
     [
         (no_socket, "No such file or directory"),
         (dead_socket, "Connection refused"),
-        (plain_file, "Connection refused"),
+        (plain_file, "is not being served"),
     ],
 )
 async def test_nobody_at_the_socket_is_one_clear_line(

@@ -7,6 +7,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nbdstream.cli.parameters import rebase, set_
 from nbdstream.cli.steer import cancel, pause, resume, speed, status, stream, watch
 from nbdstream.control.disks import DiskCommands
 from nbdstream.control.jobs import JobCommands
@@ -36,12 +37,12 @@ def test_every_command_and_each_of_its_arguments() -> None:
 
 
 def test_every_command_on_the_command_line() -> None:
-    for command in (status, watch, pause, resume, speed, cancel, stream):
+    for command in (status, watch, pause, resume, speed, cancel, stream, set_, rebase):
         text = entry(str(command.name))
         for parameter in command.params:
-            spelled = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name
-            assert spelled is not None
-            assert (spelled if spelled.startswith("-") else spelled.upper()) in text
+            assert parameter.name is not None
+            metavar = parameter.metavar or parameter.name.upper()
+            assert (parameter.opts[0] if parameter.opts[0].startswith("-") else metavar) in text
 
 
 async def test_every_statistic(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ FLOORS = (
     {"streamer"},
     {"control"},
     {"handover"},
-    {"options"},
+    {"options", "rebase"},
     {"service"},
     {"migrate", "pivot", "store"},
     {"cli"},

@@ -48,11 +48,13 @@ class Backing(abc.ABC):
         uri: as the user wrote it, for messages and for the leaf's own record.
         size: bytes.
         known_identity: its fingerprint, where its server vouches for that, else "".
+        timeout: seconds for which reads wait while it is lost; None: without limit.
     """
 
     uri: str
     size: int
     known_identity: str = ""
+    timeout: float | None = None
 
     @abc.abstractmethod
     async def read(
@@ -110,6 +112,10 @@ class Backing(abc.ABC):
     @abc.abstractmethod
     def set_speed(self, speed: int) -> None:
         """Cap background reads at ``speed`` bytes per second; 0 means no cap."""
+
+    def set_timeout(self, timeout: float | None) -> None:
+        """Change the timeout, also for reads that wait already."""
+        self.timeout = timeout
 
     @abc.abstractmethod
     def statistics(self) -> BackingStatistics:

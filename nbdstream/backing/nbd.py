@@ -59,9 +59,11 @@ class NbdBacking(Backing):
         self.known_identity = endpoint.own.identity if endpoint.own is not None else ""
         self.size = size
         self.scheduler = Scheduler(endpoint.unit_least)
-        self._timeout = timeout
+        self.timeout = timeout
         self._identity = ""
-        self._pool = Pool(endpoint, self._verify, timeout)
+        self._opened = Pool(endpoint, self._verify, timeout)
+        self._pool = self._opened
+        self._reconnects = 0  # of pools before this one
         self._extents = ExtentMap()
         self._status_length = STATUS_FIRST
         self._retries = 0
@@ -98,7 +100,13 @@ class NbdBacking(Backing):
         delay = RETRY_FIRST
         trouble_at: float | None = None
         while True:
-            connection = await self._pool.acquire(priority)
+            pool = self._pool
+            try:
+                connection = await pool.acquire(priority)
+            except BackingGoneError:
+                if pool is self._pool:
+                    raise
+                continue  # it moved meanwhile
             try:
                 answer = await attempt(connection)
             except (ConnectionLostError, BackingReadError) as error:
@@ -107,9 +115,9 @@ class NbdBacking(Backing):
                 trouble_at = now if trouble_at is None else trouble_at
                 # Also where each new connection is lost again, as it is to a server that
                 # shakes hands and then answers nothing: to the pool it is connected.
-                if self._timeout is not None and now - trouble_at > self._timeout:
+                if self.timeout is not None and now - trouble_at > self.timeout:
                     raise BackingGoneError(
-                        f"{self.uri}: failed for more than {self._timeout:g} s: {error}"
+                        f"{self.uri}: failed for more than {self.timeout:g} s: {error}"
                     ) from error
                 if isinstance(error, BackingReadError):
                     self._pool.note(error)
@@ -181,6 +189,11 @@ class NbdBacking(Backing):
         """See `Backing.set_speed`."""
         self.scheduler.set_speed(speed)
 
+    def set_timeout(self, timeout: float | None) -> None:
+        """See `Backing.set_timeout`."""
+        self.timeout = timeout
+        self._pool.set_timeout(timeout)
+
     def statistics(self) -> BackingStatistics:
         """See `Backing.statistics`."""
         pool, scheduler = self._pool, self.scheduler
@@ -189,7 +202,7 @@ class NbdBacking(Backing):
             since=pool.since,
             connections=pool.connections,
             last_error=pool.last_error,
-            reconnects=pool.reconnects,
+            reconnects=self._reconnects + pool.reconnects,
             retries=self._retries,
             requests={p.name.lower(): count for p, count in scheduler.requests.items()},
             bytes={p.name.lower(): count for p, count in scheduler.bytes.items()},
@@ -226,9 +239,20 @@ class NbdBacking(Backing):
         """Begin to work with ``first``; see `Pool.start`."""
         await self._pool.start(nursery, first)
 
+    def take_over(self, other: "NbdBacking") -> None:
+        """Go on with the connections of another backing, which has the same image.
+
+        Reads under way are sent again there. The connections still end with ``other``.
+        """
+        old = self._pool
+        self._reconnects += old.reconnects
+        self._pool = other._pool
+        self.uri, self.known_identity, self.sandbox = other.uri, other.known_identity, other.sandbox
+        old.close()
+
     async def aclose(self) -> None:
-        """See `Backing.aclose`."""
-        self._pool.close()
+        """See `Backing.aclose`. Connections that were taken over end with their own backing."""
+        self._opened.close()
         await trio.lowlevel.checkpoint()
 
 

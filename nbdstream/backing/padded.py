@@ -11,6 +11,7 @@ class PaddedBacking(Backing):
     def __init__(self, backing: Backing, size: int) -> None:
         self.uri = backing.uri
         self.size = size
+        self.timeout = backing.timeout
         self._backing = backing
 
     async def read(
@@ -59,6 +60,11 @@ class PaddedBacking(Backing):
     def set_speed(self, speed: int) -> None:
         """See `Backing.set_speed`."""
         self._backing.set_speed(speed)
+
+    def set_timeout(self, timeout: float | None) -> None:
+        """See `Backing.set_timeout`."""
+        self.timeout = timeout
+        self._backing.set_timeout(timeout)
 
     def statistics(self) -> BackingStatistics:
         """See `Backing.statistics`."""

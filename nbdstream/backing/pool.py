@@ -85,13 +85,13 @@ class Pool:
         since: POSIX time at which ``connected`` last changed.
         last_error: why a connection or an attempt last failed.
         reconnects: connections made to replace lost ones.
+        timeout: how long `acquire` waits without any connection, in seconds; None is for ever.
     """
 
     def __init__(self, endpoint: Endpoint, verify: Verify, timeout: float | None) -> None:
-        """``timeout``: how long `acquire` waits without any connection; None is for ever."""
         self._endpoint = endpoint
         self._verify = verify
-        self._timeout = timeout
+        self.timeout = timeout
         self._slots: list[_Slot] = []
         self._changed = trio.lowlevel.ParkingLot()
         self._failure: BackingError | None = None
@@ -121,14 +121,14 @@ class Pool:
                 await self._changed.park()
                 continue
             raise BackingGoneError(
-                f"{self._endpoint.name}: out of reach for more than {self._timeout:g} s: "
+                f"{self._endpoint.name}: out of reach for more than {self.timeout:g} s: "
                 f"{self.last_error}"
             )
 
     def _give_up_at(self) -> float:
-        if self._timeout is None or self.connected:
+        if self.timeout is None or self.connected:
             return float("inf")
-        return self._lost_at + self._timeout
+        return self._lost_at + self.timeout
 
     def _pick(self, priority: Priority) -> Connection | None:
         """The least busy connection of those meant for the priority, if one is up."""
@@ -181,14 +181,18 @@ class Pool:
         slot.needed.set()
         self._slots.append(slot)
         nursery.start_soon(self._keep, slot, first, nursery)
-        if self._endpoint.own is None or self._timeout is not None:
-            nursery.start_soon(self._watch)
+        nursery.start_soon(self._watch)
         while first is not None and not slot.tried:
             await self._changed.park()
         if self._failure is not None:
             raise self._failure
         if first is not None and slot.connection is None:
             raise BackingGoneError(f"{self._endpoint.name}: {self.last_error}")
+
+    def set_timeout(self, timeout: float | None) -> None:
+        """Change the timeout, also for those who wait already."""
+        self.timeout = timeout
+        self._changed.unpark_all()
 
     def close(self) -> None:
         """End all connections; tasks that wait for one get BackingGoneError."""
@@ -287,6 +291,8 @@ class Pool:
         """Give up connections on which nothing comes although something should."""
         while True:
             await trio.sleep(WATCH_INTERVAL)
+            if self._endpoint.own is not None and self.timeout is None:
+                continue
             now = trio.current_time()
             stalled = [
                 connection

@@ -38,6 +38,8 @@ _SECTIONS = {
         "speed": "nbdstream.cli.steer",
         "cancel": "nbdstream.cli.steer",
         "stream": "nbdstream.cli.steer",
+        "set": "nbdstream.cli.parameters",
+        "rebase": "nbdstream.cli.parameters",
     },
     "Share images among guests": {
         "image": "nbdstream.cli.image",
@@ -86,7 +88,9 @@ class _LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(_COMMANDS[cmd_name])
-        command: click.Command = getattr(module, cmd_name.replace("map", "map_"))
+        command: click.Command = getattr(
+            module, {"map": "map_", "set": "set_"}.get(cmd_name, cmd_name)
+        )
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -33,9 +33,23 @@ class _Parsed(_NumberType):
             self.fail(str(error), param, ctx)
 
 
+class _Control(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
+    """A control socket, by its own path or by the leaf whose server has it."""
+
+    name = "control"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        from nbdstream.cli.find import control_socket
+
+        return control_socket(str(value))
+
+
 SIZE = _Parsed("size", parse_size)
 RATE = _Parsed("rate", parse_rate)
 DURATION = _Parsed("duration", parse_duration)
+CONTROL = _Control()
 ON_OFF = click.Choice(["on", "off"])
 FORMAT = click.Choice(["qcow2", "qed", "raw"])
 # What decides where it is not given: nbdstream/leaf/probe.py, docs/security.md.

@@ -7,6 +7,7 @@ import click
 import trio
 
 from nbdstream.cli.output import say
+from nbdstream.cli.params import CONTROL
 from nbdstream.errors import UsageError
 from nbdstream.pivot.auto import pivot_when_complete
 from nbdstream.pivot.leftovers import PivotDisk
@@ -16,7 +17,7 @@ from nbdstream.service import Service
 
 
 @click.command()
-@click.argument("controls", nargs=-1, required=True, type=click.Path(), metavar="CONTROL...")
+@click.argument("controls", nargs=-1, required=True, type=CONTROL, metavar="CONTROL...")
 @click.option("--qmp", required=True, metavar="SOCKET", help="QMP socket of the guest's QEMU.")
 @click.option(
     "--leaf-path",
@@ -33,7 +34,7 @@ from nbdstream.service import Service
 def pivot(controls: tuple[str, ...], qmp: str, leaf_paths: tuple[str, ...], now: bool) -> None:
     """Let a running guest go on from its leaf, without nbdstream.
 
-    CONTROL is the control socket of the server of a disk that is completely local; name those
+    CONTROL is a leaf that is completely local, or the control socket of its server; name those
     of all disks of the guest to pivot them in one pause. The guest is stopped for some
     milliseconds, QEMU opens the leaf, and the server ends. If anything fails, the guest goes
     on through the server as before.

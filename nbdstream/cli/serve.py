@@ -17,6 +17,7 @@ import click
 import trio
 
 from nbdstream.cli.config import config_option
+from nbdstream.cli.find import findable
 from nbdstream.cli.listening import check_places, listening, tls_policy
 from nbdstream.cli.notify import notify
 from nbdstream.cli.options import (
@@ -41,6 +42,7 @@ from nbdstream.errors import UsageError
 from nbdstream.net.listeners import Listener, close_all
 from nbdstream.options import ServeOptions, check_options
 from nbdstream.server.handshake import Tls
+from nbdstream.server.server import MAX_CLIENTS
 from nbdstream.service import Service, device_name, open_service
 
 
@@ -111,6 +113,14 @@ from nbdstream.service import Service, device_name, open_service
     help="Fail reads if the backing is unreachable for this long.  [default: wait without limit]",
 )
 @click.option(
+    "--max-clients",
+    type=click.IntRange(min=1),
+    default=MAX_CLIENTS,
+    show_default=True,
+    metavar="N",
+    help="Serve at most so many NBD clients at once.",
+)
+@click.option(
     "--control", metavar="SOCKET", help="Control socket: accept QMP commands on this Unix socket."
 )
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics over HTTP.")
@@ -163,6 +173,7 @@ def serve(
     prefetch: str,
     detect_zeroes: str,
     backing_timeout: float | None,
+    max_clients: int,
     control: str | None,
     metrics: str | None,
     exit_when_complete: bool,
@@ -199,6 +210,7 @@ def serve(
         profiles=profile_store(prefetch),
         detect_zeroes=DetectZeroes(detect_zeroes),
         backing_timeout=backing_timeout,
+        max_clients=max_clients,
         keep_backing=keep_backing,
         standby=standby,
         tls=tls_policy(tls, tls_certificates, verify_peer=tls_verify_peer),
@@ -262,35 +274,36 @@ async def serve_until_done(
     status = 0
     async with open_service(options, listeners) as service, trio.open_nursery() as nursery:
         await nursery.start(end_on_signals, service.stop)
-        start_steering(service, nursery, control, metrics, options.stream)
-        # What has been loaded so far stays for good. Without this, looking through it for
-        # garbage stops all guests for 10 ms now and then.
-        gc.freeze()
-        notify("READY=1")
-        if "NOTIFY_SOCKET" in os.environ:
-            from nbdstream.cli.systemd import keep_telling
+        with findable(service.opened.leaf, control):
+            start_steering(service, nursery, control, metrics, options)
+            # What has been loaded so far stays for good. Without this, looking through it for
+            # garbage stops all guests for 10 ms now and then.
+            gc.freeze()
+            notify("READY=1")
+            if "NOTIFY_SOCKET" in os.environ:
+                from nbdstream.cli.systemd import keep_telling
 
-            nursery.start_soon(keep_telling, service)
-        if exit_when_complete:
-            nursery.start_soon(stop_when_complete, service)
-        if qmp is not None:
-            from nbdstream.cli.pivot import pivot_itself
-            from nbdstream.pivot.servers import Monitor
+                nursery.start_soon(keep_telling, service)
+            if exit_when_complete:
+                nursery.start_soon(stop_when_complete, service)
+            if qmp is not None:
+                from nbdstream.cli.pivot import pivot_itself
+                from nbdstream.pivot.servers import Monitor
 
-            nursery.start_soon(pivot_itself, service, Monitor.at(qmp))
-        if command is None:
-            # A parent that hands over sockets may write data to the same stdout (nbdcopy).
-            if not any(listener.inherited for listener in listeners):
-                for uri in service.uris:
-                    emit(uri)
-            if sys.stderr.isatty():
-                nursery.start_soon(progress, service)
-        else:
-            status = await run_command(service, command)
-        await service.stopping.wait()
-        notify("STOPPING=1", "STATUS=finishing what is in flight")
-        await service.finished.wait()
-        nursery.cancel_scope.cancel()
+                nursery.start_soon(pivot_itself, service, Monitor.at(qmp))
+            if command is None:
+                # A parent that hands over sockets may write data to the same stdout (nbdcopy).
+                if not any(listener.inherited for listener in listeners):
+                    for uri in service.uris:
+                        emit(uri)
+                if sys.stderr.isatty():
+                    nursery.start_soon(progress, service)
+            else:
+                status = await run_command(service, command)
+            await service.stopping.wait()
+            notify("STOPPING=1", "STATUS=finishing what is in flight")
+            await service.finished.wait()
+            nursery.cancel_scope.cancel()
     return status
 
 
@@ -299,12 +312,12 @@ def start_steering(
     nursery: trio.Nursery,
     control: Listener | None,
     metrics: list[Listener],
-    stream: str,
+    options: ServeOptions,
 ) -> None:
     """Serve the control socket and the metrics until the nursery is cancelled."""
     disk, job = service.opened.disk, service.opened.job
     if control is not None or service.opened.seal is not None:
-        _start_control(service, nursery, control, stream)
+        _start_control(service, nursery, control, options)
     if metrics:
         from nbdstream.control.metrics import DiskCollector, serve_metrics
 
@@ -312,11 +325,13 @@ def start_steering(
 
 
 def _start_control(
-    service: Service, nursery: trio.Nursery, control: Listener | None, stream: str
+    service: Service, nursery: trio.Nursery, control: Listener | None, options: ServeOptions
 ) -> None:
     """Offer a sealed disk again; serve the control socket."""
     from nbdstream.control import control_server
+    from nbdstream.control.parameters import Parameters
     from nbdstream.handover.commands import hand_over_commands
+    from nbdstream.rebase import RebaseCommand
 
     disk, job = service.opened.disk, service.opened.job
     hand_over = hand_over_commands(
@@ -324,15 +339,18 @@ def _start_control(
         job,
         nursery,
         device=device_name(disk),
-        stream=stream,
+        stream=options.stream,
         seal=service.opened.seal,
         custody=service.custody,
         uris=service.uris,
     )
     if control is not None:
-        server = control_server(
-            disk, job, device=device_name(disk), stop=service.stop, more=hand_over
+        more = (
+            *hand_over,
+            Parameters(disk, job, service.server),
+            RebaseCommand(disk, service.opened.holding, options.opener, device_name(disk)),
         )
+        server = control_server(disk, job, device=device_name(disk), stop=service.stop, more=more)
         nursery.start_soon(server.serve, control)
 
 

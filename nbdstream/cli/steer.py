@@ -18,7 +18,7 @@ import click
 import trio
 
 from nbdstream.cli.output import emit, say
-from nbdstream.cli.params import RATE, SIZE
+from nbdstream.cli.params import CONTROL, RATE, SIZE
 from nbdstream.cli.progress import ProgressLine, Snapshot
 from nbdstream.errors import NbdstreamError
 from nbdstream.qmp.client import QMPClient
@@ -30,8 +30,8 @@ T = TypeVar("T")
 # A program that sends no greeting for so many seconds is no QMP server.
 CONNECT_SECONDS = 10.0
 
-_control = click.argument("control", type=click.Path(), metavar="CONTROL")
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+control_argument = click.argument("control", type=CONTROL, metavar="CONTROL")
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def run_on(control: str, work: Callable[[QMPClient], Awaitable[T]]) -> T:
@@ -58,7 +58,8 @@ def _name_of(jobs: list[JSONObject]) -> str:
     return str(jobs[0]["id"])
 
 
-async def _device(qmp: QMPClient) -> str:
+async def device_of(qmp: QMPClient) -> str:
+    """By what name the control socket knows the disk."""
     return str((await qmp.execute("query-block"))[0]["device"])
 
 
@@ -71,12 +72,12 @@ async def _report(qmp: QMPClient) -> JSONObject:
 
 
 @click.command()
-@_control
-@_as_json
+@control_argument
+@as_json_option
 def status(control: str, as_json: bool) -> None:
     """Show the state of a server's disk, stream job and backing.
 
-    CONTROL is the socket given to `nbdstream serve --control`.
+    CONTROL is the leaf that is being served, or the socket given to `nbdstream serve --control`.
     """
 
     async def look(qmp: QMPClient) -> tuple[JSONObject, JSONObject]:
@@ -135,7 +136,7 @@ def _backing_fact(backing: JSONObject | None) -> str:
 
 
 @click.command()
-@_control
+@control_argument
 def watch(control: str) -> None:
     """Show progress until the stream job ends.
 
@@ -200,7 +201,7 @@ async def _follow(qmp: QMPClient, job_id: str, line: ProgressLine) -> Event:
 
 
 @click.command()
-@_control
+@control_argument
 def pause(control: str) -> None:
     """Pause the stream job; guest reads still fetch data."""
 
@@ -211,7 +212,7 @@ def pause(control: str) -> None:
 
 
 @click.command()
-@_control
+@control_argument
 def resume(control: str) -> None:
     """Resume a paused stream job, or start one."""
 
@@ -219,13 +220,13 @@ def resume(control: str) -> None:
         if jobs := await qmp.execute("query-jobs"):
             await qmp.execute("job-resume", {"id": jobs[0]["id"]})
         else:
-            await qmp.execute("block-stream", {"device": await _device(qmp)})
+            await qmp.execute("block-stream", {"device": await device_of(qmp)})
 
     run_on(control, work)
 
 
 @click.command()
-@_control
+@control_argument
 @click.argument("rate", type=RATE)
 def speed(control: str, rate: int) -> None:
     """Limit the stream job to RATE bytes per second; 0 removes the limit."""
@@ -238,7 +239,7 @@ def speed(control: str, rate: int) -> None:
 
 
 @click.command()
-@_control
+@control_argument
 def cancel(control: str) -> None:
     """End the stream job; local data stays local."""
 
@@ -249,10 +250,10 @@ def cancel(control: str) -> None:
 
 
 @click.command()
-@_control
+@control_argument
 @click.argument("offset", type=SIZE)
 @click.option("--length", type=SIZE, default=0, help="Bytes to stream.  [default: one cluster]")
-@_as_json
+@as_json_option
 def stream(control: str, offset: int, length: int, as_json: bool) -> None:
     """Fetch the cluster at OFFSET, or the --length bytes from there.
 
@@ -261,7 +262,7 @@ def stream(control: str, offset: int, length: int, as_json: bool) -> None:
     """
 
     async def work(qmp: QMPClient) -> Any:
-        arguments = {"device": await _device(qmp), "offset": offset, "length": length}
+        arguments = {"device": await device_of(qmp), "offset": offset, "length": length}
         return await qmp.execute("x-nbdstream-stream", arguments)
 
     step = run_on(control, work)

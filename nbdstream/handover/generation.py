@@ -9,7 +9,7 @@ generation can never connect to another, whatever else the two have in common.
 import re
 import secrets
 
-from nbdstream.errors import UsageError
+from nbdstream.errors import BackingMismatchError, UsageError
 from nbdstream.net.address import NbdUri
 
 # What a leaf records in place of its backing's identity while it stands by: it is not a disk
@@ -36,3 +36,13 @@ def generation_of(uri: str) -> str:
     except UsageError:
         return ""
     return named[1] if named else ""
+
+
+def check_generation(known: str, uri: str) -> None:
+    """A leaf that was handed a generation of its source stays with it: ``known`` is the backing
+    that it names, ``uri`` another place of that. Raises BackingMismatchError."""
+    if generation_of(known) != generation_of(uri):
+        raise BackingMismatchError(
+            f"{uri}: not generation {generation_of(known) or 'known'} of the source's disk, "
+            f"which the leaf belongs to ({known})"
+        )

@@ -3,13 +3,15 @@
 
 A guest writes the bytes of a raw disk, and the author of a qcow2 or QED image wrote all of
 its header. So neither may decide how an image is read, nor which backing it is given
-(invariant 13). Two attributes of the file hold what was decided by its owner:
+(invariant 13). Attributes of the file hold what was decided by its owner:
 
 - ``user.nbdstream.format``: the format that the image was created in or last opened for
   writing as;
 - ``user.nbdstream.backing``: a digest of the backing that the owner named, by ``create -b`` or
   ``serve -b``. A backing that is recorded in the image and has no such digest was chosen
-  by the image's author.
+  by the image's author;
+- ``user.nbdstream.control``: the control socket of the server that serves the file now, so that
+  users can name the leaf instead. A server that crashed leaves it behind.
 
 The attributes stay with the file when it is renamed; a copy has them only if the tool that
 copies keeps them (``cp --preserve=xattr``, ``rsync -X``). Some file systems have none. What
@@ -24,6 +26,7 @@ from nbdstream.leaf.base import BackingReference
 
 FORMAT = "user.nbdstream.format"
 BACKING = "user.nbdstream.backing"
+CONTROL = "user.nbdstream.control"
 
 
 def format_of(file: str | int) -> str:
@@ -44,6 +47,23 @@ def vouch(file: str | int, backing: BackingReference) -> None:
 def is_vouched_for(file: str | int, backing: BackingReference) -> bool:
     """Whether the owner of a file has named this backing for it."""
     return _get(file, BACKING) == _digest(backing)
+
+
+def control_of(file: str | int) -> str:
+    """The control socket that a file is marked with, or ""."""
+    return _get(file, CONTROL)
+
+
+def mark_control(file: str | int, socket: str) -> None:
+    """Remember the control socket of a file's server, where the file system can do that."""
+    _set(file, CONTROL, socket)
+
+
+def unmark_control(file: str | int, socket: str) -> None:
+    """Forget the control socket, if it is still this one."""
+    if control_of(file) == socket:
+        with contextlib.suppress(OSError):
+            os.removexattr(file, CONTROL)
 
 
 def _digest(backing: BackingReference) -> str:

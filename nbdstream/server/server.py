@@ -46,7 +46,7 @@ class Server:
 
     ``tls``: certificates for TLS, None to offer none. ``clients_changed`` is called with the number
     of connected clients whenever it changes; ``max_clients`` may be in the transmission phase at
-    any time.
+    any time. It may be changed; clients that are served stay.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Server:
         assert len(set(names)) == len(names), names
         self._tls = TlsOffer(tls) if tls is not None else None
         self._clients_changed = clients_changed
-        self._max_clients = max_clients
+        self.max_clients = max_clients
         self._connections: set[Connection] = set()
         self._admitted: dict[Connection, None] = {}  # those that count, in order of admission
         self._full = Episode()
@@ -132,7 +132,7 @@ class Server:
 
     def _admit(self, connection: Connection) -> str:
         """Why the connection may not go on to the transmission phase, or "" if it may."""
-        most = self._max_clients
+        most = self.max_clients
         if len(self._admitted) >= most:
             gone = next((each for each in self._admitted if each.lingering), None)
             if gone is None:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the name of a leaf to the control socket of the server that serves it.
+
+A server marks its leaf with the path of the socket (`nbdstream.leaf.marks`). The mark alone
+proves nothing: a server that crashed leaves it behind, and another one may listen there now. So
+the server is asked which leaf it serves.
+"""
+
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nbdstream.errors import NbdstreamError
+from nbdstream.leaf.base import Leaf
+from nbdstream.leaf.marks import control_of, mark_control, unmark_control
+from nbdstream.net.address import UnixAddress
+from nbdstream.net.listeners import Listener
+
+# Seconds for the server to say which leaf it serves.
+ANSWER_SECONDS = 10.0
+
+
+@contextmanager
+def findable(leaf: Leaf, control: Listener | None) -> Iterator[None]:
+    """For as long as the block, the leaf's name stands for its server's control socket.
+
+    Several servers may serve one leaf read-only, so such a leaf gets no mark.
+    """
+    if control is None or leaf.read_only:
+        yield
+        return
+    # The working directory may be another one at the end.
+    path, address = str(Path(leaf.path).absolute()), control.address
+    assert isinstance(address, UnixAddress)
+    socket = address.path
+    mark_control(leaf.fd, socket)
+    try:
+        yield
+    finally:
+        unmark_control(path, socket)
+
+
+def control_socket(name: str) -> str:
+    """The control socket that a user means who names it, or the leaf that is being served.
+
+    Raises NbdstreamError if ``name`` is a file and no server of it can be found.
+    """
+    if not _is_file(name):
+        return name
+    socket = control_of(name)
+    if not socket:
+        raise NbdstreamError(
+            f"{name} is not being served with a control socket that is known: start its server "
+            "with --control, or name the socket instead of the leaf"
+        )
+    if not _serves(socket, name):
+        raise NbdstreamError(f"{name} is not being served any more, or not at {socket}")
+    return socket
+
+
+def _is_file(name: str) -> bool:
+    with suppress(OSError):
+        return stat.S_ISREG(Path(name).stat().st_mode)
+    return False
+
+
+def _serves(socket: str, leaf: str) -> bool:
+    """Whether the server at the socket serves this leaf."""
+    import trio
+
+    from nbdstream.qmp.client import QMPClient
+    from nbdstream.qmp.protocol import QMPError
+
+    async def ask() -> str:
+        with trio.move_on_after(ANSWER_SECONDS), suppress(QMPError):
+            async with QMPClient.connect(socket) as qmp:
+                return str((await qmp.execute("x-nbdstream-pivot-query"))["leaf"])
+        return ""
+
+    served = trio.run(ask)
+    return bool(served) and Path(served).exists() and Path(served).samefile(leaf)
