@@ -13,8 +13,8 @@ from nbdstream.backing.identity import sample_ranges
 from nbdstream.errors import (
     BackingGoneError,
 )
+from testbed.fake_nbd import Reply, data_chunk, error_chunk, fake_server
 from tests.backing_support import MIB, read
-from tests.fake_nbd import Reply, data_chunk, error_chunk, fake_server
 
 
 async def _good(cookie: bytes, offset: int, length: int, send: Reply) -> None:

@@ -9,12 +9,14 @@ from collections.abc import Iterable
 
 import pytest
 
+from nbdstream.backing.connection import Connection
 from nbdstream.leaf.raw import leaf as raw_leaf
 from testbed.faults.__main__ import drawn
+from testbed.faults.far import FAR_FAULTS
 from testbed.faults.oracle import CELL, Oracle, backing_cell, written_cell
 from testbed.faults.scenario import CELLS
 from testbed.faults.shim import FAULTS, SERVER_FAULTS
-from testbed.faults.trial import CANCEL, FORMATS, SERVED, Point, broken_rules, points
+from testbed.faults.trial import CANCEL, FAR, FORMATS, SERVED, Point, broken_rules, points
 
 SAMPLE = 40
 SAMPLE_SERVED = 12  # half a second each
@@ -30,6 +32,26 @@ def broken_by(chosen: Iterable[Point]) -> dict[str, list[str]]:
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_sample_of_all_faults_breaks_no_rule(image_format: str) -> None:
     assert broken_by(drawn([image_format], SEED, SAMPLE)) == {}
+
+
+@pytest.mark.parametrize("image_format", FAR)
+def test_a_sample_of_a_far_servers_faults_breaks_no_rule(image_format: str) -> None:
+    assert broken_by(drawn([image_format], SEED, SAMPLE)) == {}
+
+
+def test_a_far_server_fails_in_each_way_at_each_of_its_replies() -> None:
+    every = list(points("far-raw", SEED))
+    assert every == list(points("far-raw", SEED))
+    assert len(every) > 1000
+    assert {(point.kind, point.fault) for point in every} == {
+        (kind, fault) for kind, faults in FAR_FAULTS.items() for fault in faults
+    }
+
+
+def test_a_client_that_takes_errors_for_data_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "_reply_error", lambda _self, _error: None)
+    wrong = [p for p in points("far-raw", 1) if (p.kind, p.fault) == ("far-read", "EIO")]
+    assert any("shows" in line for point in wrong for line in broken_rules(point))
 
 
 @pytest.mark.parametrize("image_format", SERVED)

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 
-from testbed.faults.trial import FORMATS, SERVED, Point, broken_rules, points
+from testbed.faults.trial import ALL, Point, broken_rules, points
 
 
 def main() -> int:
@@ -22,9 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m testbed.faults", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("point", nargs="*", help="run these points only")
-    parser.add_argument(
-        "--format", choices=[*FORMATS, *SERVED], action="append", help="default: all"
-    )
+    parser.add_argument("--format", choices=ALL, action="append", help="default: all")
     parser.add_argument("--seed", type=int, default=None, help="default: a fresh one")
     parser.add_argument("--sample", type=int, help="as many points of each format")
     parser.add_argument("--seconds", type=float, help="stop after so long")
@@ -34,7 +32,7 @@ def main() -> int:
     if arguments.point:
         wanted = [Point.parse(text) for text in arguments.point]
     else:
-        wanted = drawn(arguments.format or [*FORMATS, *SERVED], seed, arguments.sample)
+        wanted = drawn(arguments.format or list(ALL), seed, arguments.sample)
     start, failed, done = time.monotonic(), 0, 0
     for point in wanted:
         if arguments.seconds and time.monotonic() - start > arguments.seconds:

@@ -9,7 +9,7 @@ moment.
 
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import trio
 import trio.testing
 
+from nbdstream.backing.base import Backing
 from nbdstream.disk import StreamedDisk, open_disk
-from nbdstream.errors import NbdstreamError
+from nbdstream.errors import BackingError, NbdstreamError
 from nbdstream.export import Hit
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import SyncError
@@ -103,6 +104,9 @@ class Life:
     shim: Shim
     canceller: Canceller
     seed: int
+    backing: Callable[[], AbstractAsyncContextManager[Backing]] = lambda: nullcontext(
+        MemoryBacking(CONTENT)
+    )
     oracle: Oracle = field(default_factory=lambda: Oracle.of_backing(CELLS))
     failed: list[str] = field(default_factory=list)
     sync_failed: bool = False
@@ -115,6 +119,7 @@ class Life:
         before = run_module._ALLOW_DETERMINISTIC_SCHEDULING, trio.to_thread.run_sync
         run_module._ALLOW_DETERMINISTIC_SCHEDULING = True
         run_module._r.seed(self.seed)
+        random.seed(self.seed)  # delays before another attempt are jittered
         trio.to_thread.run_sync = _in_the_loop  # type: ignore[assignment]
         try:
             with self.shim.installed():
@@ -137,10 +142,10 @@ class Life:
         try:
             async with self.canceller.scope("service"):
                 with trio.fail_after(3600):
-                    async with open_disk(leaf, MemoryBacking(CONTENT)) as disk:
+                    async with self.backing() as backing, open_disk(leaf, backing) as disk:
                         await self._serve(disk)
-        except OSError as error:
-            self.ended_by = error  # the last flush: the caller is told
+        except (OSError, BackingError) as error:
+            self.ended_by = error  # the last flush, or the start: the caller is told
         except BaseException as error:
             self.oracle.broken.append(f"ended by {error!r}: {_inner(error)}")
             self.ended_by = error

@@ -10,6 +10,8 @@ step NUMBER. The rules:
 - a fault fails the few requests that meet it; every guest is served to the end;
 - nothing but an error that says so leaves the disk, the job or the leaf;
 - the image opens again, and our check and `qemu-img check` find it clean.
+
+In a format called far-FORMAT the faults are those of the server of the backing (`far`).
 """
 
 import tempfile
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from nbdstream.leaf import create_leaf, open_leaf
 from nbdstream.leaf.base import BackingReference, ColdMetadata, Leaf, State
+from testbed.faults.far import FAR_FAULTS, failing_once
 from testbed.faults.oracle import CELL
 from testbed.faults.scenario import CELLS, CONTENT, FAILED_MOST, SIZE, Canceller, Life
 from testbed.faults.served import Served
@@ -35,6 +38,9 @@ FORMATS = {
 }
 # The whole server (`served`) with a leaf of that format.
 SERVED = {f"served-{name}": each for name, each in FORMATS.items() if name != "qcow2-plain"}
+# The disk alone, over a far server that fails.
+FAR = {f"far-{name}": each for name, each in FORMATS.items() if name != "qcow2-plain"}
+ALL = FORMATS | SERVED | FAR
 CLUSTER = 8192
 
 
@@ -55,8 +61,8 @@ class Point:
     def parse(cls, text: str) -> "Point":
         """Raises ValueError."""
         image_format, seed, kind, fault, number = text.split("/")
-        if image_format not in FORMATS | SERVED:
-            raise ValueError(f"{image_format} is no format: {', '.join(FORMATS | SERVED)}")
+        if image_format not in ALL:
+            raise ValueError(f"{image_format} is no format: {', '.join(ALL)}")
         return cls(image_format, int(seed), kind, fault, int(number))
 
 
@@ -66,13 +72,20 @@ def points(image_format: str, seed: int) -> Iterator[Point]:
     broken = _judged(image_format, seed, shim, canceller)
     if broken:
         raise RuntimeError(f"without any fault: {broken}")
-    for call, faults in (SERVER_FAULTS if image_format in SERVED else FAULTS).items():
+    for call, faults in _faults(image_format).items():
         for fault in faults:
             for number in range(shim.counts[call]):
                 yield Point(image_format, seed, call, fault, number)
-    for victim, steps in canceller.counts.items():
+    for victim, steps in canceller.counts.items() if image_format in FORMATS else ():
         for number in range(steps):
             yield Point(image_format, seed, victim, CANCEL, number)
+
+
+def _faults(image_format: str) -> dict[str, tuple[str, ...]]:
+    """What can fail in a life of this format, and how."""
+    if image_format in FAR:
+        return FAR_FAULTS
+    return SERVER_FAULTS if image_format in SERVED else FAULTS
 
 
 def broken_rules(point: Point) -> list[str]:
@@ -85,7 +98,7 @@ def broken_rules(point: Point) -> list[str]:
 
 
 def _judged(image_format: str, seed: int, shim: Shim, canceller: Canceller) -> list[str]:
-    name, extended = (FORMATS | SERVED)[image_format]
+    name, extended = ALL[image_format]
     directory = MEMORY if MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="faults-", dir=directory) as place:
         path = Path(place) / f"leaf.{name}"
@@ -105,6 +118,8 @@ def _judged(image_format: str, seed: int, shim: Shim, canceller: Canceller) -> l
             life = Served(path, name, shim, seed, far)
         else:
             life = Life(path, name, shim, canceller, seed)
+            if image_format in FAR:
+                life.backing = failing_once(CONTENT, shim)
         life.run()
         broken = life.oracle.broken
         if life.ended_by and not shim.fired and not canceller.fired:
