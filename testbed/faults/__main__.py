@@ -16,6 +16,8 @@ import time
 
 from testbed.faults.trial import ALL, Point, broken_rules, points
 
+PROGRESS = 60.0  # seconds between two lines that say how far the run is
+
 
 def main() -> int:
     """Run the points that the command line asks for."""
@@ -34,7 +36,11 @@ def main() -> int:
     else:
         wanted = drawn(arguments.format or list(ALL), seed, arguments.sample)
     start, failed, done = time.monotonic(), 0, 0
+    said = start
     for point in wanted:
+        if time.monotonic() > said + PROGRESS:
+            said = time.monotonic()
+            print(f"{done} of {len(wanted)} points", file=sys.stderr, flush=True)
         if arguments.seconds and time.monotonic() - start > arguments.seconds:
             break
         done += 1

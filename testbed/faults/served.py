@@ -43,12 +43,18 @@ SPEED = 256 << 10  # so that the job is at work while the guests are
 _thread_cache: Any = trio._core._thread_cache
 
 
-class _FreshThreads(_thread_cache.ThreadCache):  # type: ignore[misc]
-    """trio's threads without idle ones: each call of a worker has to start its thread."""
+class _NeverAgain(dict[Any, None]):
+    """Idle workers of which none is taken for another job, so that they end by themselves."""
 
-    def start_thread_soon(self, *arguments: Any) -> None:
-        self._idle_workers.clear()
-        super().start_thread_soon(*arguments)
+    def popitem(self) -> tuple[Any, None]:
+        raise KeyError
+
+
+def _fresh_threads() -> Any:
+    """trio's threads without idle ones: each call of a worker has to start its thread."""
+    cache = _thread_cache.ThreadCache()
+    cache._idle_workers = _NeverAgain()
+    return cache
 
 
 @dataclass
@@ -72,8 +78,9 @@ class Served:
         """Live. An error that ends it is in `ended_by`."""
         socket, control = self.path.with_name("nbd"), self.path.with_name("qmp")
         clients = threading.Thread(target=self._be_clients, args=(socket, control))
-        fresh = mock.patch.object(_thread_cache, "THREAD_CACHE", _FreshThreads())
-        with self.shim.installed(), fresh:
+        fresh = mock.patch.object(_thread_cache, "THREAD_CACHE", _fresh_threads())
+        soon = mock.patch.object(_thread_cache, "IDLE_TIMEOUT", PAUSE)
+        with self.shim.installed(), fresh, soon:
             clients.start()
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
