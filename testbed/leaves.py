@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Driving a leaf without an event loop, by the rules that the disk keeps to."""
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
 from nbdstream.leaf.base import ColdMetadata, FlushNeeded, Leaf, flushing
+from nbdstream.leaf.durability import DurableLeaf
 
 T = TypeVar("T")
 
@@ -24,3 +26,12 @@ def flush(leaf: Leaf) -> None:
     """One whole flush. Raises what the leaf raises."""
     with flushing(leaf) as rest:
         rest()
+
+
+def abandon(leaf: Leaf) -> None:
+    """What a killed process does to a leaf: its descriptors are closed, and nothing else."""
+    assert isinstance(leaf, DurableLeaf)
+    leaf._redo.close()
+    for fd in leaf._files():
+        os.close(fd)
+    leaf.fd = -1

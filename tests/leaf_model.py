@@ -22,7 +22,7 @@ from nbdstream.leaf.base import (
     FlushNeeded,
     State,
 )
-from testbed.leaves import drive, flush
+from testbed.leaves import abandon, drive, flush
 from tests.leaf_support import (
     ImageKind,
     check_locate,
@@ -142,6 +142,16 @@ class LeafMachine(RuleBasedStateMachine):
         qemu_check(self.path, self.kind.format)
         self.leaf = self.kind.open(self.path)
         assert not self.leaf.dirty
+
+    @rule(written=st.booleans())
+    def kill(self, written: bool) -> None:
+        """The process is killed, perhaps in a flush, which perhaps has reached the file. Nothing
+        is lost."""
+        if self.flushing is not None and written:
+            self.flushing()
+        self.flushing = None
+        abandon(self.leaf)
+        self.leaf = self.kind.open(self.path)
 
     @precondition(lambda self: self.flushing is None)
     @rule(number=st.integers(0, 9))

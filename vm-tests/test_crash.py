@@ -75,6 +75,43 @@ async def test_a_guest_outlives_the_servers_crashes(
     check_filesystem(plain_copy(leaf, leaf_format, tmp_path))
 
 
+@pytest.mark.parametrize("leaf_format", ["raw", "qcow2", "qed"])
+async def test_a_guest_goes_on_after_the_server_was_killed(
+    leaf_format: str, busybox_image: Path, tmp_path: Path
+) -> None:
+    """What the guest has written past its page cache, and nobody flushed, is there after each
+    kill; its file system is whole."""
+    leaf = tmp_path / f"leaf.{leaf_format}"
+    socket = tmp_path / "nbd.sock"
+    with (
+        nbdkit("file", busybox_image / "disk.raw", readonly=True) as backing,
+        ExitStack() as servers,
+    ):
+
+        def serve() -> Peer:
+            uri = backing.uri if not leaf.exists() else None
+            server = nbdstream_serve(leaf, uri, "--speed", "2M", socket_path=socket)
+            return servers.enter_context(server)
+
+        server = serve()
+        async with boot(BUSYBOX, Disk.nbd(server.uri, RECONNECT)) as guest:
+            await guest.run("dd if=/dev/urandom of=/random bs=64k count=16 2>/dev/null")
+            total = await guest.run("sha256sum < /random")
+            for kill in range(5):
+                await guest.run(f"dd if=/random of=/root/{kill} bs=64k oflag=direct 2>/dev/null")
+                server.kill()
+                server = serve()
+                await guest.run("echo 3 > /proc/sys/vm/drop_caches")
+                assert await guest.run(f"sha256sum < /root/{kill}") == total
+            await guest.run("sync")
+            for kill in range(5):
+                assert await guest.run(f"sha256sum < /root/{kill}") == total
+            await guest.run(CHECK)
+            await guest.power_off()
+        assert await trio.to_thread.run_sync(server.terminate) == 0
+        check_filesystem(plain_copy(leaf, leaf_format, tmp_path))
+
+
 async def test_a_guest_waits_for_a_lost_remote_and_goes_on(
     busybox_image: Path, tmp_path: Path
 ) -> None:

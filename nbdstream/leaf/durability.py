@@ -9,7 +9,8 @@ there. A leaf of which one sync has failed therefore
 - refuses every later flush, and every change to what it records of its backing;
 - is closed without writing or syncing anything. Its dirty mark (qcow2's dirty bit, QED's
   `NEED_CHECK`) stays, so that the next open looks at what is there, and repairs it;
-- goes on serving reads, and takes writes, which no flush will ever acknowledge.
+- goes on serving reads, and takes writes, which no flush will ever acknowledge;
+- loses its redo log at once, so that the next open starts from what is durable.
 
 All syncs of a leaf, of each of its files and directories, go through its one `Syncs`,
 which remembers the failure even where a caller were to swallow the error.
@@ -26,6 +27,7 @@ from collections.abc import Callable
 
 from nbdstream.errors import LeafError, UsageError
 from nbdstream.leaf.base import BackingReference, CheckResult, Leaf, SyncError, flushing
+from nbdstream.leaf.redo import RedoLog
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,11 @@ class Syncs:
     def __init__(self, path: str) -> None:
         self.failure: SyncError | None = None
         self._path = path
+        self._redo = RedoLog()
+
+    def guard(self, redo: RedoLog) -> None:
+        """Have the leaf's redo log discarded as soon as a sync fails."""
+        self._redo = redo
 
     def sync(self, fd: int) -> None:
         """Worker: make durable what was written to a file. Raises SyncError."""
@@ -55,6 +62,7 @@ class Syncs:
             call(fd)
         except OSError as error:
             self.failure = SyncError(error.errno, f"sync failed: {error.strerror}")
+            self._redo.discard()
             log.critical(
                 "%s: a sync failed, nothing becomes durable from now on: %s",
                 self._path,
@@ -90,12 +98,17 @@ class DurableLeaf(Leaf):
     """
 
     _syncs: Syncs
+    _redo: RedoLog
 
     # -- hooks -----------------------------------------------------------------------
 
     @abc.abstractmethod
     def _begin_flush(self) -> Callable[[], None]:
         """See `Leaf.begin_flush`."""
+
+    @abc.abstractmethod
+    def _end_flush(self, *, ok: bool) -> None:
+        """See `Leaf.end_flush`."""
 
     @abc.abstractmethod
     def _first_unallocated(self) -> int | None:
@@ -134,7 +147,13 @@ class DurableLeaf(Leaf):
     def begin_flush(self) -> Callable[[], None]:
         """See `Leaf.begin_flush`."""
         self._syncs.require()
+        self._redo.begin_flush()
         return self._begin_flush()
+
+    def end_flush(self, *, ok: bool) -> None:
+        """See `Leaf.end_flush`."""
+        self._end_flush(ok=ok)
+        self._redo.end_flush(ok=ok)
 
     def drop_backing(self) -> None:
         """See `Leaf.drop_backing`."""
@@ -171,7 +190,9 @@ class DurableLeaf(Leaf):
             if not self.read_only:
                 self._syncs.require()
                 self._leave_clean()
+                self._redo.discard()
         finally:
+            self._redo.close()
             for fd in self._files():
                 if self._syncs.failure is not None:
                     reread(fd)

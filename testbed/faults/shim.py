@@ -37,6 +37,7 @@ FAULTS = {
     "unlink": ("EIO",),
     "fcntl": ("ENOMEM", "EIO"),
     "fallocate": ("ENOSPC", "EIO", "EINTR"),
+    "posix_fallocate": ("ENOSPC",),
 }
 # What a whole server calls besides.
 SERVER_FAULTS = FAULTS | {

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from nbdstream.leaf.base import FlushNeeded, write_exactly
 from nbdstream.leaf.files import zero_range
 from nbdstream.leaf.qcow2.layout import Cluster, Geometry
+from nbdstream.leaf.qcow2.redo import log_entries
 from nbdstream.leaf.qcow2.space import Space
 from nbdstream.leaf.qcow2.tables import DAMAGED, Tables
+from nbdstream.leaf.redo import TABLE, RedoLog
 
 
 @dataclass(slots=True)
@@ -53,6 +55,11 @@ class Changes:
         self._geometry = geometry
         self._tables = tables
         self._space = space
+        self._redo = RedoLog()
+
+    def log_to(self, redo: RedoLog) -> None:
+        """Record all changes in a redo log from now on."""
+        self._redo = redo
 
     # -- the interface -----------------------------------------------------------------
 
@@ -61,6 +68,7 @@ class Changes:
         parts = self._plan(offset, len(view))
         for part in parts:
             self._require_whole_blocks(part)
+        self._reserve_records(len(parts))
         new = [part for part in parts if not part.old.host]
         self._reserve(parts, new)
         try:
@@ -73,7 +81,9 @@ class Changes:
     def zero(self, offset: int, length: int, *, unmap: bool, backing: bool) -> None:
         """See `Leaf.zero`; without a backing, what is unallocated is zero already."""
         ranges = list(self._zero_ranges(offset, length, skip=unmap and not backing))
-        for parts in [self._plan(start, size) for start, size in ranges]:
+        plans = [self._plan(start, size) for start, size in ranges]
+        self._reserve_records(sum(map(len, plans)))
+        for parts in plans:
             for part in parts:
                 if part.old.packed >= 0 and not self._whole(part):
                     raise ValueError(
@@ -155,6 +165,11 @@ class Changes:
             raise FlushNeeded
         return parts
 
+    def _reserve_records(self, clusters: int) -> None:
+        """Make room in the redo log for a change of so many clusters, each perhaps in a table of
+        its own. Raises FlushNeeded."""
+        self._redo.reserve(2 * clusters)
+
     def _mask(self, start: int, stop: int) -> int:
         """The blocks of one cluster that a range touches."""
         geometry = self._geometry
@@ -221,7 +236,9 @@ class Changes:
             if part.entries is None:
                 host = self._space.allocate_table(1)
                 self._space.use(host, 1)
-                self._tables.add_table(part.start >> geometry.table_bits, host)
+                index = part.start >> geometry.table_bits
+                self._tables.add_table(index, host)
+                self._redo.append(TABLE | index, self._tables.l1[index])
                 part.entries = self._tables.load(part.start)
 
     def _store(self, offset: int, view: memoryview, parts: list[Part]) -> None:
@@ -256,6 +273,7 @@ class Changes:
         geometry = self._geometry
         for host, length in _runs([(part.host, geometry.cluster_size) for part in new]):
             self._space.use(host, length >> geometry.cluster_bits)
+        entries = []
         for part in parts:
             old, cluster = part.old, changed(part)
             if cluster == old:
@@ -266,10 +284,12 @@ class Changes:
             if geometry.extended:
                 part.entries[part.index + 1] = bitmap
             self._tables.mark_dirty(part.key, part.entries)
+            entries.append((part.start >> geometry.cluster_bits, entry, bitmap))
             if old.packed >= 0:
                 self._space.drop(*geometry.packed_range(old.packed), compressed=True)
             elif old.host and not cluster.host:
                 self._space.drop(old.host, geometry.cluster_size)
+        log_entries(self._redo, geometry, entries)
 
 
 def _runs(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -57,6 +57,9 @@ HEADER_LENGTH = STRUCT_V3.size + 8
 DIRTY, CORRUPT, EXTERNAL_DATA, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit in range(5))
 LAZY_REFCOUNTS = 1
 BITMAPS = 1
+# A redo log's stamp (`nbdstream.leaf.redo`) is in the upper half of the autoclear features: a
+# program that does not know these clears them before it changes the image.
+STAMP_SHIFT = 32
 INCOMPATIBLE = {
     0: "dirty bit",
     1: "corrupt bit",
@@ -147,6 +150,15 @@ class Header:
     def extension(self, kind: int) -> bytes | None:
         """The data of the first extension of a type."""
         return next((e.data for e in self.extensions if e.type == kind), None)
+
+    @property
+    def stamp(self) -> int:
+        """The stamp of the redo log, 0 if there is none."""
+        return self.autoclear_features >> STAMP_SHIFT
+
+    def stamped(self, stamp: int) -> "Header":
+        """This header with another stamp, or 0 for none, and no other autoclear feature."""
+        return replace(self, autoclear_features=stamp << STAMP_SHIFT)
 
     def marked(self, *, dirty: bool, corrupt: bool | None = None) -> "Header":
         """This header with the dirty bit, and the corrupt bit unless None, set or cleared."""

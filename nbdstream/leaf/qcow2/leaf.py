@@ -56,6 +56,7 @@ from nbdstream.leaf.qcow2.slices import slice_extents
 from nbdstream.leaf.qcow2.space import Dropped, Space
 from nbdstream.leaf.qcow2.table_file import TableSnapshot, fixed_metadata, load_l1, write_tables
 from nbdstream.leaf.qcow2.tables import DAMAGED, Tables
+from nbdstream.leaf.redo import RedoLog, start
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Qcow2Leaf(DurableLeaf):
         self._trusted = trusted
         self._in_flush: tuple[list[Dropped], list[RefcountPlan]] = ([], [])
         self._refcounts_ok = True
+        self._redo = RedoLog()
         self._settling = False  # whether the next flush is to bring all refcounts to the file
         self._load()
 
@@ -123,6 +125,7 @@ class Qcow2Leaf(DurableLeaf):
             header.l1_table_offset,
         )
         self._changes = Changes(fd, geometry, self._tables, space)
+        self._changes.log_to(self._redo)
         # What `locate` needs, within reach.
         self._slice = self._tables.young.get
         self._slice_bits = geometry.slice_bits
@@ -280,8 +283,7 @@ class Qcow2Leaf(DurableLeaf):
             log.warning("%s: the refcounts could not be written: %s", self.path, error)
             self._refcounts_ok = False
 
-    def end_flush(self, *, ok: bool) -> None:
-        """See `Leaf.end_flush`."""
+    def _end_flush(self, *, ok: bool) -> None:
         assert self._refcounts is not None
         (dropped, plans), self._in_flush = self._in_flush, ([], [])
         self._tables.end_flush(ok=ok)
@@ -306,6 +308,17 @@ class Qcow2Leaf(DurableLeaf):
         finally:
             self._settling = False
 
+    def begin_redo(self) -> None:
+        """Record all changes from now on, in a log that outlives this process (may block)."""
+        self._redo = start(self.fd, self.path, self._set_stamp)
+        self._syncs.guard(self._redo)
+        self._changes.log_to(self._redo)
+
+    def _set_stamp(self, stamp: int) -> None:
+        """Write a stamp, or 0, to the header, not synced. Raises OSError."""
+        self._header = self._header.stamped(stamp)
+        store_fields(self.fd, self._header)
+
     def replace_header(self, header: Header) -> None:
         """Worker: install another header, durably. Raises LeafUnsupportedError, OSError."""
         if header != self._header:
@@ -324,10 +337,12 @@ class Qcow2Leaf(DurableLeaf):
         assert self._refcounts is not None
         self._settle()
         self._space.trim_file()
-        if self._header.dirty and not self._refcounts.lost:
+        dirty = self._header.dirty
+        if dirty and not self._refcounts.lost:
             self._syncs.sync(self.fd)
             self._header = self._header.marked(dirty=False)
-            store_fields(self.fd, self._header)
+        self._set_stamp(0)
+        if dirty:
             self._syncs.sync(self.fd)
 
     def _files(self) -> list[int]:

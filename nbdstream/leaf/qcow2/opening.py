@@ -4,6 +4,7 @@
 Nothing is written before all that can be checked has been (see `leaf`). Opening for
 writing changes an image that
 
+- was left by a process that was killed: what its redo log has is written;
 - was not closed, or has refcounts that are wrong: they are rebuilt from the tables;
 - has version 2: it becomes version 3, which has a dirty bit and zero clusters;
 - has persistent dirty bitmaps: our writes would not be recorded in them, so they go;
@@ -15,6 +16,7 @@ import os
 from dataclasses import replace
 
 from nbdstream.errors import LeafFormatError, LeafUnsupportedError
+from nbdstream.leaf import redo
 from nbdstream.leaf.base import CheckResult
 from nbdstream.leaf.durability import Syncs, reread
 from nbdstream.leaf.locking import open_locked
@@ -29,6 +31,7 @@ from nbdstream.leaf.qcow2.header import (
 )
 from nbdstream.leaf.qcow2.header_file import install, read_header
 from nbdstream.leaf.qcow2.leaf import Qcow2Leaf
+from nbdstream.leaf.qcow2.redo import recover
 from nbdstream.leaf.qcow2.trust import Trust, look_at_refcounts
 from nbdstream.units import format_count
 
@@ -51,6 +54,7 @@ def open_image(path: str, *, read_only: bool, repair: bool = False) -> Qcow2Leaf
             mended, trusted = CheckResult(), False
             if not read_only:
                 _require_writable(path, header, repair=repair)
+                header = _recovered(fd, path, header, syncs)
                 if repair:
                     mended, header = _repaired(fd, header, syncs)
                 header, trusted = _made_consistent(fd, path, header, syncs)
@@ -59,6 +63,7 @@ def open_image(path: str, *, read_only: bool, repair: bool = False) -> Qcow2Leaf
             )
             if not read_only:
                 leaf.replace_header(_writable(header))
+                leaf.begin_redo()
         except LeafFormatError as error:
             raise LeafFormatError(f"{path}: {error}") from error
     except BaseException:
@@ -76,6 +81,17 @@ def _require_writable(path: str, header: Header, *, repair: bool) -> None:
             f"{path} has {header.nb_snapshots} internal snapshots: delete them (qemu-img snapshot"
             " -d), or open it read-only"
         )
+
+
+def _recovered(fd: int, path: str, header: Header, syncs: Syncs) -> Header:
+    """Complete what a killed process had begun. Raises OSError."""
+
+    def apply(records: list[redo.Record]) -> None:
+        nonlocal header
+        header = recover(fd, header, records, syncs)
+
+    redo.recover(fd, path, header.stamp, apply)
+    return header
 
 
 def _repaired(fd: int, header: Header, syncs: Syncs) -> tuple[CheckResult, Header]:
@@ -143,4 +159,5 @@ def _writable(header: Header) -> Header:
             header_length=HEADER_LENGTH,
             additional=bytes(HEADER_LENGTH - STRUCT_V3.size),
         )
-    return replace(header, autoclear_features=0)
+    # The stamp is another one in a moment: it needs no durable rewrite of the header.
+    return header.stamped(header.stamp)

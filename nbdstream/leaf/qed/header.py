@@ -33,6 +33,9 @@ MAGIC = b"QED\0"
 BACKING_FILE = 0x01
 NEED_CHECK = 0x02
 BACKING_FORMAT_NO_PROBE = 0x04
+# A redo log's stamp (`nbdstream.leaf.redo`) is in the upper half of the self-clearing features:
+# a program that does not know these clears them before it changes the image.
+STAMP_SHIFT = 32
 _KNOWN_FEATURES = BACKING_FILE | NEED_CHECK | BACKING_FORMAT_NO_PROBE
 
 MIN_CLUSTER_SIZE = 4096
@@ -103,6 +106,15 @@ class Header:
         """This header with `NEED_CHECK` set or cleared."""
         features = self.features & ~NEED_CHECK | (NEED_CHECK if need_check else 0)
         return replace(self, features=features)
+
+    @property
+    def stamp(self) -> int:
+        """The stamp of the redo log, 0 if there is none."""
+        return self.autoclear_features >> STAMP_SHIFT
+
+    def stamped(self, stamp: int) -> "Header":
+        """This header with another stamp, or 0 for none, and no other self-clearing feature."""
+        return replace(self, autoclear_features=stamp << STAMP_SHIFT)
 
     def write(self, fd: int) -> None:
         """Write the header in place, and nothing behind it. Raises OSError."""

@@ -30,7 +30,7 @@ from dataclasses import replace
 
 from nbdstream.errors import LeafFormatError, LeafUnsupportedError
 from nbdstream.extents import align_down
-from nbdstream.leaf import files
+from nbdstream.leaf import files, redo
 from nbdstream.leaf.base import (
     BackingReference,
     CheckResult,
@@ -50,6 +50,7 @@ from nbdstream.leaf.qed.header import (
     read_header,
     without_backing,
 )
+from nbdstream.leaf.qed.redo import recover
 from nbdstream.leaf.qed.tables import UNALLOCATED, ZERO, Tables
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class QedLeaf(DurableLeaf):
         self.read_only = read_only
         self.fd = open_locked(path, read_only=read_only)
         self._syncs = Syncs(path)
+        self._redo = redo.RedoLog()
         try:
             self._open(repair=repair)
         except LeafFormatError as error:
@@ -90,7 +92,9 @@ class QedLeaf(DurableLeaf):
         self._mended = CheckResult()
         self._header = read_header(self.fd)
         self.backing = read_backing(self.fd, self._header)
-        # "May be opened safely after clearing the unknown bits"; none is known.
+        if not self.read_only:
+            redo.recover(self.fd, self.path, self._header.stamp, self._recover)
+        # "May be opened safely after clearing the unknown bits"; none but the stamp is known.
         if self._header.autoclear_features and not self.read_only:
             self._header = replace(self._header, autoclear_features=0)
             self._header.write(self.fd)
@@ -103,6 +107,19 @@ class QedLeaf(DurableLeaf):
             reread(self.fd)
             self._repair(asked=repair)
         self._load()
+        if not self.read_only:
+            self._redo = redo.start(self.fd, self.path, self._set_stamp)
+            self._syncs.guard(self._redo)
+            self._tables.log_to(self._redo)
+
+    def _recover(self, records: list[redo.Record]) -> None:
+        self._syncs.sync(self.fd)
+        recover(self.fd, self._header, records, self._syncs)
+
+    def _set_stamp(self, stamp: int) -> None:
+        """Write a stamp, or 0, to the header, not synced. Raises OSError."""
+        self._header = self._header.stamped(stamp)
+        self._header.write(self.fd)
 
     def _load(self) -> None:
         end = align_down(os.fstat(self.fd).st_size, self._header.cluster_size)
@@ -111,6 +128,7 @@ class QedLeaf(DurableLeaf):
             self.fd, self._header, filter(None, tables.l1), self._syncs
         ):
             self._tables = Tables(self.fd, self._header, end)
+        self._tables.log_to(self._redo)
 
     def _repair(self, *, asked: bool) -> None:
         fd, header, syncs = self.fd, self._header, self._syncs
@@ -161,6 +179,7 @@ class QedLeaf(DurableLeaf):
             tables.claim(cluster, count) if entry <= ZERO else None
             for cluster, count, entry in runs
         ]
+        self._redo.reserve(len(runs))
         fresh = tables.end
         for cluster, count, entry in runs:
             start = max(cluster << bits, offset)
@@ -175,9 +194,9 @@ class QedLeaf(DurableLeaf):
             # nothing that a failed write left there.
             os.ftruncate(self.fd, fresh - self.cluster_size + end % self.cluster_size)
             os.ftruncate(self.fd, fresh)
-        for (_, count, _), claim in zip(runs, claims, strict=True):
+        for (cluster, count, _), claim in zip(runs, claims, strict=True):
             if claim is not None:
-                tables.store(claim, tables.end)
+                tables.store(claim, cluster, tables.end)
                 tables.end += count << bits
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> None:
@@ -189,15 +208,16 @@ class QedLeaf(DurableLeaf):
         # Without a backing, what is unallocated reads as zeroes already.
         marks = [run for run in runs if run[2] == UNALLOCATED and self.backing is not None]
         self._prepare(marks)
-        claims = [tables.claim(cluster, count) for cluster, count, _ in marks]
+        claims = [(cluster, tables.claim(cluster, count)) for cluster, count, _ in marks]
+        self._redo.reserve(len(claims))
         for cluster, count, entry in runs:
             if entry > ZERO:
                 start = max(cluster << bits, offset)
                 size = min((cluster + count) << bits, end) - start
                 host = entry + start - (cluster << bits)
                 files.zero_range(self.fd, host, size, unmap=unmap)
-        for claim in claims:
-            tables.store(claim, ZERO)
+        for cluster, claim in claims:
+            tables.store(claim, cluster, ZERO)
 
     def _prepare(self, runs: list[tuple[int, int, int]]) -> None:
         """Have NEED_CHECK set, and an L2 table, for every run whose entries will change.
@@ -238,8 +258,7 @@ class QedLeaf(DurableLeaf):
 
         return flush
 
-    def end_flush(self, *, ok: bool) -> None:
-        """See `Leaf.end_flush`."""
+    def _end_flush(self, *, ok: bool) -> None:
         # Only if it was this flush that did it: it may have been asked for in the meantime.
         if ok and self._marking:
             self._header = self._header.with_mark(True)
@@ -262,6 +281,7 @@ class QedLeaf(DurableLeaf):
 
     def _leave_clean(self) -> None:
         self._settle()
+        self._set_stamp(0)
         if not self._marked:
             return
         if os.fstat(self.fd).st_size != self._tables.end:

@@ -25,6 +25,7 @@ from nbdstream.extents import align_up
 from nbdstream.leaf.base import ALL_ZERO, SCATTERED
 from nbdstream.leaf.pages import PAGE_SIZE, ZERO_PAGE, PageCache
 from nbdstream.leaf.qed.header import Header
+from nbdstream.leaf.redo import TABLE, RedoLog
 
 PAGE_ENTRIES = PAGE_SIZE // 8
 UNALLOCATED = 0
@@ -97,6 +98,11 @@ class Tables:
         self.damaged_l1: dict[int, int] = {}
         self._starts = self._judge_l1()
         self.cache = PageCache(fd, self._judge_page)
+        self._redo = RedoLog()
+
+    def log_to(self, redo: RedoLog) -> None:
+        """Record all changes in a redo log from now on."""
+        self._redo = redo
 
     # -- what is in the file -----------------------------------------------------------
 
@@ -270,7 +276,11 @@ class Tables:
     # -- changing ----------------------------------------------------------------------
 
     def add_table(self, cluster: int) -> None:
-        """Give a cluster that has none an L2 table, at the end of the file. Raises OSError."""
+        """Give a cluster that has none an L2 table, at the end of the file.
+
+        Raises FlushNeeded, OSError.
+        """
+        self._redo.reserve(1)
         start = self.end
         # What may be there is what a failed write left: the new table has to be zeroes.
         os.ftruncate(self._fd, start)
@@ -280,6 +290,7 @@ class Tables:
         self.l1[index] = start
         self.dirty_l1.add(index // PAGE_ENTRIES)
         insort(self._starts, start)
+        self._redo.append(TABLE | index, start)
 
     def claim(self, first: int, count: int) -> list[tuple[bytearray, int, int]]:
         """Get ready to `store` entries of clusters that have an L2 table: (page, byte, count).
@@ -297,8 +308,10 @@ class Tables:
             first += length
         return claims
 
-    def store(self, claims: list[tuple[bytearray, int, int]], entry: int) -> None:
-        """Set claimed entries to `ZERO`, or to data clusters in a row from ``entry`` on."""
+    def store(self, claims: list[tuple[bytearray, int, int]], cluster: int, entry: int) -> None:
+        """Set the claimed entries of clusters from ``cluster`` on to `ZERO`, or to data clusters
+        in a row from ``entry`` on."""
+        self._redo.append(cluster, sum(count for _, _, count in claims), entry)
         step = self._header.cluster_size if entry > ZERO else 0
         for page, byte, count in claims:
             entries = (entry + step * index for index in range(count))

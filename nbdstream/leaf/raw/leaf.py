@@ -26,7 +26,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from nbdstream.errors import LeafFormatError, UsageError
-from nbdstream.leaf import MAP_SUFFIX, files
+from nbdstream.leaf import MAP_SUFFIX, files, redo
 from nbdstream.leaf.base import (
     SCATTERED,
     BackingReference,
@@ -68,11 +68,15 @@ class RawLeaf(DurableLeaf):
         self.fd = open_locked(path, read_only=read_only)
         self._syncs = Syncs(path)
         self._map: AllocationMap | None = None
+        self._redo = redo.RedoLog()
         try:
             self.size = os.fstat(self.fd).st_size
             self._open_map()
+            if not read_only:
+                self._begin_redo()
         except BaseException:
-            os.close(self.fd)
+            for fd in self._files():
+                os.close(fd)
             raise
         header = self._map.header if self._map else None
         self.cluster_size = header.cluster_size if header else DEFAULT_CLUSTER_SIZE
@@ -90,6 +94,21 @@ class RawLeaf(DurableLeaf):
                 f" {allocation.header.size} bytes"
             )
         self._map = allocation
+
+    def _begin_redo(self) -> None:
+        """Complete what a killed process had begun, and record what this one changes."""
+        allocation = self._map
+        stamp = allocation.stamp() if allocation is not None else 0
+        redo.recover(self.fd, self.path, stamp, self._recover)
+        if allocation is not None:
+            self._redo = redo.start(self.fd, self.path, allocation.set_stamp)
+            self._syncs.guard(self._redo)
+            allocation.log_to(self._redo)
+
+    def _recover(self, records: list[redo.Record]) -> None:
+        assert self._map is not None
+        self._syncs.sync(self.fd)
+        self._map.recover(records, self._syncs)
 
     # -- where things are ------------------------------------------------------------
 
@@ -152,8 +171,7 @@ class RawLeaf(DurableLeaf):
 
         return flush
 
-    def end_flush(self, *, ok: bool) -> None:
-        """See `Leaf.end_flush`."""
+    def _end_flush(self, *, ok: bool) -> None:
         if self._map is not None:
             self._map.cache.end_flush(ok=ok)
 
@@ -166,6 +184,7 @@ class RawLeaf(DurableLeaf):
         names.remove(allocation.fd, self.path + MAP_SUFFIX, self._syncs)
         self._map = None
         allocation.close()
+        self._redo.discard()
 
     def _record_backing(self, backing: BackingReference) -> None:
         assert self._map is not None

@@ -3,6 +3,7 @@
 
     0     header slot 0     one page each; the valid one with the higher generation
     4096  header slot 1     counts, so that a torn update leaves the older one
+    4088  the stamp of the leaf's redo log (`nbdstream.leaf.redo`), 8 bytes, or 0
     8192  one bit per block of 4 KiB, the least significant bit of a byte first
 
 Bits only ever go from 0 to 1. Any sector of a bit page that a crash leaves behind, old or
@@ -22,15 +23,24 @@ from dataclasses import dataclass, replace
 
 from nbdstream.errors import LeafError, LeafFormatError
 from nbdstream.extents import align_up
-from nbdstream.leaf.base import BackingReference, ColdMetadata, read_exactly, write_exactly
+from nbdstream.leaf.base import (
+    BackingReference,
+    ColdMetadata,
+    read_exactly,
+    read_range,
+    write_exactly,
+)
 from nbdstream.leaf.bits import bit_run, set_bits
 from nbdstream.leaf.durability import Syncs
-from nbdstream.leaf.pages import FULL_PAGE, PAGE_SIZE, ZERO_PAGE, PageCache
+from nbdstream.leaf.pages import FULL_PAGE, PAGE_SIZE, ZERO_PAGE, PageCache, write_pages
+from nbdstream.leaf.redo import Record, RedoLog
 
 BLOCK_SIZE = 4096
 BLOCK_SHIFT = 12
 MIN_CLUSTER_SIZE = BLOCK_SIZE
 MAX_CLUSTER_SIZE = 64 << 20
+
+_STAMP_AT = PAGE_SIZE - 8  # where a header's page ends
 
 _MAGIC = b"nbdsmap\n"
 _VERSION = 1
@@ -38,7 +48,8 @@ _SLOTS = 2
 FIRST_PAGE = _SLOTS  # the page number of the first page of bits
 SPAN_SHIFT = BLOCK_SHIFT + 15  # log2 of the disk range that one page of bits stands for
 SPAN = 1 << SPAN_SHIFT
-_BIT_MASK = (1 << 15) - 1
+_PAGE_SHIFT = 15  # log2 of the bits in a page
+_BIT_MASK = (1 << _PAGE_SHIFT) - 1
 
 # magic, version, length of the header with its strings, generation, disk size, block size,
 # cluster size, backing size, lengths of URI, format and identity, CRC-32 of the whole header
@@ -56,13 +67,13 @@ class MapHeader:
     generation: int = 0
 
     def pack(self) -> bytes:
-        """The header's page. Raises LeafError if the strings do not fit in."""
+        """The header's page up to the stamp. Raises LeafError if the strings do not fit in."""
         strings = [
             text.encode() for text in (self.backing.uri, self.backing.format, self.backing.identity)
         ]
         length = _HEADER.size + sum(map(len, strings))
-        if length > PAGE_SIZE:
-            room = PAGE_SIZE - _HEADER.size
+        if length > _STAMP_AT:
+            room = _STAMP_AT - _HEADER.size
             raise LeafError(f"the backing's URI is too long: the map has room for {room} bytes")
         fields = (
             _MAGIC,
@@ -76,7 +87,7 @@ class MapHeader:
             *map(len, strings),
         )
         checksum = zlib.crc32(b"".join([_HEADER.pack(*fields, 0), *strings]))
-        return b"".join([_HEADER.pack(*fields, checksum), *strings]).ljust(PAGE_SIZE, b"\0")
+        return b"".join([_HEADER.pack(*fields, checksum), *strings]).ljust(_STAMP_AT, b"\0")
 
     @classmethod
     def unpack(cls, page: bytes) -> "MapHeader":
@@ -105,6 +116,10 @@ class MapHeader:
             raise LeafFormatError("header strings are not UTF-8") from error
         backing = BackingReference(uri, backing_format, backing_size, identity)
         return cls(size, cluster_size, backing, generation)
+
+
+# A page of bits to be changed, the first block, and how many blocks.
+Claim = tuple[bytearray, int, int]
 
 
 def is_cluster_size(value: int) -> bool:
@@ -166,6 +181,7 @@ class AllocationMap:
             os.close(self.fd)
             raise
         self.cache = PageCache(self.fd)
+        self._redo = RedoLog()
 
     def close(self) -> None:
         os.close(self.fd)
@@ -212,7 +228,7 @@ class AllocationMap:
             yield position, stop, value
             position = stop
 
-    def claim(self, offset: int, length: int) -> list[tuple[bytearray, int, int]]:
+    def claim(self, offset: int, length: int) -> list[Claim]:
         """Get ready to mark the blocks that the range covers whole: hand over to `mark`.
 
         Changes nothing that can be seen. Raises ColdMetadata, FlushNeeded.
@@ -221,19 +237,50 @@ class AllocationMap:
         end = offset + length
         # The disk's last block may be shorter than the others.
         stop = (end + BLOCK_SIZE - 1 if end == self.header.size else end) >> BLOCK_SHIFT
-        claims = []
-        while first < stop:
-            page_stop = min((first | _BIT_MASK) + 1, stop)
-            page = self.cache.writable((first >> 15) + FIRST_PAGE)
-            claims.append((page, first & _BIT_MASK, page_stop - first))
-            first = page_stop
+        claims = [
+            (self.cache.writable((first >> _PAGE_SHIFT) + FIRST_PAGE), first, count)
+            for first, count in _by_page(first, stop)
+        ]
+        self._redo.reserve(len(claims))
         return claims
 
-    @staticmethod
-    def mark(claims: list[tuple[bytearray, int, int]]) -> None:
-        """Set the bits of claimed blocks: page, first bit, how many."""
+    def mark(self, claims: list[Claim]) -> None:
+        """Set the bits of claimed blocks."""
         for page, first, count in claims:
-            set_bits(page, first, count)
+            set_bits(page, first & _BIT_MASK, count)
+            self._redo.append(first, count)
+
+    # -- the redo log ------------------------------------------------------------------
+
+    def log_to(self, redo: RedoLog) -> None:
+        """Record all changes in a redo log from now on."""
+        self._redo = redo
+
+    def stamp(self) -> int:
+        """The stamp of the redo log, 0 if there is none (worker). Raises OSError."""
+        return int.from_bytes(os.pread(self.fd, 8, _STAMP_AT), "little")
+
+    def set_stamp(self, stamp: int) -> None:
+        """Worker: write another stamp, not synced. Raises LeafError where a header of an older
+        version takes its place, OSError."""
+        self.header.pack()
+        write_exactly(self.fd, memoryview(stamp.to_bytes(8, "little")), _STAMP_AT)
+
+    def recover(self, records: list[Record], syncs: Syncs) -> None:
+        """Worker: set the bits that a redo log has, in the file, and make them durable; the data
+        is synced already. Raises LeafFormatError if they are not of this disk, OSError."""
+        blocks = align_up(self.header.size, BLOCK_SIZE) // BLOCK_SIZE
+        pages: dict[int, bytearray] = {}
+        for start, length, _, _ in records:
+            if start + length > blocks:
+                raise LeafFormatError(f"block {start + length - 1} of {blocks}")
+            for first, count in _by_page(start, start + length):
+                number = (first >> _PAGE_SHIFT) + FIRST_PAGE
+                if number not in pages:
+                    pages[number] = bytearray(read_range(self.fd, number * PAGE_SIZE, PAGE_SIZE))
+                set_bits(pages[number], first & _BIT_MASK, count)
+        write_pages(self.fd, pages.items())
+        syncs.sync(self.fd)
 
     def write_header(self, backing: BackingReference, syncs: Syncs) -> None:
         """Worker: record another backing, durably. Raises LeafError, OSError."""
@@ -262,6 +309,14 @@ class AllocationMap:
             if run < len(piece) * 8:
                 return (position * 8 + run) << BLOCK_SHIFT
         return None
+
+
+def _by_page(first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Blocks ``first`` to ``stop`` - 1 as (first, count), cut where pages of bits end."""
+    while first < stop:
+        page_stop = min((first | _BIT_MASK) + 1, stop)
+        yield first, page_stop - first
+        first = page_stop
 
 
 def _read_header(fd: int, path: str) -> MapHeader:
