@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nbdstream.cli.parameters import rebase, set_
+from nbdstream.cli.report import report as write_report
 from nbdstream.cli.steer import cancel, pause, resume, speed, status, stream, watch
 from nbdstream.control.disks import DiskCommands
 from nbdstream.control.jobs import JobCommands
@@ -37,7 +38,18 @@ def test_every_command_and_each_of_its_arguments() -> None:
 
 
 def test_every_command_on_the_command_line() -> None:
-    for command in (status, watch, pause, resume, speed, cancel, stream, set_, rebase):
+    for command in (
+        status,
+        watch,
+        pause,
+        resume,
+        speed,
+        cancel,
+        stream,
+        set_,
+        rebase,
+        write_report,
+    ):
         text = entry(str(command.name))
         for parameter in command.params:
             assert parameter.name is not None

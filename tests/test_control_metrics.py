@@ -14,8 +14,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from nbdstream.control import metrics
-from nbdstream.control.metrics import DiskCollector, listen_metrics, serve_metrics
+from nbdstream.control import web
+from nbdstream.control.metrics import DiskCollector, metrics_page
+from nbdstream.control.web import listen_web, serve_web
 from nbdstream.errors import UsageError
 from tests.control_room import DEVICE, Room, control_room
 from tests.small_disk import SIZE
@@ -44,11 +45,11 @@ async def scraped_room(
 ) -> AsyncIterator[tuple[Room, int]]:
     """A room whose metrics are served; with the port."""
     async with control_room(tmp_path, backing=backing, gated=gated) as room:
-        listeners = listen_metrics("127.0.0.1:0")
+        listeners = listen_web("127.0.0.1:0")
         port = listeners[0].socket.getsockname()[1]
         async with trio.open_nursery() as nursery:
             collector = DiskCollector(room.disk, room.job, DEVICE)
-            nursery.start_soon(serve_metrics, listeners, collector)
+            nursery.start_soon(serve_web, listeners, {"/metrics": metrics_page(collector)})
             yield room, port
             nursery.cancel_scope.cancel()
 
@@ -179,7 +180,7 @@ async def test_an_endless_request_is_cut_off(tmp_path: Path) -> None:
 async def test_a_silent_client_is_hung_up_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(web, "REQUEST_SECONDS", 0.05)
     async with scraped_room(tmp_path) as (_, port):
         stream = await trio.open_tcp_stream("127.0.0.1", port)
         async with stream:
@@ -187,7 +188,7 @@ async def test_a_silent_client_is_hung_up_on(
 
 
 async def test_nobody_but_this_host_gets_in_by_default() -> None:
-    listeners = listen_metrics(":0")
+    listeners = listen_web(":0")
     try:
         addresses = {listener.socket.getsockname()[0] for listener in listeners}
     finally:
@@ -199,7 +200,7 @@ async def test_nobody_but_this_host_gets_in_by_default() -> None:
 @pytest.mark.parametrize("address", ["9100", "host:port", ":70000", "no.such.host.invalid:1"])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(UsageError):
-        listen_metrics(address)
+        listen_web(address)
 
 
 async def test_figures_that_this_does_not_know_are_counters(tmp_path: Path) -> None:
@@ -229,11 +230,11 @@ async def test_a_scrape_that_fails_is_answered_and_logged_once(
             yield GaugeMetricFamily("fine", "As it should be.", 1)
 
     collector = Broken()
-    listeners = listen_metrics(":0")
+    listeners = listen_web(":0")
     port = listeners[0].socket.getsockname()[1]
     async with trio.open_nursery() as nursery:
         collector.fails = False  # a registry asks once by itself
-        nursery.start_soon(serve_metrics, listeners, collector)
+        nursery.start_soon(serve_web, listeners, {"/metrics": metrics_page(collector)})
         await trio.testing.wait_all_tasks_blocked()
         collector.fails = True
         for _ in range(3):
@@ -251,6 +252,6 @@ async def test_silent_clients_do_not_keep_scrapes_out(
         silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(40)]
         began = trio.current_time()
         assert b" 200 " in await talk(port, b"GET /metrics HTTP/1.1\r\n\r\n")
-        assert trio.current_time() - began < metrics.REQUEST_SECONDS
+        assert trio.current_time() - began < web.REQUEST_SECONDS
         for each in silent:
             await each.aclose()

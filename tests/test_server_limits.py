@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdstream.control import disks, metrics
+from nbdstream.control import disks, web
 from nbdstream.control import server as control
 from nbdstream.net import listeners
 from nbdstream.qmp import protocol as qmp
@@ -63,10 +63,10 @@ LIMITS = {
         "a command, in bytes": size(qmp.COMMAND_LIMIT),
         "replies and events that a client has not read": size(control.BACKLOG_LIMIT),
         "extents in a reply of `x-nbdstream-map`": count(disks.MAP_MAXIMUM),
-        "clients of the metrics": count(metrics.MAX_CLIENTS),
-        "time for a scrape": seconds(metrics.REQUEST_SECONDS),
-        "a request for metrics, in bytes": size(metrics.REQUEST_LIMIT),
-        "time between two scrapes": seconds(metrics.PAUSE),
+        "clients of the metrics": count(web.MAX_CLIENTS),
+        "time for a scrape": seconds(web.REQUEST_SECONDS),
+        "a request for metrics, in bytes": size(web.REQUEST_LIMIT),
+        "time between two scrapes": seconds(web.PAUSE),
     },
 }
 
@@ -88,4 +88,4 @@ def test_what_the_tables_say_beyond_their_values() -> None:
     assert f"beyond {size(handshake.MAX_SKIPPED_DATA)} the connection" in text
     assert f"Its changes get {connection.CHANGE_GRACE:g} seconds" in text
     assert f"if that is {seconds(control.SILENCE)} or more" in (DOCS / "control.md").read_text()
-    assert f"older than {seconds(metrics.GRACE)}" in (DOCS / "control.md").read_text()
+    assert f"older than {seconds(web.GRACE)}" in (DOCS / "control.md").read_text()

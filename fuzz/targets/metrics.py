@@ -6,26 +6,27 @@ Never raises: every answer is one response of HTTP/1.1 with the length that it s
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry
-
 from fuzz.export import finished
 from fuzz.target import Target
-from nbdstream.control.metrics import _answer, _Scrapes
+from nbdstream.control.web import Page, _answer
 
 
-class Scrapes(_Scrapes):
-    """Metrics that are there at once, without an event loop."""
+class ReadyPage(Page):
+    """One that is there at once, without an event loop."""
+
+    def __init__(self) -> None:
+        self.content_type = "text/plain"
 
     async def take(self) -> bytes:
         return b"metric 1\n"
 
 
-SCRAPES = Scrapes(CollectorRegistry())
+PAGES: dict[str, Page] = {"/metrics": ReadyPage(), "/": ReadyPage()}
 STATUS = {b"200", b"400", b"404", b"405"}
 
 
 def run(data: bytes) -> object:
-    response = finished(_answer(data, SCRAPES))
+    response = finished(_answer(data, PAGES))
     head, end, body = response.partition(b"\r\n\r\n")
     assert end
     status, *lines = head.split(b"\r\n")

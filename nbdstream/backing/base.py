@@ -7,9 +7,10 @@ waits, with retries and backoff, until the data is there or the backing timeout 
 """
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nbdstream.backing.grant import Grant, Priority
+from nbdstream.backing.latency import Counts
 from nbdstream.extents import BackingExtent
 
 __all__ = ["Backing", "BackingStatistics", "Grant", "Priority"]
@@ -22,7 +23,8 @@ class BackingStatistics:
     ``since`` is a POSIX time: when ``connected`` last changed. ``requests`` and
     ``bytes`` count completed reads by priority. ``window`` is how many bytes background
     reads may have in flight; ``rate`` (bytes per second), ``base_rtt`` and ``queue_delay``
-    (seconds) are what it rests on, see `nbdstream.backing.window`.
+    (seconds) are what it rests on, see `nbdstream.backing.window`. ``latency``: how long
+    completed reads took, retries included, by priority.
     """
 
     connected: bool
@@ -39,6 +41,7 @@ class BackingStatistics:
     base_rtt: float
     queue_delay: float = 0.0
     sandbox: str = ""
+    latency: dict[str, Counts] = field(default_factory=dict)
 
 
 class Backing(abc.ABC):

@@ -20,6 +20,7 @@ from nbdstream.backing.connect import Endpoint
 from nbdstream.backing.connection import Connection, ConnectionLostError, Timing
 from nbdstream.backing.extentmap import ExtentMap
 from nbdstream.backing.identity import fingerprint, fingerprint_of
+from nbdstream.backing.latency import Latency
 from nbdstream.backing.pool import Pool, jittered
 from nbdstream.backing.scheduler import Scheduler
 from nbdstream.errors import (
@@ -67,6 +68,7 @@ class NbdBacking(Backing):
         self._extents = ExtentMap()
         self._status_length = STATUS_FIRST
         self._retries = 0
+        self._latency = {priority: Latency() for priority in Priority}
         self.sandbox: Callable[[], str] = str
 
     # -- reads -------------------------------------------------------------------------
@@ -89,6 +91,7 @@ class NbdBacking(Backing):
         flight = self.scheduler.begin(offset, len(view), priority, grant)
         try:
             timing = await self._until_answered(attempt, lambda: flight.priority)
+            self._latency[flight.priority].add(trio.current_time() - flight.began)
         finally:
             # A time with trouble in it says nothing about the link.
             self.scheduler.end(flight, timing if self._retries == retries else None)
@@ -212,6 +215,7 @@ class NbdBacking(Backing):
             base_rtt=scheduler.window.base_rtt,
             queue_delay=scheduler.window.queue_delay,
             sandbox=self.sandbox(),
+            latency={p.name.lower(): latency.counts() for p, latency in self._latency.items()},
         )
 
     # -- life --------------------------------------------------------------------------

@@ -33,6 +33,7 @@ _SECTIONS = {
     "Control a running server": {
         "status": "nbdstream.cli.steer",
         "watch": "nbdstream.cli.steer",
+        "report": "nbdstream.cli.report",
         "pause": "nbdstream.cli.steer",
         "resume": "nbdstream.cli.steer",
         "speed": "nbdstream.cli.steer",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import trio
@@ -44,6 +44,10 @@ from nbdstream.options import ServeOptions, check_options
 from nbdstream.server.handshake import Tls
 from nbdstream.server.server import MAX_CLIENTS
 from nbdstream.service import Service, device_name, open_service
+from nbdstream.tasks import start_contained
+
+if TYPE_CHECKING:
+    from nbdstream.control.page import ReportSource
 
 
 @click.command(cls=StoreCommand)
@@ -123,7 +127,11 @@ from nbdstream.service import Service, device_name, open_service
 @click.option(
     "--control", metavar="SOCKET", help="Control socket: accept QMP commands on this Unix socket."
 )
-@click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics over HTTP.")
+@click.option(
+    "--metrics",
+    metavar="HOST:PORT",
+    help="Serve Prometheus metrics, and a live report for browsers, over HTTP.",
+)
 @click.option(
     "--exit-when-complete",
     is_flag=True,
@@ -251,9 +259,9 @@ def steering(
             listeners.append(control_listener)
         metrics_listeners: list[Listener] = []
         if metrics:
-            from nbdstream.control.metrics import listen_metrics
+            from nbdstream.control.web import listen_web
 
-            metrics_listeners = listen_metrics(metrics)
+            metrics_listeners = listen_web(metrics)
         listeners += metrics_listeners
         yield control_listener, metrics_listeners
     finally:
@@ -315,17 +323,42 @@ def start_steering(
     options: ServeOptions,
 ) -> None:
     """Serve the control socket and the metrics until the nursery is cancelled."""
-    disk, job = service.opened.disk, service.opened.job
+    seen = _start_history(service, nursery, options) if control is not None or metrics else None
     if control is not None or service.opened.seal is not None:
-        _start_control(service, nursery, control, options)
+        _start_control(service, nursery, control, options, seen)
     if metrics:
-        from nbdstream.control.metrics import DiskCollector, serve_metrics
+        from nbdstream.control.metrics import DiskCollector, metrics_page
+        from nbdstream.control.page import live_pages
+        from nbdstream.control.web import serve_web
 
-        nursery.start_soon(serve_metrics, metrics, DiskCollector(disk, job, device_name(disk)))
+        assert seen is not None
+        disk = service.opened.disk
+        collector = DiskCollector(disk, service.opened.job, device_name(disk))
+        pages = {"/metrics": metrics_page(collector), **live_pages(seen)}
+        nursery.start_soon(serve_web, metrics, pages)
+
+
+def _start_history(
+    service: Service, nursery: trio.Nursery, options: ServeOptions
+) -> "ReportSource":
+    """Record what the report shows of the disk's past."""
+    from nbdstream.control.history import History
+    from nbdstream.control.page import ReportSource
+
+    disk, job = service.opened.disk, service.opened.job
+    history = History(disk, job)
+    start_contained(nursery, "history", disk.health.report, history.run)
+    return ReportSource(
+        disk, job, device_name(disk), history, lambda: service.server.clients, options.profiles
+    )
 
 
 def _start_control(
-    service: Service, nursery: trio.Nursery, control: Listener | None, options: ServeOptions
+    service: Service,
+    nursery: trio.Nursery,
+    control: Listener | None,
+    options: ServeOptions,
+    seen: "ReportSource | None",
 ) -> None:
     """Offer a sealed disk again; serve the control socket."""
     from nbdstream.control import control_server
@@ -347,6 +380,7 @@ def _start_control(
     if control is not None:
         more = (
             *hand_over,
+            seen,
             Parameters(disk, job, service.server),
             RebaseCommand(disk, service.opened.holding, options.opener, device_name(disk)),
         )
