@@ -16,8 +16,10 @@ import nbd
 import pytest
 
 from testbed.peers import (
+    Peer,
     binary,
     make_image,
+    nbdkit,
     run,
 )
 
@@ -36,6 +38,13 @@ def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def leaf_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Where a leaf of each format will be."""
     return tmp_path / f"leaf.{request.param}"
+
+
+def far_megabyte(tmp_path: Path) -> Iterator[Peer]:
+    """A backing of 1 MiB."""
+    make_image(tmp_path / "far.raw", MIB)
+    with nbdkit("file", tmp_path / "far.raw", readonly=True) as peer:
+        yield peer
 
 
 def format_of(leaf: Path) -> str:

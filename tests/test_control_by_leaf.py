@@ -2,24 +2,19 @@
 """A server is found by the name of the leaf that it serves; limits are set at run time."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbd
 import pytest
 
 from nbdstream.leaf.marks import control_of, mark_control
-from testbed.peers import Peer, make_image, nbdkit, nbdstream_serve
-from tests.serve_support import client, nbdstream, wait_for
+from testbed.peers import Peer, nbdstream_serve
+from tests.serve_support import client, far_megabyte, nbdstream, wait_for
 
 MIB = 1 << 20
 
 
-@pytest.fixture
-def far(tmp_path: Path) -> Iterator[Peer]:
-    make_image(tmp_path / "far.raw", MIB)
-    with nbdkit("file", tmp_path / "far.raw", readonly=True) as peer:
-        yield peer
+far = pytest.fixture(far_megabyte)
 
 
 def test_a_leaf_stands_for_the_control_socket_of_its_server(tmp_path: Path, far: Peer) -> None:

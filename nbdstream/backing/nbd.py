@@ -52,6 +52,7 @@ class NbdBacking(Backing):
 
     Attributes:
         scheduler: for those who want to watch the window at work.
+        on_change: called when its connections or its place have changed.
         sandbox: says what confines the helper process, "" without one.
     """
 
@@ -64,6 +65,8 @@ class NbdBacking(Backing):
         self._identity = ""
         self._opened = Pool(endpoint, self._verify, timeout)
         self._pool = self._opened
+        self.on_change: Callable[[], None] = lambda: None
+        self._opened.on_change = lambda: self.on_change()
         self._reconnects = 0  # of pools before this one
         self._extents = ExtentMap()
         self._status_length = STATUS_FIRST
@@ -252,7 +255,10 @@ class NbdBacking(Backing):
         self._reconnects += old.reconnects
         self._pool = other._pool
         self.uri, self.known_identity, self.sandbox = other.uri, other.known_identity, other.sandbox
+        old.on_change = lambda: None
+        self._pool.on_change = lambda: self.on_change()
         old.close()
+        self.on_change()
 
     async def aclose(self) -> None:
         """See `Backing.aclose`. Connections that were taken over end with their own backing."""

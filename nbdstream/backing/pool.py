@@ -85,6 +85,7 @@ class Pool:
         since: POSIX time at which ``connected`` last changed.
         last_error: why a connection or an attempt last failed.
         reconnects: connections made to replace lost ones.
+        on_change: called when ``connected`` has changed.
         timeout: how long `acquire` waits without any connection, in seconds; None is for ever.
     """
 
@@ -98,6 +99,7 @@ class Pool:
         self._lost_at = trio.current_time()
         self._patience = PATIENCE_FIRST
         self.connected = False
+        self.on_change: Callable[[], None] = lambda: None
         self.since = time.time()
         self.last_error = ""
         self.reconnects = 0
@@ -217,6 +219,7 @@ class Pool:
                 log.info("%s: connected", self._endpoint.name)
             elif self._failure is None:
                 log.warning("%s: disconnected: %s", self._endpoint.name, self.last_error)
+            self.on_change()
         self._changed.unpark_all()
 
     async def _keep(self, slot: _Slot, ready: Connection | None, nursery: trio.Nursery) -> None:

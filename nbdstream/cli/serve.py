@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """serve: the server.
 
-A guest may be waiting while this module loads. So what only some options need (control socket,
-metrics, progress) is imported where they ask for it; ``tests/test_startup.py`` holds that.
+A guest may be waiting while this module loads. So what only some options need (progress, say) is
+imported where they ask for it; ``tests/test_startup.py`` holds that.
 """
 
 import gc
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import trio
@@ -37,17 +34,14 @@ from nbdstream.cli.params import (
 )
 from nbdstream.cli.places import named_profile, opener_for, profile_store
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
+from nbdstream.cli.steering import start_steering, steering
 from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
-from nbdstream.net.listeners import Listener, close_all
+from nbdstream.net.listeners import Listener
 from nbdstream.options import ServeOptions, check_options
 from nbdstream.server.handshake import Tls
 from nbdstream.server.server import MAX_CLIENTS
-from nbdstream.service import Service, device_name, open_service
-from nbdstream.tasks import start_contained
-
-if TYPE_CHECKING:
-    from nbdstream.control.page import ReportSource
+from nbdstream.service import Service, open_service
 
 
 @click.command(cls=StoreCommand)
@@ -244,30 +238,6 @@ def serve(
     sys.exit(status)
 
 
-@contextmanager
-def steering(
-    control: str | None, metrics: str | None
-) -> Iterator[tuple[Listener | None, list[Listener]]]:
-    """The control socket's listener and those of the metrics, where they are asked for."""
-    listeners: list[Listener] = []
-    try:
-        control_listener: Listener | None = None
-        if control:
-            from nbdstream.control import listen_control
-
-            control_listener = listen_control(Path(control))
-            listeners.append(control_listener)
-        metrics_listeners: list[Listener] = []
-        if metrics:
-            from nbdstream.control.web import listen_web
-
-            metrics_listeners = listen_web(metrics)
-        listeners += metrics_listeners
-        yield control_listener, metrics_listeners
-    finally:
-        close_all(listeners)
-
-
 async def serve_until_done(
     options: ServeOptions,
     listeners: list[Listener],
@@ -313,79 +283,6 @@ async def serve_until_done(
             await service.finished.wait()
             nursery.cancel_scope.cancel()
     return status
-
-
-def start_steering(
-    service: Service,
-    nursery: trio.Nursery,
-    control: Listener | None,
-    metrics: list[Listener],
-    options: ServeOptions,
-) -> None:
-    """Serve the control socket and the metrics until the nursery is cancelled."""
-    seen = _start_history(service, nursery, options) if control is not None or metrics else None
-    if control is not None or service.opened.seal is not None:
-        _start_control(service, nursery, control, options, seen)
-    if metrics:
-        from nbdstream.control.metrics import DiskCollector, metrics_page
-        from nbdstream.control.page import live_pages
-        from nbdstream.control.web import serve_web
-
-        assert seen is not None
-        disk = service.opened.disk
-        collector = DiskCollector(disk, service.opened.job, device_name(disk))
-        pages = {"/metrics": metrics_page(collector), **live_pages(seen)}
-        nursery.start_soon(serve_web, metrics, pages)
-
-
-def _start_history(
-    service: Service, nursery: trio.Nursery, options: ServeOptions
-) -> "ReportSource":
-    """Record what the report shows of the disk's past."""
-    from nbdstream.control.history import History
-    from nbdstream.control.page import ReportSource
-
-    disk, job = service.opened.disk, service.opened.job
-    history = History(disk, job)
-    start_contained(nursery, "history", disk.health.report, history.run)
-    return ReportSource(
-        disk, job, device_name(disk), history, lambda: service.server.clients, options.profiles
-    )
-
-
-def _start_control(
-    service: Service,
-    nursery: trio.Nursery,
-    control: Listener | None,
-    options: ServeOptions,
-    seen: "ReportSource | None",
-) -> None:
-    """Offer a sealed disk again; serve the control socket."""
-    from nbdstream.control import control_server
-    from nbdstream.control.parameters import Parameters
-    from nbdstream.handover.commands import hand_over_commands
-    from nbdstream.rebase import RebaseCommand
-
-    disk, job = service.opened.disk, service.opened.job
-    hand_over = hand_over_commands(
-        disk,
-        job,
-        nursery,
-        device=device_name(disk),
-        stream=options.stream,
-        seal=service.opened.seal,
-        custody=service.custody,
-        uris=service.uris,
-    )
-    if control is not None:
-        more = (
-            *hand_over,
-            seen,
-            Parameters(disk, job, service.server),
-            RebaseCommand(disk, service.opened.holding, options.opener, device_name(disk)),
-        )
-        server = control_server(disk, job, device=device_name(disk), stop=service.stop, more=more)
-        nursery.start_soon(server.serve, control)
 
 
 async def progress(service: Service) -> None:

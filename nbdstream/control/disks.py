@@ -35,11 +35,12 @@ class DiskCommands:
         self._job = job
         self._device = device
 
-    @command("query-block")
-    async def query_block(self) -> list[JSONObject]:
+    def _inserted(self) -> JSONObject:
+        """The leaf as QEMU's BlockDeviceInfo."""
         disk, leaf = self._disk, self._disk.leaf
         inserted: JSONObject = {
             "file": leaf.path,
+            "node-name": self._device,
             "drv": leaf.format,
             "ro": disk.read_only,
             "encrypted": False,
@@ -51,13 +52,22 @@ class DiskCommands:
         }
         if leaf.backing is not None:
             inserted |= {"backing_file": leaf.backing.uri, "backing_file_depth": 1}
+        return inserted | _NO_THROTTLING
+
+    @command("query-named-block-nodes")
+    async def query_named_block_nodes(self, flat: bool = False) -> list[JSONObject]:
+        """The leaf: it is the only node that commands can name. ``flat`` makes no difference."""
+        return [self._inserted()]
+
+    @command("query-block")
+    async def query_block(self) -> list[JSONObject]:
         return [
             {
                 "device": self._device,
                 "type": "unknown",
                 "locked": False,
                 "removable": False,
-                "inserted": inserted | _NO_THROTTLING,
+                "inserted": self._inserted(),
             }
         ]
 

@@ -73,10 +73,14 @@ def version() -> JSONObject:
 
 
 class ControlServer:
-    """Serves a table of commands, and tells all clients of events."""
+    """Serves a table of commands, and tells all clients of events.
+
+    Attributes:
+        table: groups of commands may be added to it.
+    """
 
     def __init__(self, table: CommandTable) -> None:
-        self._table = table
+        self.table = table
         self._clients: set[_Client] = set()
 
     def emit(self, name: str, data: Mapping[str, object]) -> None:
@@ -97,7 +101,7 @@ class ControlServer:
             await acceptor.run([listener], clients)
 
     async def _serve(self, accepted: Client) -> None:
-        client = _Client(accepted, self._table)
+        client = _Client(accepted, self.table)
         self._clients.add(client)
         try:
             await client.run()

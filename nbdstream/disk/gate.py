@@ -7,6 +7,7 @@ counts, the gate is closed, and it says why.
 
 import enum
 import errno
+from collections.abc import Callable
 
 import trio
 
@@ -24,11 +25,13 @@ class Gate:
     """Attributes:
     state: what it lets through now.
     reason: why guests may not change the disk, in one line; "" while it is open.
+    on_change: called when either has changed.
     """
 
     def __init__(self) -> None:
         self.state = GateState.OPEN
         self.reason = ""
+        self.on_change: Callable[[], None] = lambda: None
         self._hold = 0.0
         self._opened = trio.lowlevel.ParkingLot()
 
@@ -46,11 +49,13 @@ class Gate:
         """Let no change through from now on. Each waits for ``hold`` seconds before it is
         refused: an `open` by then lets it happen."""
         self.state, self.reason, self._hold = state, reason, hold
+        self.on_change()
 
     def open(self) -> None:
         """Let changes through again, those that wait included."""
         self.state, self.reason, self._hold = GateState.OPEN, "", 0.0
         self._opened.unpark_all()
+        self.on_change()
 
     def check(self) -> None:
         """Raises OSError (EPERM) while it is closed."""

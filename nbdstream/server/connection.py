@@ -94,6 +94,7 @@ class Connection:
         self._stopping = False
         self._finished = trio.lowlevel.ParkingLot()  # unparked by every slow request's end
         self._changes = trio.CancelScope()
+        self.export: Export | None = None  # once the client has chosen one
         self.lingering = False  # the client is gone, and changes of it are not finished
 
     def stop(self) -> None:
@@ -131,6 +132,8 @@ class Connection:
             elif length:
                 async with self._turn:
                     replies = handshake.receive(bytes(room[:length]))
+                if isinstance(handshake.outcome, Agreement):
+                    self.export = handshake.outcome.export
                 await self._wire.send(replies)
                 if handshake.starting_tls:
                     await self._start_tls()

@@ -57,14 +57,15 @@ class Server:
         clients_changed: Callable[[int], None] | None = None,
         max_clients: int = MAX_CLIENTS,
     ) -> None:
-        self._exports: Sequence[Export] = tuple(exports)
-        names = [export.name for export in self._exports]
-        assert len(set(names)) == len(names), names
+        self._exports: list[Export] = []
+        for export in exports:
+            self.add_export(export)
         self._tls = TlsOffer(tls) if tls is not None else None
         self._clients_changed = clients_changed
         self.max_clients = max_clients
         self._connections: set[Connection] = set()
         self._admitted: dict[Connection, None] = {}  # those that count, in order of admission
+        self._left = trio.lowlevel.ParkingLot()  # unparked when a connection ends
         self._full = Episode()
         self._acceptor = Acceptor(
             "client", self._serve, limit=MAX_HANDSHAKES, grace=HANDSHAKE_GRACE
@@ -78,6 +79,25 @@ class Server:
     def clients(self) -> int:
         """How many clients are connected."""
         return len(self._connections)
+
+    def add_export(self, export: Export) -> None:
+        """Serve another export from now on; no other has its name."""
+        assert export.name not in {each.name for each in self._exports}, export.name
+        self._exports.append(export)
+
+    def clients_of(self, export: Export) -> int:
+        """How many clients have chosen an export."""
+        return sum(connection.export is export for connection in self._connections)
+
+    async def remove_export(self, export: Export) -> None:
+        """Offer an export no more. Its clients' requests in flight are finished, then they are
+        hung up on; returns when they are gone."""
+        self._exports.remove(export)
+        for connection in self._connections:
+            if connection.export is export:
+                connection.stop()
+        while self.clients_of(export):
+            await self._left.park()
 
     async def run(self, listeners: Sequence[Listener]) -> None:
         """Serve until `stop`; the listeners, which accept connections already, are closed.
@@ -127,6 +147,7 @@ class Server:
             await connection.run()
         finally:
             self._connections.remove(connection)
+            self._left.unpark_all()
             self._admitted.pop(connection, None)
             self._report_clients()
 
