@@ -107,14 +107,15 @@ class RedoLog:
         words = self._words
         if words is None:
             return
-        at = (_FIRST + self._next % CAPACITY * _RECORD) >> 3
+        number = self._next
+        at = _FIRST // 8 + number % CAPACITY * _WORDS
         words[at] = a
         words[at + 1] = b
         words[at + 2] = c
         words[at + 3] = d
-        self._next += 1
+        self._next = number = number + 1
         # One store: a process that is killed here has appended the record, or has not.
-        words[_STATE >> 3] = self._first << 32 | self._next
+        words[_STATE // 8] = self._first << 32 | number
 
     def begin_flush(self) -> None:
         """A flush takes its snapshot, which has all that was recorded so far."""
@@ -131,14 +132,14 @@ class RedoLog:
             rounds = self._first // CAPACITY * CAPACITY
             self._first -= rounds
             self._next -= rounds
-        self._words[_STATE >> 3] = self._first << 32 | self._next
+        self._words[_STATE // 8] = self._first << 32 | self._next
 
     def discard(self) -> None:
         """Remove the log: nothing is recovered from it. From any thread; safe to repeat."""
         words = self._words
         if self._path is None or words is None:
             return
-        words[_STAMP >> 3] = 0
+        words[_STAMP // 8] = 0
         with contextlib.suppress(OSError):
             self._path.unlink()
 
