@@ -28,6 +28,7 @@ class ServeOptions:
     ``max_clients``: how many NBD clients are served at once;
     ``standby``: the backing may still be written, so keep nothing of it until told; ``tls``: how
     TLS is offered to clients, None for not at all;
+    ``thin``: the leaf stays an overlay, and nothing is copied into it;
     ``opener`` opens the backing, as `open_backing` does; ``shared``: many guests read the disk,
     each with a server of its own that reads ahead, so here nothing is read ahead or recorded.
     """
@@ -49,6 +50,7 @@ class ServeOptions:
     keep_backing: bool = False
     standby: bool = False
     tls: TlsPolicy | None = None
+    thin: bool = False
     opener: BackingOpener = open_backing
     shared: bool = False
 
@@ -59,6 +61,22 @@ def check_combination(options: ServeOptions) -> None:
         raise UsageError("--prefetch keeps what it fetches: it does not go with --read-only")
     if options.finish_in is not None and options.stream == "off":
         raise UsageError("--finish-in needs a stream job: it cannot be used with --stream off")
+    if options.thin:
+        _check_thin(options)
+
+
+def _check_thin(options: ServeOptions) -> None:
+    """Raise UsageError for options of what a thin leaf does not have."""
+    unfit = {
+        "--stream paused": options.stream == "paused",
+        "--speed": bool(options.speed),
+        "--finish-in": options.finish_in is not None,
+    }
+    for option in (name for name, given in unfit.items() if given):
+        raise UsageError(
+            f"{option} is for the leaf's own stream job: it does not go with --thin, where the "
+            "store fetches"
+        )
 
 
 def check_options(options: ServeOptions) -> None:

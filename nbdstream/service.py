@@ -132,6 +132,7 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
             leaf,
             backing,
             copy_on_read=options.copy_on_read,
+            thin=options.thin,
             detect_zeroes=options.detect_zeroes,
             health=health,
         ) as disk:
@@ -155,7 +156,8 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
                 nursery.start_soon(_let_go_when_local, disk, held)
                 yield Opened(leaf, disk, job, seal, held)
                 nursery.cancel_scope.cancel()
-            await round_off(disk)
+            if not options.thin:
+                await round_off(disk)
 
 
 @asynccontextmanager
@@ -207,7 +209,7 @@ def device_name(disk: StreamedDisk) -> str:
 
 
 def _job(options: ServeOptions, disk: StreamedDisk) -> StreamJob | None:
-    if disk.backing is None or disk.read_only:
+    if disk.backing is None or disk.read_only or disk.thin:
         return None
     job = StreamJob(disk, job_id=device_name(disk), keep_backing=options.keep_backing)
     job.set_speed(options.speed)
@@ -252,7 +254,8 @@ async def _open_images(
             backing = await held.open(opening)
             if not options.standby:
                 await _record(leaf, backing)
-                _remember(options, leaf, backing)
+                if options.backing is not None or leaf.backing != known:
+                    _remember(leaf, backing)
             yield leaf, _fitted(backing, leaf)
         return
     assert options.backing is not None
@@ -291,10 +294,11 @@ def _trusted(leaf: Leaf, known: BackingReference) -> str:
     return uri
 
 
-def _remember(options: ServeOptions, leaf: Leaf, backing: Backing) -> None:
-    """Remember that the leaf's owner has named its backing, if the leaf records just that."""
+def _remember(leaf: Leaf, backing: Backing) -> None:
+    """Remember that the leaf's owner has named its backing, or one that led to it, if the leaf
+    records just that."""
     known = leaf.backing
-    if options.backing is None or leaf.read_only or known is None or not known.format:
+    if leaf.read_only or known is None or not known.format:
         return
     if named_by_image(leaf.path, known.uri, known.format) == backing.uri:
         vouch(leaf.fd, known)

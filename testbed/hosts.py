@@ -16,7 +16,15 @@ import nbd
 
 from testbed.link.control import link_process
 from testbed.link.model import Shape
-from testbed.peers import Peer, binary, nbdkit, nbdstream_serve, run, temporary_directory
+from testbed.peers import (
+    Peer,
+    binary,
+    make_image,
+    nbdkit,
+    nbdstream_serve,
+    run,
+    temporary_directory,
+)
 
 
 def image(*args: str | Path) -> str:
@@ -146,6 +154,15 @@ def store_host(
             yield place
         finally:
             place.kill_process()
+
+
+@contextlib.contextmanager
+def host_of_random_data(directory: Path, size: int) -> Iterator[Host]:
+    """`store_host` with a source of so many bytes, none of them a hole."""
+    source = directory / "source"
+    make_image(source, size, sparse=False)
+    with store_host(source, directory) as host:
+        yield host
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from nbdstream.pivot import run as pivot_run
 from nbdstream.pivot.leftovers import PivotDisk
 from nbdstream.pivot.servers import ControlledServer, Monitor
 from nbdstream.qmp.client import QMPClient
+from nbdstream.qmp.protocol import GenericError
 from testbed.peers import Peer
 
 SIZE = 2 << 20
@@ -84,3 +85,13 @@ async def inserted(path: str) -> list[Any]:
     """What the guest's disks are, as QEMU describes it."""
     devices = await ask(path, "query-block")
     return [device["inserted"] for device in devices if "inserted" in device]
+
+
+_execute = QMPClient.execute
+
+
+async def without_reopening(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
+    """`QMPClient.execute` of a QEMU that cannot replace the file of a disk."""
+    if name == "blockdev-reopen":
+        raise GenericError("told to fail")
+    return await _execute(self, name, *args, **more)

@@ -2,7 +2,6 @@
 """Early pivots: QEMU goes on from a leaf that is not complete, with the backing that it names."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -11,9 +10,17 @@ from nbdstream.guest.disks import Disk
 from nbdstream.pivot import run as pivot_run
 from nbdstream.pivot.servers import Monitor, PivotError
 from nbdstream.qmp.client import QMPClient
-from nbdstream.qmp.protocol import GenericError
 from testbed.peers import Peer, assert_same, make_image, nbdkit, nbdstream_serve, run
-from tests.pivot_support import SIZE, ask, disk_of, is_running, qemu, qemu_io, wait_local
+from tests.pivot_support import (
+    SIZE,
+    ask,
+    disk_of,
+    is_running,
+    qemu,
+    qemu_io,
+    wait_local,
+    without_reopening,
+)
 
 
 @pytest.fixture
@@ -72,20 +79,13 @@ async def test_qemu_goes_on_with_its_own_copy_on_read(
 async def test_an_early_pivot_that_fails_is_taken_back_and_the_stream_goes_on(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    execute = QMPClient.execute
-
-    async def fail(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
-        if name == "blockdev-reopen":
-            raise GenericError("told to fail")
-        return await execute(self, name, *args, **more)
-
     leaf = tmp_path / "leaf.qcow2"
     slow = ("--speed", "64k")
     with nbdkit("file", image, readonly=True) as far:
         with nbdstream_serve(leaf, far.uri, *slow) as server:
             with qemu(tmp_path, Disk.nbd(server.uri)) as vm:
                 await qemu_io(vm, "d0", "write -P 0x11 512 512")
-                monkeypatch.setattr(QMPClient, "execute", fail)
+                monkeypatch.setattr(QMPClient, "execute", without_reopening)
                 with pytest.raises(PivotError, match="told to fail; the guest goes on as before"):
                     await pivot_now(vm, server)
                 monkeypatch.undo()

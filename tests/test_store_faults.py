@@ -29,11 +29,12 @@ def host(tmp_path: Path, shape: Shape | None = None) -> AbstractContextManager[H
     return store_host(source, tmp_path, shape=shape)
 
 
-def test_guests_outlive_the_images_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("thin", [(), ("--thin",)], ids=["filled", "thin"])
+def test_guests_outlive_the_images_process(tmp_path: Path, thin: tuple[str, ...]) -> None:
     """Killed again and again under guests that read all of it: they wait, and get right data."""
     with host(tmp_path, SLOW) as place, ExitStack() as stack:
         guests = [
-            stack.enter_context(place.guest(f"leaf{number}.qcow2", "--stream", "off"))
+            stack.enter_context(place.guest(f"leaf{number}.qcow2", "--stream", "off", *thin))
             for number in range(3)
         ]
         with ThreadPoolExecutor() as pool:
@@ -87,9 +88,12 @@ def test_a_new_version_is_a_new_image(tmp_path: Path) -> None:
             assert_same(server.uri, old_content)
 
 
-def test_an_old_version_shows_what_is_local_and_never_mixes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("thin", [(), ("--thin",)], ids=["filled", "thin"])
+def test_an_old_version_shows_what_is_local_and_never_mixes(
+    tmp_path: Path, thin: tuple[str, ...]
+) -> None:
     with host(tmp_path) as place:
-        with place.guest("old.qcow2", "--stream", "off") as server:
+        with place.guest("old.qcow2", "--stream", "off", *thin) as server:
             with client(server.uri) as handle:
                 kept = handle.pread(4096, 4 * MIB)
             place.kill_process()
@@ -97,7 +101,8 @@ def test_an_old_version_shows_what_is_local_and_never_mixes(tmp_path: Path) -> N
             place.restart_far()
             with client(server.uri) as handle:
                 assert handle.pread(4096, 4 * MIB) == kept
-        with place.guest("old.qcow2", "--stream", "off", "--backing-timeout", "2") as server:
+        options = ("--stream", "off", "--backing-timeout", "2", *thin)
+        with place.guest("old.qcow2", *options) as server:
             with client(server.uri) as handle:
                 assert handle.pread(4096, 4 * MIB) == kept
                 with pytest.raises(nbd.Error, match="EIO"):

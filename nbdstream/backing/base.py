@@ -8,12 +8,15 @@ waits, with retries and backoff, until the data is there or the backing timeout 
 
 import abc
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
 
 from nbdstream.backing.grant import Grant, Priority
 from nbdstream.backing.latency import Counts
 from nbdstream.extents import BackingExtent
 
-__all__ = ["Backing", "BackingStatistics", "Grant", "Priority"]
+__all__ = ["Backing", "BackingStatistics", "Grant", "LocalCopy", "Priority"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,28 @@ class BackingStatistics:
     latency: dict[str, Counts] = field(default_factory=dict)
 
 
+class LocalCopy(Protocol):
+    """A file of this host that has a part of a backing, or all of it, at the same offsets. What it
+    has, it has for good, so a positive answer stays true.
+
+    ``path`` and ``fd`` are the file's; ``hot`` the flags of preadv(2) with which a read does not
+    wait for a device; ``complete`` is set when it has all of the backing.
+    """
+
+    path: str
+    fd: int
+    hot: int
+    complete: trio.Event
+
+    def has(self, offset: int, length: int) -> bool:
+        """Whether it is known to have the whole range. Never blocks."""
+        ...
+
+    async def read(self, view: memoryview, offset: int) -> bool:
+        """Fill the view; False, and nothing is promised of the view, where it does not have it."""
+        ...
+
+
 class Backing(abc.ABC):
     """An open backing. All methods run in the event loop.
 
@@ -52,12 +77,14 @@ class Backing(abc.ABC):
         size: bytes.
         known_identity: its fingerprint, where its server vouches for that, else "".
         timeout: seconds for which reads wait while it is lost; None: without limit.
+        local: the part of it that this host has anyway, where that can be read as a file.
     """
 
     uri: str
     size: int
     known_identity: str = ""
     timeout: float | None = None
+    local: LocalCopy | None = None
 
     @abc.abstractmethod
     async def read(

@@ -84,6 +84,8 @@ class NbdBacking(Backing):
             return
         if offset < 0 or offset + len(view) > self.size:
             raise UsageError(f"read of {len(view)} bytes at {offset} of a {self.size} byte backing")
+        if self.local is not None and await self.local.read(view, offset):
+            return
 
         async def attempt(connection: Connection) -> Timing:
             self.scheduler.send(flight)

@@ -12,6 +12,7 @@ class PaddedBacking(Backing):
         self.uri = backing.uri
         self.size = size
         self.timeout = backing.timeout
+        self.local = backing.local
         self._backing = backing
 
     async def read(

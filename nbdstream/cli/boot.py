@@ -19,6 +19,7 @@ from nbdstream.cli.options import (
     speed_option,
     store_option,
     stream_option,
+    thin_option,
 )
 from nbdstream.cli.output import say
 from nbdstream.cli.params import (
@@ -57,6 +58,7 @@ TEMPORARY_LEAF = "temporary-leaf.qcow2"
 )
 @click.option("-f", "--format", "image_format", type=FORMAT, help=FORMAT_HELP)
 @store_option
+@thin_option
 @click.option(
     "-m", "--memory", type=SIZE, default=DEFAULT_MEMORY, help="Guest memory.  [default: 1G]"
 )
@@ -74,6 +76,7 @@ def boot(
     leaf: str | None,
     image_format: str | None,
     store: str | None,
+    thin: bool,
     memory: int,
     stream: str,
     speed: int,
@@ -97,7 +100,14 @@ def boot(
             speed=speed,
             prefetch=named_profile(prefetch),
             profiles=profile_store(prefetch),
-            opener=opener_for(store, leaf_path, temporary=Path(leaf_path).name == TEMPORARY_LEAF),
+            thin=thin,
+            opener=opener_for(
+                store,
+                leaf_path,
+                temporary=Path(leaf_path).name == TEMPORARY_LEAF,
+                thin=thin,
+                stream=stream,
+            ),
         )
         listener = listen_unix(socket)
         machine = Machine(

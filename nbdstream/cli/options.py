@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from nbdstream.cli.params import RATE
+from nbdstream.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -24,6 +25,13 @@ store_option = click.option(
     "--store",
     metavar="DIR",
     help="Fetch through the host's image store (--store, or --store=DIR).",
+)
+
+
+thin_option = click.option(
+    "--thin",
+    is_flag=True,
+    help="Leave the leaf an overlay on the store's image: copy nothing into it (needs --store).",
 )
 
 
@@ -48,3 +56,13 @@ prefetch_option = click.option(
     show_default=True,
     help="Fetch first what a boot profile names: auto (that of the image, if known), off, a file.",
 )
+
+
+def check_ending(when_complete: bool, pivot: bool, *, read_only: bool, thin: bool) -> None:
+    """How a server is to end by itself, where it can. Raises UsageError."""
+    if pivot and read_only:
+        raise UsageError(
+            "--pivot gives the leaf to the guest's QEMU: it does not go with --read-only"
+        )
+    if when_complete and thin:
+        raise UsageError("--thin: the leaf is never complete; leave out --exit-when-complete")

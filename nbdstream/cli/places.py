@@ -68,20 +68,29 @@ def roomy_directory() -> Iterator[Path]:
 
 
 def opener_for(
-    store: str | None, leaf: str, *, temporary: bool = False, standby: bool = False
+    store: str | None,
+    leaf: str,
+    *,
+    temporary: bool = False,
+    standby: bool = False,
+    thin: bool = False,
+    stream: str = "off",
 ) -> BackingOpener:
-    """How to open a leaf's backing: by way of a store if there is one ("": the host's).
+    """How to open a leaf's backing: by way of a store if there is one ("": the host's). For a
+    ``thin`` leaf it is the store that streams.
 
     Raises UsageError, StoreError.
     """
     if store is None:
+        if thin:
+            raise UsageError("--thin leaves the data in the image store: it needs --store")
         return open_backing
     if standby:
         raise UsageError("--standby follows a disk that is in use: it does not go with --store")
     # Here: most servers do without a store.
     from nbdstream.store.client import StoreOpener
 
-    return StoreOpener(open_store(store), leaf, temporary)
+    return StoreOpener(open_store(store), leaf, temporary, pull=thin and stream == "on")
 
 
 def open_store(place: str) -> "Store":

@@ -19,10 +19,12 @@ from nbdstream.cli.listening import check_places, listening, tls_policy
 from nbdstream.cli.notify import notify
 from nbdstream.cli.options import (
     StoreCommand,
+    check_ending,
     prefetch_option,
     speed_option,
     store_option,
     stream_option,
+    thin_option,
 )
 from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import (
@@ -36,7 +38,6 @@ from nbdstream.cli.places import named_profile, opener_for, profile_store
 from nbdstream.cli.run import end_on_signals, run_command, stop_when_complete
 from nbdstream.cli.steering import start_steering, steering
 from nbdstream.disk import DetectZeroes
-from nbdstream.errors import UsageError
 from nbdstream.net.listeners import Listener
 from nbdstream.options import ServeOptions, check_options
 from nbdstream.server.handshake import Tls
@@ -81,6 +82,7 @@ from nbdstream.service import Service, open_service
 )
 @click.option("-e", "--export", default="", metavar="NAME", help="The export's name.")
 @store_option
+@thin_option
 @click.option("--read-only", is_flag=True, help="Refuse writes and do not change the leaf.")
 @click.option(
     "--copy-on-read",
@@ -166,6 +168,7 @@ def serve(
     tls_verify_peer: bool,
     export: str,
     store: str | None,
+    thin: bool,
     read_only: bool,
     copy_on_read: str,
     stream: str,
@@ -194,10 +197,7 @@ def serve(
     if finish_by is not None:
         say("nbdstream: warning: --finish-by is deprecated: use --finish-in", err=True)
         finish_in = finish_by if finish_in is None else finish_in
-    if qmp is not None and read_only:
-        raise UsageError(
-            "--pivot gives the leaf to the guest's QEMU: it does not go with --read-only"
-        )
+    check_ending(exit_when_complete, qmp is not None, read_only=read_only, thin=thin)
     options = ServeOptions(
         leaf=leaf,
         backing=backing,
@@ -216,7 +216,8 @@ def serve(
         keep_backing=keep_backing,
         standby=standby,
         tls=tls_policy(tls, tls_certificates, verify_peer=tls_verify_peer),
-        opener=opener_for(store, leaf, standby=standby),
+        thin=thin,
+        opener=opener_for(store, leaf, standby=standby, thin=thin, stream=stream),
     )
     if check:
         check_places(socket, listen, metrics)

@@ -112,6 +112,8 @@ class DiskCommands:
 
     @command("x-nbdstream-copy-on-read")
     async def copy_on_read(self, enable: bool) -> None:
+        if enable and self._disk.thin:
+            raise GenericError("The leaf is thin: nothing is copied into it")
         self._disk.copy_on_read = enable
 
     def _check_offset(self, offset: int) -> None:

@@ -54,6 +54,8 @@ class Parameters:
             non_negative("speed", speed)
             if job is None:
                 raise GenericError("there is nothing to stream")
+        if copy_on_read and self._disk.thin:
+            raise GenericError("the leaf is thin: nothing is copied into it")
         if max_clients is not None:
             self._server.max_clients = max_clients
         if backing_timeout is not None and backing is not None:

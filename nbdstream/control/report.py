@@ -20,6 +20,7 @@ def statistics(disk: StreamedDisk, job: StreamJob | None) -> JSONObject:
 
     ``owner`` is false, and ``frozen`` says why, where another server owns the disk
     (docs/migration.md). ``problems`` lists what has failed for good, where something has.
+    ``thin`` is there where the leaf is, with whether all of the image below it is local.
     ``backing`` is missing once there is none
     (everything is local), ``job`` where there never was anything to stream; it describes the
     last run where its status is "null".
@@ -30,6 +31,9 @@ def statistics(disk: StreamedDisk, job: StreamJob | None) -> JSONObject:
         "owner": not disk.gate.reason,
         "disk": {_spell(name): value for name, value in disk.statistics().items()},
     }
+    if disk.thin:
+        local = disk.backing.local if disk.backing is not None else None
+        report["thin"] = {"complete": local is None or local.complete.is_set()}
     if disk.gate.reason:
         report["frozen"] = disk.gate.reason
     if disk.health.problems:

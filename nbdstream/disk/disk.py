@@ -24,6 +24,7 @@ import trio
 
 from nbdstream.backing.base import Backing, Priority
 from nbdstream.disk.atomic import Atomically
+from nbdstream.disk.beneath import Beneath
 from nbdstream.disk.changes import Changer, DetectZeroes
 from nbdstream.disk.fetch import Fetch, Fetcher
 from nbdstream.disk.flush import Flusher
@@ -57,6 +58,7 @@ class StreamedDisk:
 
     Attributes:
         copy_on_read: whether what a guest reads is kept; may be set at any time.
+        thin: nothing is copied into the leaf but what a guest's writes need.
         reads_ahead: whether more is fetched for guests that read sequentially; likewise.
         detect_zeroes: what becomes of guest writes of zeroes.
         backing: None once everything is local, or if there never was one.
@@ -75,6 +77,7 @@ class StreamedDisk:
         nursery: trio.Nursery,
         *,
         copy_on_read: bool,
+        thin: bool,
         detect_zeroes: DetectZeroes,
         health: Health,
         writeback: Writeback,
@@ -86,6 +89,7 @@ class StreamedDisk:
         self.read_only = leaf.read_only
         self.preferred_block_size = max(leaf.block_size, 4096)
         self.copy_on_read = copy_on_read
+        self.thin = thin
         self.reads_ahead = True
         self.demand_misses = 0
         self.demand_bytes = 0
@@ -125,6 +129,7 @@ class StreamedDisk:
         self._fetcher: Fetcher | None = None
         self._populator: Populator | None = None
         self._readahead: Readahead | None = None
+        self._beneath: Beneath | None = None
         if self.backing is not None:
             self._attach_backing(leaf, self.backing)
 
@@ -133,13 +138,21 @@ class StreamedDisk:
         report, stored = self.health.report, self.writeback.stored
         fetcher = Fetcher(leaf, backing, self._nursery, self._atomically, report, stored)
         self._fetcher = fetcher
+        if backing.local is not None:
+            self._beneath = Beneath(leaf, backing.local, fetcher, self._hot, lambda: self._keeps)
         if not leaf.read_only:
+            store = not self.thin
             self._populator = Populator(
-                leaf, backing, self._lookup, fetcher, self._atomically, self.writeback
+                leaf, backing, self._lookup, fetcher, self._atomically, self.writeback, store=store
             )
             self._readahead = Readahead(
-                leaf, backing, fetcher, self._nursery, self.leaf_extents, report
+                leaf, backing, fetcher, self._nursery, self.leaf_extents, report, store=store
             )
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether what guests read is put into the leaf."""
+        return self.copy_on_read and not (self.thin or self.read_only or self.gate.standing_by)
 
     # -- the hot path ----------------------------------------------------------------
 
@@ -155,7 +168,9 @@ class StreamedDisk:
             except OSError:
                 return _MISS  # not in the page cache (EAGAIN), or the slow path's to report
             return _DONE if done == len(view) else _MISS
-        return _ZERO if host == ALL_ZERO else _MISS
+        if host == ALL_ZERO:
+            return _ZERO
+        return _MISS if self._beneath is None else self._beneath.read_nowait(view, offset)
 
     def read_from_any_thread(self, view: memoryview, offset: int) -> Hit:
         """`read_nowait` for threads other than the event loop's.
@@ -165,6 +180,8 @@ class StreamedDisk:
         between: before space is used again there is a flush.
         """
         host = self._locate(offset, len(view))
+        if host == SCATTERED:
+            return Hit.MISS
         hit = self.read_nowait(view, offset)
         return hit if host == self._locate(offset, len(view)) else Hit.MISS
 
@@ -208,8 +225,8 @@ class StreamedDisk:
     def _demand(self, missing: list[LeafExtent]) -> list[Fetch]:
         """Fetch what a guest waits for."""
         self.demand_misses += 1
-        keep = self.copy_on_read and not self.gate.standing_by
-        readahead = self._readahead if keep and self.reads_ahead else None
+        keep = self._keeps
+        readahead = self._readahead if (keep or self.thin) and self.reads_ahead else None
         fetches: list[Fetch] = []
         for extent in missing:
             self.demand_bytes += extent.length
@@ -330,7 +347,7 @@ class StreamedDisk:
             await self.flush()
         else:
             await self._flusher.flush_then(self.leaf.drop_backing)
-        self.backing = None
+        self.backing = self._beneath = None
         self.completed.set()
 
     # -- looking at it ---------------------------------------------------------------

@@ -123,6 +123,14 @@ class Fetcher:
         """The fetch that has the cluster around ``offset``, if there is one."""
         return self._by_cluster.get(offset // self._leaf.cluster_size)
 
+    def touches(self, offset: int, length: int) -> bool:
+        """Whether a fetch is under way that has a cluster of the range."""
+        size = self._leaf.cluster_size
+        return bool(self._by_cluster) and any(
+            cluster in self._by_cluster
+            for cluster in range(offset // size, (offset + length - 1) // size + 1)
+        )
+
     def start(
         self,
         offset: int,

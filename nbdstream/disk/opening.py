@@ -22,12 +22,14 @@ async def open_disk(
     backing: Backing | None,
     *,
     copy_on_read: bool = True,
+    thin: bool = False,
     detect_zeroes: DetectZeroes = DetectZeroes.OFF,
     health: Health | None = None,
 ) -> AsyncIterator["StreamedDisk"]:
     """A disk over an open leaf and its backing, and the tasks that belong to it.
 
-    ``health`` is where failures are reported that end nothing else.
+    ``thin``: copy nothing into the leaf. ``health`` is where failures are reported that end
+    nothing else.
 
     At the end, fetches under way are dropped, and what the leaf has is flushed; leaf and
     backing stay open, they are the caller's, but for a leaf that was taken back
@@ -40,6 +42,7 @@ async def open_disk(
                 backing,
                 nursery,
                 copy_on_read=copy_on_read,
+                thin=thin,
                 detect_zeroes=detect_zeroes,
                 health=health or Health(),
                 writeback=writeback,

@@ -86,7 +86,12 @@ class Populator:
         fetcher: Fetcher,
         atomically: Atomically,
         writeback: Writeback,
+        *,
+        store: bool = True,
     ) -> None:
+        """``store``: put into the leaf what is fetched. Without it, units are only fetched, so
+        that a store which is the backing has them."""
+        self._store = store
         self._leaf = leaf
         self._backing = backing
         self._lookup = lookup
@@ -116,7 +121,8 @@ class Populator:
 
     async def _next(self, gap: LeafExtent, end: int, priority: Priority) -> Unit | None:
         if self._lookup.known_zero(gap):
-            await self.fill_zero(gap.offset, gap.length)
+            if self._store:
+                await self.fill_zero(gap.offset, gap.length)
             return Unit(gap.offset, gap.length, None)
         unit = await self._atomically(self._begin, gap.offset, end, priority, None)
         if unit is None:
@@ -176,5 +182,5 @@ class Populator:
             while stop < min(limit, gap.end) and self._fetcher.under_way(stop) is None:
                 stop += cluster
         length = min(stop, gap.end) - gap.offset
-        fetches = self._fetcher.start(gap.offset, length, priority, store=True, grant=grant)
+        fetches = self._fetcher.start(gap.offset, length, priority, store=self._store, grant=grant)
         return Unit(gap.offset, length, fetches[0])

@@ -89,9 +89,12 @@ class Readahead:
         nursery: trio.Nursery,
         look: Look,
         report: Report,
+        *,
+        store: bool = True,
     ) -> None:
         """``look(offset, length, limit)`` returns the first extents of the leaf in a range;
-        ``report`` is told when readahead fails in a way that nothing accounts for."""
+        ``report`` is told when readahead fails in a way that nothing accounts for; ``store``:
+        put into the leaf what is fetched."""
         self.bytes = 0
         self._leaf = leaf
         self._backing = backing
@@ -99,6 +102,7 @@ class Readahead:
         self._nursery = nursery
         self._look = look
         self._report = report
+        self._store = store
         self._streams: list[_Stream] = []  # the last one used is the last
 
     # -- sequential reads --------------------------------------------------------------
@@ -170,7 +174,7 @@ class Readahead:
             start,
             end - start,
             Priority.READAHEAD,
-            store=True,
+            store=self._store,
             park=start == stream.mark,
             grant=grant,
         )

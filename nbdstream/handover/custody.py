@@ -18,16 +18,19 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
 
+from nbdstream.backing import Backing
 from nbdstream.disk import StreamedDisk, round_off
 from nbdstream.disk.gate import GateState
 from nbdstream.errors import LeafError, LeafInUseError, UsageError
 from nbdstream.export import StatusExtent
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import Leaf
+from nbdstream.leaf.marks import vouch
 from nbdstream.streamer.job import JobStatus, StreamJob
 from nbdstream.tasks import in_worker, start_contained
 
@@ -134,6 +137,8 @@ class Custody:
         disk = self.disk
         if disk.read_only:
             return "the leaf is served read-only"
+        if disk.thin and disk.backing is not None:
+            return self._refusal_of_thin(disk.backing)
         if disk.backing is None:
             return disk.gate.reason
         if not incomplete:
@@ -141,6 +146,13 @@ class Custody:
         if disk.leaf.format == "raw":
             return "the leaf is not complete, and only nbdstream can tell what a raw leaf lacks"
         return disk.gate.reason
+
+    def _refusal_of_thin(self, backing: Backing) -> str:
+        if backing.local is None or not backing.local.complete.is_set():
+            return "the leaf is thin, and the store's image below it is not wholly local yet"
+        if self.disk.leaf.format == "raw":
+            return "the leaf is thin, and only nbdstream can tell what a raw leaf lacks"
+        return self.disk.gate.reason
 
     async def release(self, *, incomplete: bool = False) -> None:
         """Let go of the leaf. Does nothing if that was done before. ``incomplete``: as in
@@ -160,7 +172,7 @@ class Custody:
             try:  # if that fails or is cancelled, all goes on as before
                 await self._stop_job()
                 await self._drain()
-                await self._round_off()
+                await self._settle()
             except BaseException:
                 self._go_on()
                 raise
@@ -179,9 +191,17 @@ class Custody:
         if self._busy:
             raise UsageError("requests are under way that do not end: try again")
 
-    async def _round_off(self) -> None:
-        """QEMU is not to find clusters that are local in part."""
-        if not await round_off(self.disk, ROUND_OFF_SECONDS):
+    async def _settle(self) -> None:
+        """Leave the leaf as QEMU needs it: a thin one names the image below it; another one has
+        no clusters that are local in part."""
+        backing = self.disk.backing
+        if self.disk.thin and backing is not None and backing.local is not None:
+            known = self.disk.leaf.backing
+            assert known is not None
+            below = replace(known, uri=backing.local.path, format="raw")
+            await self.disk.record_backing(below)
+            vouch(self.disk.leaf.fd, below)
+        elif not await round_off(self.disk, ROUND_OFF_SECONDS):
             raise UsageError("the backing does not deliver what some clusters lack: try again")
 
     async def take_back(self) -> bool:

@@ -29,11 +29,14 @@ class LetGo:
             "size": leaf.size,
             "let-go": self._custody.let_go,
         }
-        if self._custody.disk.backing is not None and leaf.backing is not None:
+        disk = self._custody.disk
+        if disk.thin and disk.backing is not None and disk.backing.local is not None:
+            answer["image"] = disk.backing.local.path
+        elif disk.backing is not None and leaf.backing is not None:
             answer["backing"] = {"uri": leaf.backing.uri, "format": leaf.backing.format}
         reason = "" if self._custody.let_go else self._custody.refusal(incomplete=now)
-        if now and not reason:
-            await round_off(self._custody.disk)
+        if now and not reason and not disk.thin:
+            await round_off(disk)
         return answer | ({"refused": reason} if reason else {})
 
     @command("x-nbdstream-let-go")

@@ -37,10 +37,12 @@ class Syncs:
 
     Attributes:
         failure: the first failure, which is final.
+        on_failure: called then, in the worker.
     """
 
     def __init__(self, path: str) -> None:
         self.failure: SyncError | None = None
+        self.on_failure: Callable[[], None] | None = None
         self._path = path
         self._redo = RedoLog()
 
@@ -68,6 +70,8 @@ class Syncs:
                 self._path,
                 error.strerror,
             )
+            if self.on_failure is not None:
+                self.on_failure()
             raise self.failure from error
 
     def require(self) -> None:

@@ -66,6 +66,25 @@ def open_locked(path: str, *, read_only: bool) -> int:
     return fd
 
 
+def stop_writing(fd: int) -> None:
+    """Tell other processes that an image which was opened for writing is only read from now on.
+    Raises OSError."""
+    for permission in _DENIED:
+        request = FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _USES + permission, 1, 0)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+
+
+def is_open_elsewhere(path: str) -> bool:
+    """Whether a process that locks as QEMU does has the image open. This takes no lock.
+    Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        probe = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _USES, 2 * (_DENIES - _USES), 0)
+        return bool(FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe))[0] != fcntl.F_UNLCK)
+    finally:
+        os.close(fd)
+
+
 def _require_regular(fd: int, path: str) -> None:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise LeafUnsupportedError(f"{path} is not a regular file: leaf images are files")

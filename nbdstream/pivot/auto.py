@@ -5,6 +5,7 @@ import logging
 
 import trio
 
+from nbdstream.disk import StreamedDisk
 from nbdstream.errors import NbdstreamError
 from nbdstream.pivot.leftovers import PivotDisk
 from nbdstream.pivot.run import pivot
@@ -22,7 +23,8 @@ _SETTLE = 1.0
 
 
 async def pivot_when_complete(service: Service, monitor: Monitor) -> float:
-    """Wait until all is local, and then for the pivot to succeed.
+    """Wait until all is local, in the leaf or (of a thin one) in the store, and then for the
+    pivot to succeed.
 
     An attempt that is refused is logged in one line, and made again: after a growing pause, or
     when a client comes or goes (a guest that was started only now, say). The caller stops the
@@ -31,9 +33,7 @@ async def pivot_when_complete(service: Service, monitor: Monitor) -> float:
     Returns:
         Seconds for which the guest was stopped.
     """
-    disk = service.opened.disk
-    if disk.backing is not None:
-        await disk.completed.wait()
+    await _wait_independent(service.opened.disk)
     delay, said = RETRY_FIRST, ""
     while True:
         try:
@@ -48,3 +48,12 @@ async def pivot_when_complete(service: Service, monitor: Monitor) -> float:
         if not waiting.cancelled_caught:
             delay = RETRY_FIRST
             await trio.sleep(_SETTLE)
+
+
+async def _wait_independent(disk: StreamedDisk) -> None:
+    """Return when QEMU could have the leaf without us."""
+    backing = disk.backing
+    if disk.thin and backing is not None and backing.local is not None:
+        await backing.local.complete.wait()
+    elif backing is not None:
+        await disk.completed.wait()

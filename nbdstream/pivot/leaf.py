@@ -20,7 +20,7 @@ IMAGE, BACKING = "-image", "-backing"
 class PivotLeaf:
     """A disk that has passed the checks: its server, the leaf as QEMU sees it, the leaf's node to
     be (``node``), and what it is to replace. ``backing``: what QEMU reads that the leaf does not
-    have, as a node; empty for a complete leaf."""
+    have, as a node; empty for a complete leaf. ``thin``: it is not to be copied into the leaf."""
 
     server: DiskServer
     leaf: str
@@ -28,6 +28,7 @@ class PivotLeaf:
     attached: Attached
     node: str
     backing: JSONObject = field(default_factory=dict)
+    thin: bool = False
 
     def added(self) -> list[JSONObject]:
         """Arguments of blockdev-add for the leaf, one node after the other."""
@@ -40,6 +41,9 @@ class PivotLeaf:
         if self.backing:
             # By a name: QEMU would mix options with what the image says of its backing.
             below = [{**self.backing, "node-name": self.node + BACKING}]
+        if self.backing and self.thin:
+            node["backing"] = self.node + BACKING
+        elif self.backing:
             image = {**node, "node-name": self.node + IMAGE, "backing": self.node + BACKING}
             node = {"driver": "copy-on-read", "node-name": self.node, **common, "file": image}
         if self.attached.device:
@@ -98,12 +102,17 @@ async def _try(qemu: QMPClient, node: JSONObject, words: str) -> None:
     await qemu.execute("blockdev-del", {"node-name": PROBE})
 
 
-def backing_node(backing: JSONObject | None) -> JSONObject:
-    """The backing that a leaf names, as a node of QEMU; empty for none.
+def backing_node(facts: JSONObject) -> JSONObject:
+    """What a leaf lacks, as a node of QEMU: the image that it stays on, or the backing that it
+    names; empty for a complete leaf. ``facts`` are the server's.
 
     Raises:
-        PivotError: QEMU does not reach it by that name.
+        PivotError: QEMU does not reach the backing by that name.
     """
+    if "image" in facts:
+        file = {"driver": "file", "filename": facts["image"]}
+        return {"driver": "raw", "read-only": True, "file": file}
+    backing = facts.get("backing")
     if backing is None:
         return {}
     uri, image_format = backing["uri"], backing["format"]

@@ -107,8 +107,17 @@ async def _prepare(qemu: QMPClient, disks: Sequence[PivotDisk], *, now: bool) ->
             raise PivotError(f"{facts['leaf']}: {reason}")
         attached = graph.find(facts["uris"])
         leaf, node = disk.leaf_path or facts["leaf"], LEAF + secrets.token_hex(4)
-        backing = backing_node(facts.get("backing"))
-        prepared.append(PivotLeaf(disk.server, leaf, facts["format"], attached, node, backing))
+        prepared.append(
+            PivotLeaf(
+                disk.server,
+                leaf,
+                facts["format"],
+                attached,
+                node,
+                backing_node(facts),
+                thin="image" in facts,
+            )
+        )
         await prepared[-1].probe(qemu)
     if len({one.attached.name for one in prepared}) < len(prepared):
         raise PivotError("the same disk is named twice")

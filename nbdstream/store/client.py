@@ -19,9 +19,10 @@ from nbdstream.net.address import NbdUri, UnixAddress
 from nbdstream.store.exports import BACKGROUND, export_name
 from nbdstream.store.launch import waker
 from nbdstream.store.layout import Image, Store
+from nbdstream.store.local import LocalImage
 from nbdstream.store.register import Membership, join
 from nbdstream.store.resolve import resolve, whole_uri
-from nbdstream.tasks import in_worker
+from nbdstream.tasks import in_worker, open_background_nursery, start_contained
 from nbdstream.text import redacted
 
 log = logging.getLogger(__name__)
@@ -31,12 +32,14 @@ log = logging.getLogger(__name__)
 class StoreOpener:
     """Opens backings by way of a store: a `nbdstream.backing.BackingOpener`.
 
-    ``leaf`` is the user's image; ``temporary``: it goes away with this process.
+    ``leaf`` is the user's image; ``temporary``: it goes away with this process. ``pull``: all of
+    the store's image is to be fetched.
     """
 
     store: Store
     leaf: str
     temporary: bool = False
+    pull: bool = False
 
     def __call__(
         self,
@@ -57,7 +60,7 @@ class StoreOpener:
         identity: str,
         size: int,
     ) -> AsyncIterator[NbdBacking]:
-        uri = whole_uri(uri)
+        uri = whole_uri(await in_worker(self._source, uri))
         image, membership = await self._join(uri, identity, size)
         try:
             endpoint = image_endpoint(image, uri)
@@ -75,12 +78,33 @@ class StoreOpener:
                 size=image.record.size,
                 identity=image.record.identity,
             ) as backing:
-                yield backing
+                async with self._beside(backing, image, uri):
+                    yield backing
         except BaseException:
             membership.pause()
             raise
         # Only who does not need the backing any more leaves the block without an error.
         await in_worker(membership.leave)
+
+    @asynccontextmanager
+    async def _beside(self, backing: NbdBacking, image: Image, uri: str) -> AsyncIterator[None]:
+        """What is done besides while the backing is open: read the image's file ourselves."""
+        local = await in_worker(LocalImage, image)
+        try:
+            async with open_background_nursery() as nursery:
+                backing.local = local
+                start_contained(nursery, f"image {image.id}", _logged, local.watch)
+                if self.pull:
+                    start_contained(nursery, f"image {image.id}", _logged, _pull, image, uri)
+                yield
+        finally:
+            local.close()
+
+    def _source(self, uri: str) -> str:
+        """Where the image comes from that a leaf names: one that QEMU has had names the image's
+        file in the store."""
+        image = self.store.at(uri)
+        return uri if image is None else image.record.uri
 
     async def _join(self, uri: str, identity: str, size: int) -> tuple[Image, Membership]:
         """Find or make the image, and enter ourselves as its user before it can be removed."""
@@ -92,6 +116,19 @@ class StoreOpener:
                 )
             except ImageGoneError:
                 continue  # it was removed in between
+
+
+async def _pull(image: Image, uri: str) -> None:
+    """A task: have all of the image fetched. Raises StoreError, BackingError, OSError."""
+    if image.complete or image.pull.exists():
+        return  # its process knows
+    from nbdstream.store.upkeep import pull  # loads the client of its control socket
+
+    await pull(image, uri)
+
+
+def _logged(_name: str, _error: BaseException) -> None:
+    """A failure that costs the guest nothing but speed was logged; that is all."""
 
 
 def image_endpoint(image: Image, uri: str) -> Endpoint:

@@ -3,6 +3,7 @@
 
     images/ID/          an image
         image.raw           its leaf, with image.raw.map beside it until it is wholly local
+        live-BOOT           what is in the leaf now (`nbdstream.store.live`)
         record.json         where it is from, which content it has, its size
         lock                held by who changes the directory or looks at all users
         users/              the register (`nbdstream.store.register`)
@@ -33,6 +34,7 @@ from nbdstream.leaf.files import sync_directory
 from nbdstream.store.files import read_record, touch, write_record
 from nbdstream.store.locks import FileLock, acquire, is_held
 
+LEAF_NAME = "image.raw"
 ROOT_PLACE = "/var/lib/nbdstream"
 # Seconds for which another process may change an image's directory before we give up.
 LOCK_TIMEOUT = 30.0
@@ -77,7 +79,7 @@ class Image:
 
     @property
     def leaf(self) -> Path:
-        return self.directory / "image.raw"
+        return self.directory / LEAF_NAME
 
     @property
     def users(self) -> Path:
@@ -190,6 +192,12 @@ class Store:
             raise StoreError(f"image {wanted} is not what its name says: remove it")
         return image
 
+    def at(self, path: str) -> Image | None:
+        """The image whose file this path leads to, if there is one. Raises OSError."""
+        place = Path(os.path.realpath(path))
+        directory = self.root.resolve() / "images" / place.parent.name
+        return self._load(directory) if place == directory / LEAF_NAME else None
+
     def latest(self, uri: str) -> Image | None:
         """The newest image from there, if there is one. Raises OSError."""
         return next((image for image in reversed(self.images()) if image.record.uri == uri), None)
@@ -236,7 +244,7 @@ class Store:
         (building / "users").mkdir(mode=0o700, parents=True)
         try:
             create_leaf(
-                str(building / "image.raw"),
+                str(building / LEAF_NAME),
                 format="raw",
                 size=record.size,
                 cluster_size=None,

@@ -8,7 +8,7 @@ again, and guests' servers start another process and ask once more.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import trio
@@ -16,11 +16,14 @@ import trio
 from nbdstream.backing import open_backing
 from nbdstream.control import control_server, listen_control
 from nbdstream.disk import StreamedDisk
+from nbdstream.leaf.locking import stop_writing
+from nbdstream.leaf.raw.leaf import RawLeaf
 from nbdstream.net.listeners import Listener, close_all, listen_unix
 from nbdstream.server.server import Server
 from nbdstream.service import ServeOptions, device_name, open_stream
 from nbdstream.store.exports import LOOK_INTERVAL, Space, image_exports
 from nbdstream.store.layout import Image
+from nbdstream.store.live import LiveMap
 from nbdstream.store.locks import acquire
 from nbdstream.streamer.job import ACTIVE, StreamJob
 from nbdstream.tasks import in_worker, start_contained
@@ -68,10 +71,14 @@ async def serve_image(
             opener=partial(open_backing, later=True),
             shared=True,
         )
-        async with open_stream(options) as opened:
-            with _listening(image) as (listener, control):
-                process = _Process(image, opened.disk, opened.job)
-                await process.run(listener, control, idle_time, ready, stop)
+        with ExitStack() as after_the_leaf:
+            async with open_stream(options) as opened:
+                if isinstance(opened.leaf, RawLeaf) and not complete:
+                    # Here in the loop: no task of the disk has run so far.
+                    after_the_leaf.callback(LiveMap(image, opened.leaf).close)
+                with _listening(image) as (listener, control):
+                    process = _Process(image, opened.disk, opened.job)
+                    await process.run(listener, control, idle_time, ready, stop)
 
 
 @contextmanager
@@ -169,7 +176,9 @@ class _Process:
                 paused = False
 
     async def _note_completion(self) -> None:
-        """Once all is local there is nothing left to pull."""
+        """Once all is local there is nothing left to pull, or to write: QEMU may have the image as
+        the backing file of a guest's overlay, and refuses one that another process may write."""
         if self._disk.backing is not None:
             await self._disk.completed.wait()
+            stop_writing(self._disk.leaf.fd)
         await in_worker(lambda: self._image.pull.unlink(missing_ok=True))

@@ -2,7 +2,8 @@
 """Looking after a store: what is in it, and removing what is not needed.
 
 An image is only ever removed while its lock is held and its register is empty, after its process
-has ended. So no server can begin to use it meanwhile, and none that uses it loses it.
+has ended, and while no QEMU has it open. So no server can begin to use it meanwhile, and none that
+uses it loses it.
 """
 
 import logging
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from nbdstream.errors import ImageGoneError, StoreError
 from nbdstream.leaf import MAP_SUFFIX
+from nbdstream.leaf.locking import is_open_elsewhere
 from nbdstream.leaf.raw.map import local_runs
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import QMPError
@@ -134,6 +136,11 @@ async def remove(store: Store, image: Image) -> None:
                 "stop the guests, and delete the leaves or let them become complete"
             )
         await _end_process(image)
+        if await in_worker(is_open_elsewhere, str(image.leaf)):
+            raise StoreError(
+                f"image {image.id} is open in another program, which may be the QEMU of a guest "
+                "on a thin leaf: stop it first"
+            )
         await in_worker(store.discard, image)
     await in_worker(store.clean)
 

@@ -52,7 +52,12 @@ DEFAULT_CLUSTER_SIZE = 65536
 
 
 class RawLeaf(DurableLeaf):
-    """A raw image; see the module's docstring for what is durable when."""
+    """A raw image; see the module's docstring for what is durable when.
+
+    Attributes:
+        on_allocated: called with the offset and length of what was not allocated before a
+            write or zero, and is in the file now, whether or not that is durable.
+    """
 
     format = "raw"
     may_compress = False
@@ -67,6 +72,7 @@ class RawLeaf(DurableLeaf):
         self.read_only = read_only
         self.fd = open_locked(path, read_only=read_only)
         self._syncs = Syncs(path)
+        self.on_allocated: Callable[[int, int], None] = _nothing
         self._map: AllocationMap | None = None
         self._redo = redo.RedoLog()
         try:
@@ -110,6 +116,11 @@ class RawLeaf(DurableLeaf):
         self._syncs.sync(self.fd)
         self._map.recover(records, self._syncs)
 
+    def on_failed_sync(self, call: Callable[[], None]) -> None:
+        """Have it called, in a worker, when a sync fails: what the page cache has may differ from
+        what is on the disk from then on."""
+        self._syncs.on_failure = call
+
     # -- where things are ------------------------------------------------------------
 
     def locate(self, offset: int, length: int) -> int:
@@ -141,6 +152,7 @@ class RawLeaf(DurableLeaf):
         claims = allocation.claim(offset, len(view))
         write_exactly(self.fd, view, offset)
         allocation.mark(claims)
+        self.on_allocated(offset, len(view))
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """See `Leaf.zero`. With ``unmap`` a hole is punched."""
@@ -151,6 +163,7 @@ class RawLeaf(DurableLeaf):
         files.zero_range(self.fd, offset, length, unmap=unmap)
         if allocation is not None and claims is not None:
             allocation.mark(claims)
+            self.on_allocated(offset, length)
 
     # -- durability ------------------------------------------------------------------
 
@@ -215,6 +228,10 @@ class RawLeaf(DurableLeaf):
     def describe(self) -> dict[str, object]:
         """See `Leaf.describe`: the name of the map, if there is one."""
         return {"map": self.path + MAP_SUFFIX} if self._map is not None else {}
+
+
+def _nothing(_offset: int, _length: int) -> None:
+    """`RawLeaf.on_allocated` of a leaf that no other process reads."""
 
 
 def open_image(path: str, *, read_only: bool, repair: bool = False) -> RawLeaf:
