@@ -46,6 +46,7 @@ from nbdstream.streamer.automatic import prefetch
 from nbdstream.streamer.job import StreamJob
 from nbdstream.streamer.profile import read_profile
 from nbdstream.streamer.recorder import record_boot
+from nbdstream.streamer.room import Space, leave_room
 from nbdstream.tasks import in_worker, start_contained, surely
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,12 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
             async with trio.open_nursery() as nursery:
                 tasks: list[tuple[str, Callable[[], Awaitable[None]]]] = []
                 if job is not None:
-                    tasks += [("stream job", job.run), ("deadline", job.deadline.run)]
+                    space = Space(lambda: disk.leaf.fd)
+                    tasks += [
+                        ("stream job", job.run),
+                        ("deadline", job.deadline.run),
+                        ("free space", partial(leave_room, job, space, options.leaf)),
+                    ]
                 tasks.append(("prefetch", partial(prefetch, disk, profile, store)))
                 if not options.shared:
                     tasks.append(("boot profile", partial(record_boot, disk, store)))

@@ -16,14 +16,18 @@ import trio
 from nbdstream.backing.base import Priority
 from nbdstream.errors import StoreError
 from nbdstream.export import Export
+from nbdstream.leaf.base import BackingReference
 from nbdstream.net.address import UnixAddress
 from nbdstream.net.connect import open_socket
 from nbdstream.qmp.client import QMPClient
 from nbdstream.service import ServeOptions, open_stream
-from nbdstream.store.exports import RESERVE, Space, export_name, image_exports
+from nbdstream.store.exports import export_name, image_exports
 from nbdstream.store.layout import Image, Store
 from nbdstream.store.process import IDLE_TIME, serve_image
+from nbdstream.store.register import join
 from nbdstream.store.resolve import resolve
+from nbdstream.store.upkeep import make_room
+from nbdstream.streamer.room import RESERVE, Space
 from testbed.hosts import client, store_host
 from testbed.peers import Peer, Qmp, make_image, nbdkit, temporary_directory
 
@@ -65,7 +69,9 @@ async def exports(store: Store, far: Peer) -> AsyncIterator[dict[str, Export]]:
         str(image.leaf), backing=far.uri, format="raw", stream="off", shared=True
     )
     async with open_stream(options) as opened:
-        found = image_exports(opened.disk, image.record.identity, Space(opened.disk.leaf.fd))
+        found = image_exports(
+            opened.disk, image.record.identity, Space(lambda: opened.disk.leaf.fd)
+        )
         yield dict(zip(["demand", "readahead", "prefetch", "stream"], found, strict=True))
 
 
@@ -91,7 +97,7 @@ async def test_a_full_disk_stops_background_reads_and_no_guest(
         assert await read(found["stream"], 0, 4096) == content[:4096]
         full = SimpleNamespace(f_bavail=RESERVE // 4096 - 1, f_frsize=4096, f_blocks=1 << 40)
         monkeypatch.setattr(os, "fstatvfs", lambda _fd: full)
-        monkeypatch.setattr("nbdstream.store.exports.LOOK_INTERVAL", 0.0)
+        monkeypatch.setattr("nbdstream.streamer.room.LOOK_INTERVAL", 0.0)
         space: Any = found["stream"]
         space._space._look_at = 0.0
         for name in ("stream", "prefetch", "readahead"):
@@ -149,8 +155,7 @@ async def test_a_second_process_is_refused(
 async def test_pulling_pauses_while_there_is_little_space(
     store: Store, far: Peer, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nbdstream.store.process.LOOK_INTERVAL", 0.01)
-    monkeypatch.setattr("nbdstream.store.exports.LOOK_INTERVAL", 0.0)
+    monkeypatch.setattr("nbdstream.streamer.room.LOOK_INTERVAL", 0.0)
     full = SimpleNamespace(f_bavail=0, f_frsize=4096, f_blocks=1 << 40)
     roomy = os.fstatvfs
     monkeypatch.setattr(os, "fstatvfs", lambda _fd: full)
@@ -164,6 +169,64 @@ async def test_pulling_pauses_while_there_is_little_space(
             await qmp.wait_event("BLOCK_JOB_COMPLETED")
         stop.set()
     assert image.complete
+
+
+async def test_unused_images_make_room_the_longest_unused_first(
+    store: Store,
+    far: Peer,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    own, old, newer, newest, used, pulled = [
+        store.create(BackingReference(far.uri, "raw", SIZE, f"s1:{number:064x}"))
+        for number in range(6)
+    ]
+    for age, image in enumerate((used, pulled, own, old, newer, newest)):
+        image.use()
+        os.utime(image.directory / "used", (0, 1000 + age))
+    user = join(used, str(source.with_name("leaf.raw")), temporary=False)
+    pulled.pull.touch()
+    images_that_fit = 5
+
+    def free_space(_fd: int) -> SimpleNamespace:
+        roomy = len(store.images()) < images_that_fit
+        return SimpleNamespace(
+            f_bavail=2 * RESERVE // 4096 - (not roomy), f_frsize=4096, f_blocks=1 << 40
+        )
+
+    monkeypatch.setattr(os, "fstatvfs", free_space)
+    await make_room(store, Space(lambda: 0), own)
+    left = {image.id for image in store.images()}
+    assert left == {image.id for image in (own, newest, used, pulled)}
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" (")[0] for line in lines] == [
+        f"removed image {image.id}" for image in (old, newer)
+    ]
+    images_that_fit = 0  # what is left stays, whatever the need
+    await make_room(store, Space(lambda: 0), own)
+    assert {image.id for image in store.images()} == left - {newest.id}
+    user.leave()
+
+
+async def test_a_leafs_own_stream_leaves_room_for_guests(
+    far: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdstream.streamer.room.LOOK_INTERVAL", 0.01)
+    roomy = os.fstatvfs
+    full = SimpleNamespace(f_bavail=RESERVE // 4096 - 1, f_frsize=4096, f_blocks=1 << 40)
+    monkeypatch.setattr(os, "fstatvfs", lambda _fd: full)
+    options = ServeOptions(str(tmp_path / "leaf.qcow2"), backing=far.uri, speed=1 << 16)
+    async with open_stream(options) as opened:
+        job = opened.job
+        assert job is not None
+        while job.running:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        assert (job.io_status, opened.disk.backing is None) == ("nospace", False)
+        assert "kept for guests' writes" in job.error
+        job.set_speed(0)
+        monkeypatch.setattr(os, "fstatvfs", roomy)
+        await job.completed.wait()
 
 
 def test_a_guest_that_waits_for_a_streamed_range_is_demand_at_the_far_end(

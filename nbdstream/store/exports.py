@@ -9,24 +9,18 @@ with NBD_CMD_CACHE on the demand export.
 """
 
 import errno
-import os
-import time
 
 from nbdstream.backing.base import Priority
 from nbdstream.disk import StreamedDisk
 from nbdstream.disk.readonly import ReadOnlyExport
 from nbdstream.export import Export
 from nbdstream.leaf.base import State
+from nbdstream.streamer.room import Space
 from nbdstream.units import format_size
 
 BACKGROUND = (Priority.READAHEAD, Priority.PREFETCH, Priority.STREAM)
-# Background work leaves this much of the file system to guests' writes, or this part of it.
-RESERVE = 1 << 30
-RESERVE_PART = 0.05
 # Extents that are looked at to find that a range is local. More are rare, and only cost time.
 EXTENTS_MOST = 256
-# Seconds for which a look at the free space holds.
-LOOK_INTERVAL = 1.0
 
 
 def export_name(identity: str, priority: Priority) -> str:
@@ -34,39 +28,12 @@ def export_name(identity: str, priority: Priority) -> str:
     return identity if priority is Priority.DEMAND else f"{identity}/{priority.name.lower()}"
 
 
-def image_exports(disk: StreamedDisk, identity: str, space: "Space") -> list[Export]:
+def image_exports(disk: StreamedDisk, identity: str, space: Space) -> list[Export]:
     """All exports of an image, whose leaf is where ``space`` is."""
     return [
         DemandExport(disk, identity),
         *(BackgroundExport(disk, identity, priority, space) for priority in BACKGROUND),
     ]
-
-
-class Space:
-    """The free space of the file system on which a file is."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._free = 0
-        self._total = 0
-        self._look_at = 0.0
-
-    @property
-    def tight(self) -> bool:
-        """Whether background work should leave the rest to guests. Raises OSError."""
-        now = time.monotonic()
-        if now >= self._look_at:
-            status = os.fstatvfs(self._fd)
-            self._free = status.f_bavail * status.f_frsize
-            self._total = status.f_blocks * status.f_frsize
-            self._look_at = now + LOOK_INTERVAL
-        return self._free < min(RESERVE, self._total * RESERVE_PART)
-
-    def check(self) -> None:
-        """Raises OSError (ENOSPC) if background work should leave the rest to guests."""
-        if self.tight:
-            free = format_size(self._free)
-            raise OSError(errno.ENOSPC, f"only {free} free in the image store: kept for guests")
 
 
 class DemandExport(ReadOnlyExport):
@@ -109,5 +76,7 @@ class BackgroundExport(ReadOnlyExport):
         extents = await self._streamed.leaf_extents(offset, length, EXTENTS_MOST)
         known = sum(extent.length for extent in extents)
         if known < length or any(extent.state is State.UNALLOCATED for extent in extents):
-            self._space.check()
+            if self._space.tight:
+                free = format_size(self._space.free)
+                raise OSError(errno.ENOSPC, f"only {free} free in the image store: kept for guests")
             await self._streamed.populate(offset, length, self._priority)

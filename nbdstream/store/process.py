@@ -21,11 +21,13 @@ from nbdstream.leaf.raw.leaf import RawLeaf
 from nbdstream.net.listeners import Listener, close_all, listen_unix
 from nbdstream.server.server import Server
 from nbdstream.service import ServeOptions, device_name, open_stream
-from nbdstream.store.exports import LOOK_INTERVAL, Space, image_exports
-from nbdstream.store.layout import Image
+from nbdstream.store.exports import image_exports
+from nbdstream.store.layout import Image, Store
 from nbdstream.store.live import LiveMap
 from nbdstream.store.locks import acquire
+from nbdstream.store.upkeep import make_room
 from nbdstream.streamer.job import ACTIVE, StreamJob
+from nbdstream.streamer.room import Space
 from nbdstream.tasks import in_worker, start_contained
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ PREDECESSOR_TIME = 20.0
 # Seconds after which a read that the far end does not answer fails here. The guest's server
 # asks again, for as long as it was told to.
 BACKING_TIMEOUT = 30.0
+# Seconds between two looks at whether images should make room.
+EVICTION_INTERVAL = 5.0
 # Each guest's server has a connection for demand and one for each background class it uses.
 CLIENTS_MOST = 4096
 SOCKET_MODE = 0o600
@@ -103,7 +107,7 @@ class _Process:
         self._disk = disk
         self._job = job
         self._changed = trio.lowlevel.ParkingLot()
-        self._space = Space(disk.leaf.fd)
+        self._space = Space(lambda: disk.leaf.fd)
         self._server = Server(
             image_exports(disk, image.record.identity, self._space),
             clients_changed=lambda _count: self._wake(),
@@ -136,10 +140,7 @@ class _Process:
             nursery.start_soon(self._end_when_unused, idle_time)
             nursery.start_soon(self._end_when_told, stop)
             nursery.start_soon(self._note_completion)
-            if self._job is not None:
-                start_contained(
-                    nursery, "free space", self._disk.health.report, self._leave_room, self._job
-                )
+            start_contained(nursery, "free space", self._disk.health.report, self._keep_space)
             ready()
             await self._server.run([listener])
             nursery.cancel_scope.cancel()
@@ -159,21 +160,14 @@ class _Process:
         await stop.wait()
         self._server.stop()
 
-    async def _leave_room(self, job: StreamJob) -> None:
-        """Pause what is pulled while there is little space, which guests' writes may need."""
-        paused = False
+    async def _keep_space(self) -> None:
+        """Remove images that nobody uses while there is little space. A pause of what is pulled
+        comes later, and a guest that cannot write comes last."""
         while True:
-            await trio.sleep(LOOK_INTERVAL)
-            tight = self._space.tight
-            if tight and job.running:
-                log.warning(
-                    "image %s is not pulled on: the rest is kept for guests", self._image.id
-                )
-                job.pause()
-                paused = True
-            elif paused and not tight:
-                job.resume()
-                paused = False
+            await trio.sleep(EVICTION_INTERVAL)
+            if self._space.low:
+                store = await in_worker(Store, self._image.directory.parent.parent)
+                await make_room(store, self._space, self._image)
 
     async def _note_completion(self) -> None:
         """Once all is local there is nothing left to pull, or to write: QEMU may have the image as

@@ -8,6 +8,7 @@ uses it loses it.
 
 import logging
 import time
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from nbdstream.errors import ImageGoneError, StoreError
@@ -20,8 +21,9 @@ from nbdstream.store.launch import waker
 from nbdstream.store.layout import Image, Store
 from nbdstream.store.locks import acquire
 from nbdstream.store.register import User, UserState, sweep, users
+from nbdstream.streamer.room import Space
 from nbdstream.tasks import in_worker
-from nbdstream.units import format_count
+from nbdstream.units import format_count, format_size
 
 log = logging.getLogger(__name__)
 
@@ -161,12 +163,41 @@ async def _end_process(image: Image) -> None:
 async def prune(store: Store, keep: int) -> list[Facts]:
     """Remove images that are not needed, those first that were used longest ago, until all images
     together take at most ``keep`` bytes. Returns what was removed. Raises as `remove` does."""
-    await in_worker(store.clean)
     found = await in_worker(all_facts, store)
     total = sum(facts.stored for facts in found)
-    removed = []
+    removed: list[Facts] = []
+
+    def is_enough() -> bool:
+        return total - sum(facts.stored for facts in removed) <= keep
+
+    async for facts in _removals(store, found, is_enough):
+        removed.append(facts)
+    return removed
+
+
+async def make_room(store: Store, space: Space, own: Image) -> None:
+    """Remove images that are not needed while there is little ``space``, those first that were
+    used longest ago, and not our ``own``. Raises as `remove` does."""
+    found = await in_worker(all_facts, store)
+    others = [facts for facts in found if facts.image.id != own.id]
+    async for facts in _removals(store, others, lambda: not space.low):
+        space.look_again()
+        log.warning(
+            "removed image %s (%s), which no guest needs: the file system was almost full, "
+            "and %s are free now",
+            facts.image.id,
+            facts.image.record.uri,
+            format_size(space.free),
+        )
+
+
+async def _removals(
+    store: Store, found: list[Facts], is_enough: Callable[[], bool]
+) -> AsyncGenerator[Facts, None]:
+    """Remove one unused image after the other; each that was removed."""
+    await in_worker(store.clean)
     for facts in sorted(found, key=lambda facts: facts.last_used):
-        if total <= keep:
+        if is_enough():
             break
         if facts.users or facts.pulling:
             continue
@@ -177,7 +208,4 @@ async def prune(store: Store, keep: int) -> list[Facts]:
         except StoreError as error:
             log.info("%s", error)  # a server has begun to use it
             continue
-        else:
-            removed.append(facts)
-        total -= facts.stored
-    return removed
+        yield facts

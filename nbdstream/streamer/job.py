@@ -159,6 +159,12 @@ class StreamJob:
         if self._status is JobStatus.RUNNING:
             self._enter(JobStatus.PAUSED)
 
+    def make_way(self, error: OSError) -> None:
+        """Pause for guests' writes, which need the rest of the space."""
+        if self._status is JobStatus.RUNNING:
+            self.io_status, self.error = "nospace", str(error)
+            self._enter(JobStatus.PAUSED)
+
     def resume(self) -> None:
         """Go on, also after an error that paused the job."""
         if self._status is JobStatus.PAUSED:
