@@ -22,6 +22,7 @@ NAMES = (
     "memory",
     "stream",
     "paths",
+    "web",
     "contention",
     "writes",
     "boot",

@@ -11,7 +11,6 @@ cost nothing. QEMU's job takes minutes on long links: its rate is what its offse
 gains in the time of one load.
 """
 
-import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from testbed.peers import (
     nbdstream_serve,
     temporary_directory,
 )
-from testbed.processes import processor_seconds
+from testbed.processes import children_seconds, processor_seconds
 
 SIZE = 1 << 30
 ROUND_TRIPS = (0.0, 0.010, 0.050, 0.200)
@@ -50,19 +49,14 @@ def nbdcopy_command(uri: str, target: Path) -> list[str]:
 
 
 def _nbdcopy(far: Far, directory: Path, _: Options) -> Sample:
-    used = _children_seconds()
+    used = children_seconds()
     before = far.received()
     copy = subprocess.Popen(nbdcopy_command(far.uri, directory / "copy.raw"))
     started = far.wait_bulk(before)
     if copy.wait() != 0:
         raise PeerError(f"nbdcopy exited with {copy.returncode}")
     took = time.monotonic() - started
-    return Sample(SIZE / took, (_children_seconds() - used) * 2**30 / SIZE)
-
-
-def _children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return Sample(SIZE / took, (children_seconds() - used) * 2**30 / SIZE)
 
 
 def _nbdstream(leaf: str, far: Far, directory: Path, _: Options) -> Sample:

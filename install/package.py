@@ -35,8 +35,14 @@ DEPENDS = (
     "passwd",
 )
 # What backings other than NBD need, and what the manual's commands use.
-RECOMMENDS = ("nbdkit", "qemu-utils", "ca-certificates")
-SUGGESTS = ("qemu-system-x86", "nbdkit-plugin-python", "python3-boto3", "libnbd-bin")
+RECOMMENDS = (
+    "nbdkit",
+    "nbdkit-plugin-python",
+    "python3-pycurl",
+    "qemu-utils",
+    "ca-certificates",
+)
+SUGGESTS = ("qemu-system-x86", "python3-boto3", "libnbd-bin")
 HOME = "usr/lib/nbdstream"
 LAUNCHER = f"""\
 #!/usr/bin/python3 -I

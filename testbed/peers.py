@@ -9,9 +9,8 @@ Every starter is a context manager that
 - listens on a unix socket in a temporary directory of its own;
 - returns only when the peer accepts connections, and raises `PeerError` with the peer's
   own words when it dies or dawdles instead;
-- on exit sends SIGTERM, then SIGKILL to that one process, and removes its files.
-
-All of it is blocking code: under trio, start peers in fixtures or before the nursery.
+- on exit sends SIGTERM, then SIGKILL to that one process, and removes its files;
+- is blocking code: under trio, start peers in fixtures or before the nursery.
 """
 
 import contextlib
@@ -43,6 +42,7 @@ BINARIES = {
     "FIO": "fio",
     "SSHD": "/usr/sbin/sshd",
     "SSH_KEYGEN": "ssh-keygen",
+    "NGINX": "/usr/sbin/nginx",
     "CERTTOOL": "certtool",
     # Scripts that belong to the interpreter running the tests.
     "NBDSTREAM": str(Path(sys.executable).with_name("nbdstream")),

@@ -2,6 +2,7 @@
 """Processes that run modules of this checkout, and what a process costs, from /proc."""
 
 import os
+import resource
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
@@ -17,6 +18,12 @@ def processor_seconds(pid: int) -> float:
     """Processor time, user and system, that the process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def children_seconds() -> float:
+    """Processor time of all processes that this one has started and waited for, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def resident_bytes(pid: int, *, peak: bool = False) -> int:

@@ -56,7 +56,7 @@ def s3_server() -> Iterator[ObjectStore]:
         command = [binary("MOTO_SERVER"), "-H", "127.0.0.1", "-p", str(port)]
         endpoint = f"http://127.0.0.1:{port}"
         with started(command, directory) as peer:
-            peer.wait_until(lambda: _answers(port), "answer on its port", 3 * READY_SECONDS)
+            peer.wait_until(lambda: answers(port), "answer on its port", 3 * READY_SECONDS)
             settings = {
                 "AWS_ENDPOINT_URL": endpoint,
                 "AWS_ACCESS_KEY_ID": "key",
@@ -67,7 +67,8 @@ def s3_server() -> Iterator[ObjectStore]:
             yield ObjectStore(endpoint, settings)
 
 
-def _answers(port: int) -> bool:
+def answers(port: int) -> bool:
+    """Whether a server on this host accepts connections on a port."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:
@@ -130,5 +131,5 @@ def ssh_server() -> Iterator[SshServer]:
             Path("/run/sshd").mkdir(exist_ok=True)
         command = [binary("SSHD"), "-D", "-e", "-f", str(config)]
         with started(command, directory) as peer:
-            peer.wait_until(lambda: _answers(port), "answer on its port", READY_SECONDS)
+            peer.wait_until(lambda: answers(port), "answer on its port", READY_SECONDS)
             yield SshServer(peer, port, keys)

@@ -190,6 +190,9 @@ def web_server(content: bytes, *, broken: list[int], password: str | None = None
                 data = content[int(wanted[1]) : int(wanted[2]) + 1]
             self.send_response(206 if wanted else 200)
             self.send_header("Accept-Ranges", "bytes")
+            if wanted:
+                span = f"{wanted[1]}-{int(wanted[1]) + len(data) - 1}"
+                self.send_header("Content-Range", f"bytes {span}/{len(content)}")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if body:
@@ -257,14 +260,6 @@ async def test_a_password_reaches_the_server_and_nobody_else(
             pass
     for text in (leaf.read_bytes(), caplog.text.encode()):
         assert b"horse" not in text and b"house" not in text
-
-
-async def test_a_token_on_a_command_line_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    await opens_with("http://127.0.0.1:1/image?id=5")
-    assert "process list" not in caplog.text
-    await opens_with("http://127.0.0.1:1/image?id=5&sig=s3cret")
-    assert "sig=***: other users of this host can see its query" in caplog.text
-    assert "s3cret" not in caplog.text
 
 
 async def test_an_image_format_on_a_web_server(image: Path, content: bytes, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ALIKE_MOST = 5  # lines in a row that may stand in two places
 # The product's floors, lowest first. A room is a folder of nbdstream/ or a module of its
 # top level. Rooms of one floor do not import each other.
 FLOORS = (
-    {"errors", "extents", "text"},
+    {"errors", "extents", "text", "web"},
     {"tasks", "health"},
     {"units", "export", "qmp"},
     {"net"},

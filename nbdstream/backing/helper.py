@@ -13,6 +13,7 @@ the block, and by the kernel (PR_SET_PDEATHSIG) if we are killed ourselves.
 
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ from nbdstream.backing.sandbox import Policy
 from nbdstream.errors import BackingError
 from nbdstream.net.address import NbdUri, UnixAddress
 from nbdstream.tasks import open_background_nursery
+from nbdstream.web.errors import REFUSES, WARNS
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +41,12 @@ LISTEN_FD = 3
 BACKLOG = 64
 # Of what a helper says on standard error, so many of the last lines are kept.
 LINES_KEPT = 8
-# The image's and the secret's descriptors there.
+# What begins the last line of a Python plugin's complaint: the name of the exception.
+_EXCEPTION = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception): ")
+# The image's, the secret's and the state's descriptors there.
 IMAGE_FD = 4
 SECRET_FD = 5
+STATE_FD = 6
 
 
 class Helper:
@@ -53,15 +58,21 @@ class Helper:
         died: set when it has died once.
         spoke: set when it has written to standard error.
         sandbox: what confines it, in words; "" as long as it has not been started.
+        refused: set when it refuses its source for good; ``refusal`` says why.
     """
 
-    def __init__(self, launch: "Launch", path: str, root: str, listener: socket.socket) -> None:
+    def __init__(
+        self, launch: "Launch", path: str, root: str, listener: socket.socket, state: int
+    ) -> None:
         self.uri = str(NbdUri(UnixAddress(path)))
         self.alive = False
         self.died = trio.Event()
         self.spoke = trio.Event()
         self.sandbox = ""
+        self.refused = trio.Event()
+        self.refusal = ""
         self._launch = launch
+        self._state = state
         self._name = os.path.basename(launch.command[0])
         self._root = root
         self._listener = listener
@@ -70,7 +81,7 @@ class Helper:
     @property
     def words(self) -> str:
         """The last thing that the helper had to say, or ""."""
-        return self._lines[-1] if self._lines else ""
+        return _EXCEPTION.sub("", self._lines[-1]) if self._lines else ""
 
     async def run(self) -> None:
         """Keep the helper running until cancelled."""
@@ -123,10 +134,12 @@ class Helper:
         with ExitStack() as stack:
             null = os.open(os.devnull, os.O_RDWR)
             stack.callback(os.close, null)
-            passed = [null, null, stderr, self._listener.fileno(), policy.image]
+            secret = -1
             if self._launch.secret:
-                passed.append(_in_memory(self._launch.secret))
-                stack.callback(os.close, passed[-1])
+                secret = _in_memory(self._launch.secret)
+                stack.callback(os.close, secret)
+            listener = self._listener.fileno()
+            passed = [null, null, stderr, listener, policy.image, secret, self._state]
             return os.posix_spawn(
                 command[0],
                 command,
@@ -143,14 +156,22 @@ class Helper:
             async for data in stream:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
-                    text = line.decode(errors="replace").strip()
-                    if text.startswith(REPORT):
-                        self.sandbox = text.removeprefix(REPORT)
-                    elif text:
-                        log.debug("%s: %s", self._name, text)
-                        self._lines.append(text)
-                        self.spoke.set()
+                    self._heed(line.decode(errors="replace").strip())
                 rest = rest[-4096:]
+
+    def _heed(self, text: str) -> None:
+        """Make sense of a line that the helper wrote."""
+        if text.startswith(REPORT):
+            self.sandbox = text.removeprefix(REPORT)
+        elif text.startswith(WARNS):
+            log.warning("%s", text.removeprefix(WARNS))
+        elif text.startswith(REFUSES):
+            self.refusal = text.removeprefix(REFUSES)
+            self.refused.set()
+        elif text:
+            log.debug("%s: %s", self._name, text)
+            self._lines.append(text)
+            self.spoke.set()
 
 
 def _end(pid: int) -> int:
@@ -164,11 +185,15 @@ def _end(pid: int) -> int:
 @dataclass(frozen=True)
 class Launch:
     """A program to be run: its command, what it may open, and a secret that it gets to read
-    by descriptor `SECRET_FD` instead of on its command line."""
+    by descriptor `SECRET_FD` instead of on its command line.
+
+    ``stateful``: what it writes to `STATE_FD`, a file in memory, is there when it is started
+    again."""
 
     command: Sequence[str]
     policy: Policy
     secret: str = field(default="", repr=False)
+    stateful: bool = False
 
 
 @asynccontextmanager
@@ -177,10 +202,15 @@ async def run_helper(launch: Launch) -> AsyncIterator[Helper]:
     with tempfile.TemporaryDirectory(prefix="nbdstream-") as directory:
         path, root = os.path.join(directory, "nbd"), os.path.join(directory, "root")
         Path(root).mkdir()  # noqa: ASYNC240 - in memory, or nearly
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        with ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             listener.bind(path)
             listener.listen(BACKLOG)
-            helper = Helper(launch, path, root, listener)
+            state = -1
+            if launch.stateful:
+                state = _in_memory("")
+                stack.callback(os.close, state)
+            helper = Helper(launch, path, root, listener, state)
             async with open_background_nursery() as nursery:
                 nursery.start_soon(helper.run)
                 yield helper
@@ -200,10 +230,10 @@ def _placed(descriptors: Sequence[int]) -> list[tuple[int, int, int] | tuple[int
     return moves
 
 
-def _in_memory(secret: str) -> int:
-    """A file in memory with a secret, which can be read again each time that it is opened."""
-    fd = os.memfd_create("nbdstream-secret", os.MFD_CLOEXEC)
-    os.write(fd, secret.encode())
+def _in_memory(text: str) -> int:
+    """A file in memory, which can be read again each time that it is opened."""
+    fd = os.memfd_create("nbdstream", os.MFD_CLOEXEC)
+    os.write(fd, text.encode())
     return fd
 
 

@@ -54,6 +54,7 @@ class NbdBacking(Backing):
         scheduler: for those who want to watch the window at work.
         on_change: called when its connections or its place have changed.
         sandbox: says what confines the helper process, "" without one.
+        words: says what the helper processes last complained of, "" for nothing.
     """
 
     def __init__(self, endpoint: Endpoint, size: int, timeout: float | None) -> None:
@@ -73,6 +74,7 @@ class NbdBacking(Backing):
         self._retries = 0
         self._latency = {priority: Latency() for priority in Priority}
         self.sandbox: Callable[[], str] = str
+        self.words: Callable[[], str] = str
 
     # -- reads -------------------------------------------------------------------------
 
@@ -128,7 +130,7 @@ class NbdBacking(Backing):
                         f"{self.uri}: failed for more than {self.timeout:g} s: {error}"
                     ) from error
                 if isinstance(error, BackingReadError):
-                    self._pool.note(error)
+                    self._pool.note(self.words() or error)
                     await trio.sleep(jittered(delay))
                     delay = min(delay * 2, RETRY_MOST)
             else:
@@ -229,6 +231,11 @@ class NbdBacking(Backing):
         """From now on, refuse any image with another fingerprint after a reconnect."""
         self._identity = identity
 
+    def refuse(self, reason: str) -> None:
+        """End all reads, now and later, with BackingMismatchError: what is served there is not
+        the image any more."""
+        self._opened.fail(BackingMismatchError(f"{self.uri}: {reason}"))
+
     async def _verify(self, connection: Connection) -> None:
         """Look at what a new connection serves, before it is used."""
         if connection.size != self.size:
@@ -256,7 +263,8 @@ class NbdBacking(Backing):
         old = self._pool
         self._reconnects += old.reconnects
         self._pool = other._pool
-        self.uri, self.known_identity, self.sandbox = other.uri, other.known_identity, other.sandbox
+        self.uri, self.known_identity = other.uri, other.known_identity
+        self.sandbox, self.words = other.sandbox, other.words
         old.on_change = lambda: None
         self._pool.on_change = lambda: self.on_change()
         old.close()

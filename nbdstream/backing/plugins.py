@@ -6,7 +6,7 @@ passwords go by a descriptor of their own (`SECRET`), and a plugin that cannot t
 not given any.
 """
 
-import logging
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -15,12 +15,10 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from nbdstream.backing import confine
-from nbdstream.backing.helper import SECRET_FD, program
+from nbdstream.backing.helper import SECRET_FD, STATE_FD, program
 from nbdstream.backing.window import UNIT_LEAST
 from nbdstream.errors import UsageError
 from nbdstream.text import redacted, without_userinfo
-
-log = logging.getLogger(__name__)
 
 # These plugins do one request at a time on each connection, each a round trip of its own,
 # so it takes large requests on many connections to use a link.
@@ -31,6 +29,9 @@ NBDKIT = "nbdkit:"
 # How nbdkit is told to read a password from the helper's secret.
 SECRET = f"+/dev/fd/{SECRET_FD}"
 
+# Where nbdstream is, of which `nbdstream.web` runs in nbdkit's process.
+_PACKAGE = Path(__file__).resolve().parent.parent
+_WEB_SCRIPT = _PACKAGE / "web" / "script.py"
 _CERTIFICATES = ("CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _PROXIES = tuple(
     spelled
@@ -58,7 +59,8 @@ class Plugin:
     its connection is lost; the retry filter opens it again.
 
     ``trees`` and ``environment``: what it needs of the user's home and environment (names that
-    end in ``*``: all that begin so). ``runs``: it may run programs from these trees.
+    end in ``*``: all that begin so). ``runs``: it may run programs from these trees. ``files``:
+    says what else it needs. ``stateful``: see `nbdstream.backing.helper.Launch`.
     """
 
     name: str
@@ -71,17 +73,35 @@ class Plugin:
     trees: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
     runs: bool = False
+    files: Callable[[], list[str]] = list
+    stateful: bool = False
+
+
+def _settings_files() -> list[str]:
+    """The user's file of settings for web servers, its directory (it may be replaced), and what it
+    names. Raises UsageError."""
+    # Deferred: a start that needs no web server does not wait for a parser of TOML.
+    from nbdstream.web.errors import SettingsError
+    from nbdstream.web.settings import load, settings_path
+
+    try:
+        files = load(settings_path()).files()
+    except SettingsError as error:
+        raise UsageError(str(error)) from error
+    return [*files, *(str(Path(file).parent) for file in files[:1])]
+
+
+def _web(uri: str, parts: SplitResult) -> Told:
+    if not parts.hostname:
+        raise UsageError(f"{redacted(uri)}: wanted: {parts.scheme}://HOST[:PORT]/PATH")
+    from nbdstream.web.settings import settings_path  # deferred, as above
+
+    told = {"url": uri, "settings": settings_path(), "state": STATE_FD}
+    return Told([str(_WEB_SCRIPT), f"config=/dev/fd/{SECRET_FD}"], json.dumps(told))
 
 
 def _curl(uri: str, parts: SplitResult) -> Told:
-    # A server may redirect (mirrors do), but to no other kind of source.
-    protocols = "http,https" if parts.scheme.startswith("http") else "ftp,ftps"
-    if redacted(without_userinfo(uri)) != without_userinfo(uri):
-        # nbdkit takes a URL on its command line only.
-        log.warning(
-            "%s: other users of this host can see its query in the process list", redacted(uri)
-        )
-    parameters = [f"url={without_userinfo(uri)}", f"protocols={protocols}"]
+    parameters = [f"url={without_userinfo(uri)}", "protocols=ftp,ftps"]
     if parts.username:
         parameters.append(f"user={unquote(parts.username)}")
     return _with_password(parameters, parts)
@@ -141,7 +161,19 @@ PLUGINS = {
     ),
 }
 PLUGINS["sftp"] = PLUGINS["ssh"]
-for _scheme in ("http", "https", "ftp", "ftps"):
+for _scheme in ("http", "https"):
+    PLUGINS[_scheme] = Plugin(
+        "python",
+        "nbdkit-plugin-python python3-pycurl",
+        _web,
+        # It does as many requests at once as nbdkit has threads for a connection.
+        connections=2,
+        trees=(str(_PACKAGE), "~/.netrc"),
+        files=_settings_files,
+        environment=(*_CERTIFICATES, *_PROXIES),
+        stateful=True,
+    )
+for _scheme in ("ftp", "ftps"):
     PLUGINS[_scheme] = Plugin("curl", "nbdkit", _curl, environment=(*_CERTIFICATES, *_PROXIES))
 
 

@@ -164,9 +164,9 @@ class Pool:
             if connection is not None:
                 connection.hint(offset, length)
 
-    def note(self, error: Exception) -> None:
-        """Remember trouble for those who ask how things stand."""
-        self.last_error = str(error)
+    def note(self, error: Exception | str) -> None:
+        """Remember trouble for those who ask how things stand; what has ended all of it stays."""
+        self.last_error = str(self._failure or error)
 
     # -- keeping up --------------------------------------------------------------------
 
@@ -198,9 +198,10 @@ class Pool:
 
     def close(self) -> None:
         """End all connections; tasks that wait for one get BackingGoneError."""
-        self._fail(BackingGoneError(f"{self._endpoint.name}: the backing was closed"))
+        self.fail(BackingGoneError(f"{self._endpoint.name}: the backing was closed"))
 
-    def _fail(self, error: BackingError) -> None:
+    def fail(self, error: BackingError) -> None:
+        """End all connections; tasks that wait for one get the error, now and later."""
         self._failure = self._failure or error
         self.note(error)
         for slot in self._slots:
@@ -235,7 +236,7 @@ class Pool:
             except BackingMismatchError as error:
                 if first is None:  # else `start` raises it
                     log.error("%s", error)  # noqa: TRY400 - an operator's message, no traceback
-                self._fail(error)
+                self.fail(error)
             except (BackingError, ConnectionLostError, OSError) as error:
                 self.note(error)
             except Exception as error:

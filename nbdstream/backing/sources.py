@@ -42,7 +42,7 @@ from nbdstream.backing.sandbox import Policy, open_image, source_policy
 from nbdstream.backing.tls import anchored_tls, tls_credentials
 from nbdstream.errors import BackingError, BackingGoneError, UsageError
 from nbdstream.net.address import NBD_SCHEMES, NbdUri
-from nbdstream.tasks import in_worker
+from nbdstream.tasks import in_worker, open_background_nursery
 from nbdstream.text import has_hidden, redacted
 
 log = logging.getLogger(__name__)
@@ -68,10 +68,14 @@ class BackingOpener(Protocol):
 
 @dataclass(frozen=True)
 class _Served:
-    """A source served over NBD; ``helper`` is the last process on the way, if any."""
+    """A source served over NBD; ``helpers`` are the processes on the way, the last one first."""
 
     endpoint: Endpoint
-    helper: Helper | None = None
+    helpers: tuple[Helper, ...] = ()
+
+    def words(self) -> str:
+        """What the helpers last had to say; the one next to the source knows best. "" if none."""
+        return next(filter(None, (helper.words for helper in reversed(self.helpers))), "")
 
 
 @asynccontextmanager
@@ -112,10 +116,20 @@ async def open_backing(
         async with open_nbd(
             served.endpoint, first, timeout=timeout, size=size, identity=identity
         ) as backing:
-            if served.helper is not None:
-                helper = served.helper
-                backing.sandbox = lambda: helper.sandbox
-            yield backing
+            if served.helpers:
+                backing.sandbox = lambda: served.helpers[0].sandbox
+                backing.words = served.words
+            async with open_background_nursery() as nursery:
+                for helper in served.helpers:
+                    nursery.start_soon(_heed_refusal, helper, backing)
+                yield backing
+
+
+async def _heed_refusal(helper: Helper, backing: NbdBacking) -> None:
+    """End the backing's reads once a helper refuses its source for good."""
+    await helper.refused.wait()
+    log.error("%s", helper.refusal)
+    backing.refuse(helper.refusal)
 
 
 def chain(uri: str) -> list[str]:
@@ -192,9 +206,9 @@ def _taken_apart(uri: str) -> tuple[str, str]:
 
 async def _first_connection(uri: str, served: _Served) -> Connection:
     """Connect; a helper's own words say best why that failed. Raises BackingError."""
-    helper = served.helper
-    if helper is None:
+    if not served.helpers:
         return await connect(served.endpoint)
+    helper = served.helpers[0]
     outcome: Connection | BackingError | None = None
 
     async def attempt(nursery: trio.Nursery) -> None:
@@ -214,7 +228,7 @@ async def _first_connection(uri: str, served: _Served) -> Connection:
         nursery.cancel_scope.cancel()
     if isinstance(outcome, Connection):
         return outcome
-    words = helper.words or str(outcome or "the helper process ended")
+    words = served.words() or str(outcome or "the helper process ended")
     raise BackingGoneError(f"{redacted(uri)}: {words}")
 
 
@@ -259,7 +273,7 @@ async def _serve_plugin(uri: str, source: str, plugin: Plugin) -> AsyncIterator[
     filters = [f"--filter={name}" for name in plugin.filters]
     command = [nbdkit, "--foreground", "--readonly", *filters, *kind, *told.parameters]
     with _policy(plugin, source) as policy:
-        async with run_helper(Launch(command, policy, told.secret)) as helper:
+        async with run_helper(Launch(command, policy, told.secret, plugin.stateful)) as helper:
             # Asked while the helper starts: what it says itself of a missing plugin helps less.
             if not await in_worker(has_plugin, plugin.name):
                 raise BackingError(
@@ -269,7 +283,7 @@ async def _serve_plugin(uri: str, source: str, plugin: Plugin) -> AsyncIterator[
             endpoint = Endpoint(
                 helper.uri, redacted(uri), None, plugin.unit_least, plugin.connections
             )
-            yield _Served(endpoint, helper)
+            yield _Served(endpoint, (helper,))
 
 
 @contextmanager
@@ -277,7 +291,8 @@ def _policy(plugin: Plugin, source: str) -> Iterator[Policy]:
     """What a plugin may open. Raises BackingError if that is a file that cannot be."""
     path = local_path(source)
     if path is None:
-        yield source_policy(plugin.trees, plugin.environment, runs=plugin.runs)
+        trees = (*plugin.trees, *plugin.files())
+        yield source_policy(trees, plugin.environment, runs=plugin.runs)
         return
     with _opened(path) as fd:
         yield Policy(image=fd, path=os.path.realpath(path))
@@ -294,14 +309,14 @@ async def _serve_format(uri: str, image_format: str, inner: str) -> AsyncIterato
             node = file_node(image_format, path, fd)
             await inspect(name, image_format, node)
             async with _serve_node(node) as helper:
-                yield _Served(Endpoint(helper.uri, name), helper)
+                yield _Served(Endpoint(helper.uri, name), (helper,))
         return
     async with _serve(inner) as served:
         node = await nbd_node(name, image_format, served.endpoint)
-        await inspect(name, image_format, node)
+        await _inspect(served, name, image_format, node)
         async with _serve_node(node) as helper:
             endpoint = replace(served.endpoint, uri=helper.uri, name=name, tls=None)
-            yield _Served(endpoint, helper)
+            yield _Served(endpoint, (helper, *served.helpers))
 
 
 @asynccontextmanager
@@ -309,15 +324,18 @@ async def _serve_chain(uri: str, images: list[str]) -> AsyncIterator[_Served]:
     """QEMU on a chain of images, the top first; each comes to it by way of NBD."""
     daemon = program("qemu-storage-daemon", "qemu-system-common")
     async with AsyncExitStack() as stack:
-        nodes, endpoints = [], []
+        nodes: list[Node] = []
+        endpoints: list[Endpoint] = []
+        helpers: list[Helper] = []
         for level, image in enumerate(images):
             image_format, source = _taken_apart(image)
             served = await stack.enter_async_context(_serve(source))
             name = redacted(image)
             node = await nbd_node(name, image_format, served.endpoint, level)
-            await inspect(name, image_format, node, based=level < len(images) - 1)
+            await _inspect(served, name, image_format, node, based=level < len(images) - 1)
             nodes.append(node)
             endpoints.append(served.endpoint)
+            helpers.extend(served.helpers)
         whole = chained(nodes)
         server = f"addr.type=fd,addr.str={LISTEN_FD},max-connections=0"
         export = f"type=nbd,id=chain,node-name={whole.top},name="
@@ -329,7 +347,20 @@ async def _serve_chain(uri: str, images: list[str]) -> AsyncIterator[_Served]:
             unit_least=max(endpoint.unit_least for endpoint in endpoints),
             bulk_connections=max(endpoint.bulk_connections for endpoint in endpoints),
         )
-        yield _Served(endpoint, helper)
+        yield _Served(endpoint, (helper, *helpers))
+
+
+async def _inspect(
+    served: _Served, name: str, image_format: str, node: Node, *, based: bool = False
+) -> None:
+    """Look at an image that is served. Raises BackingError: where there is trouble with the
+    source, its helper says it best."""
+    try:
+        await inspect(name, image_format, node, based=based)
+    except BackingError as error:
+        if served.words():
+            raise BackingError(f"{name}: {served.words()}") from error
+        raise
 
 
 @asynccontextmanager
