@@ -28,6 +28,7 @@ NAMES = (
     "boot",
     "migration",
     "pivot",
+    "afterpivot",
     "crowd",
     "storm",
 )

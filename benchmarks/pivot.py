@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For how long does a guest stand still when it is pivoted, and how fast is its disk afterwards?
+"""For how long does a guest stand still when it is pivoted?
 
-A guest with one and with four disks on qcow2 leaves, from the last heartbeat before the pivot to
-the first one after it (`testbed/migrations/heartbeat.py`). Then the same guest reads its disk with
-direct I/O, 4 KiB at a time, in turns with a guest that was on the local file all along.
+A guest with one and with four disks on qcow2 leaves has just written to each of them what nothing
+has flushed. The pause is heard from outside: from the last heartbeat before the pivot to the first
+one after it (`testbed/migrations/heartbeat.py`). "before" is the longest silence of the second
+before the pivot: what there is without one. The steps of the pause are timed as well.
 """
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import trio
 
-from benchmarks.report import Options, Report, judged, median, progress, ratio
+from benchmarks.report import Cell, Options, Report, judged, median, progress
 from nbdstream.guest.disks import Disk
 from nbdstream.pivot.leftovers import PivotDisk
 from nbdstream.pivot.run import pivot
 from nbdstream.pivot.servers import ControlledServer, Monitor
+from nbdstream.qmp.client import QMPClient
 from testbed.guests import images, systems
 from testbed.guests.systems import RunningGuest
 from testbed.migrations.arrangement import SMALL
@@ -28,57 +32,46 @@ from testbed.peers import Peer, make_image, nbdstream_serve
 from testbed.peers import run as run_program
 
 SIZE = 64 << 20
-READS = 5000
 BEATS = 100
+# Pivots of each number of disks; --rounds asks for more.
+PIVOTS_LEAST = 5
+# MiB that the guest writes to each disk before.
+WRITTEN = 8
+STEPS = ("stop", "x-nbdstream-let-go", "blockdev-add", "blockdev-reopen", "cont")
 
 
 @dataclass
 class Figures:
     """Seconds that the guest was stopped, that nothing was heard of it, and at the most before;
-    seconds for `READS` reads, on the server, after the pivot, and of the local guest."""
+    seconds of each step."""
 
     stopped: list[float] = field(default_factory=list)
     silent: list[float] = field(default_factory=list)
     usual: list[float] = field(default_factory=list)
-    served: list[float] = field(default_factory=list)
-    pivoted: list[float] = field(default_factory=list)
-    local: list[float] = field(default_factory=list)
+    steps: dict[str, list[float]] = field(default_factory=dict)
 
 
 def run(options: Options) -> Report:
     """See `benchmarks.__main__`."""
-    report = Report(
-        "A guest goes on from its leaf",
-        ["disks", "stopped ms", "silent ms", "before ms", "served IOPS", "pivoted", "local"],
-    )
+    columns = [
+        f"{what} {kind}" for what in ("stopped", "silent", "before") for kind in ("", "most")
+    ]
+    report = Report("A guest goes on from its leaf: the pause, ms", ["disks", *columns])
     for disks, most in ((1, 50), (4, 100)):
         figures = Figures()
-        for _ in range(options.rounds):
+        for _ in range(max(options.rounds, PIVOTS_LEAST)):
             with tempfile.TemporaryDirectory() as name:
                 trio.run(_round, Path(name), disks, figures)
             progress(disks, f"{1000 * figures.silent[-1]:.0f} ms")
-        pauses = [figures.stopped, figures.silent, figures.usual]
-        rates = [figures.served, figures.pivoted, figures.local]
-        report.rows.append(
-            [
-                str(disks),
-                *(1000 * (median(times) or 0) for times in pauses),
-                *(READS / (median(times) or 1) for times in rates),
-            ]
-        )
-        silent = median(figures.silent) or 0
-        speed = ratio(median(figures.local), median(figures.pivoted))
-        report.ratios.append(
-            [
-                f"{disks}: target",
-                None,
-                judged(1000 * silent, most=most),
-                None,
-                None,
-                judged(speed, least=0.98),
-                None,
-            ]
-        )
+        cells: list[Cell] = []
+        for times in (figures.stopped, figures.silent, figures.usual):
+            cells += [1000 * (median(times) or 0), 1000 * max(times)]
+        report.rows.append([str(disks), *cells])
+        silent = judged(1000 * (median(figures.silent) or 0), most=most)
+        report.ratios.append([f"{disks}: target", None, None, silent, None, None, None])
+        steps = (f"{name} {1000 * (median(took) or 0):.1f}" for name, took in figures.steps.items())
+        report.notes.append(f"steps of {disks}, ms: {', '.join(steps)}")
+    report.notes.append(f"{len(figures.silent)} pivots each; medians, and the longest of each")
     return report
 
 
@@ -90,61 +83,60 @@ async def _round(directory: Path, disks: int, figures: Figures) -> None:
         if leaf is not leaves[0]:
             raw = directory / "data.raw"
             make_image(raw, SIZE)
-        _convert(raw, leaf)
-    local = directory / "local.qcow2"
-    _convert(image / "disk.raw", local)
+        run_program(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, leaf])
     with ExitStack() as servers:
         peers = [servers.enter_context(nbdstream_serve(leaf)) for leaf in leaves]
-        async with AsyncExitStack() as guests:
-            await _measure(directory, image, peers, local, figures, guests)
+        await _measure(directory, image, peers, figures)
 
 
-async def _measure(
-    directory: Path,
-    image: Path,
-    peers: Sequence[Peer],
-    local: Path,
-    figures: Figures,
-    guests: AsyncExitStack,
-) -> None:
+async def _measure(directory: Path, image: Path, peers: Sequence[Peer], figures: Figures) -> None:
     qmp, port = directory / "qmp", directory / "pulse"
-    extra = (*systems.direct_boot(image), "-qmp", f"unix:{qmp},server=on,wait=off")
-    moved = await guests.enter_async_context(
-        systems.boot(
-            SMALL, *(Disk.nbd(peer.uri) for peer in peers), extra=(*extra, *serial_port(str(port)))
-        )
-    )
-    still = await guests.enter_async_context(
-        systems.boot(SMALL, Disk.file(local, "qcow2"), extra=systems.direct_boot(image))
-    )
-    figures.served.append(await _read(moved))
-    await still.guest.qmp.execute("stop")
+    monitor = ("-qmp", f"unix:{qmp},server=on,wait=off", *serial_port(str(port)))
+    disks = [PivotDisk(ControlledServer(str(peer.control))) for peer in peers]
+    exports = (Disk.nbd(peer.uri) for peer in peers)
+    extra = (*systems.direct_boot(image), *monitor)
     beats = Heartbeat()
-    async with trio.open_nursery() as nursery:
+    async with systems.boot(SMALL, *exports, extra=extra) as guest, trio.open_nursery() as nursery:
         nursery.start_soon(beats.listen, str(port), str(directory / "none"))
-        await moved.console.send(f"{LOOP}\n")
+        await _write(guest, len(peers))
+        await guest.console.send(f"{LOOP}\n")
         await beats.wait_here(BEATS)
-        first = len(beats.here)
-        disks = [PivotDisk(ControlledServer(str(peer.control))) for peer in peers]
-        figures.stopped.append(await pivot(Monitor.at(str(qmp)), disks))
+        with _timed(figures.steps):
+            first = len(beats.here)
+            figures.stopped.append(await pivot(Monitor.at(str(qmp)), disks))
         await beats.wait_here(first + BEATS)
         nursery.cancel_scope.cancel()
     times = [after.heard - before.heard for before, after in pairwise(beats.here)]
     figures.usual.append(max(times[: first - 1]))
     figures.silent.append(max(times[first - 1 :]))
-    await moved.console.run("kill $!")
-    await still.guest.qmp.execute("cont")
-    for _ in range(3):
-        figures.pivoted.append(await _read(moved))
-        figures.local.append(await _read(still))
 
 
-async def _read(guest: RunningGuest) -> float:
-    """Seconds for `READS` direct reads of 4 KiB."""
-    began = trio.current_time()
-    await guest.run(f"dd if=/dev/vda of=/dev/null bs=4k count={READS} iflag=direct")
-    return trio.current_time() - began
+async def _write(guest: RunningGuest, disks: int) -> None:
+    """What reaches the server, and is not flushed."""
+    targets = ["/root/written", *(f"/dev/vd{chr(ord('b') + n)}" for n in range(disks - 1))]
+    for target in targets:
+        command = f"dd if=/dev/zero of={target} bs=1M count={WRITTEN} oflag=direct conv=notrunc"
+        await guest.run(command)
 
 
-def _convert(raw: Path, leaf: Path) -> None:
-    run_program(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, leaf])
+@contextmanager
+def _timed(steps: dict[str, list[float]]) -> Iterator[None]:
+    """Note how long the steps of a pivot take, each from its first command to its last answer."""
+    began: dict[str, float] = {}
+    ended: dict[str, float] = {}
+    execute = QMPClient.execute
+
+    async def timed(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
+        now = trio.current_time()
+        if name == "stop":
+            began.clear()  # what came before is not part of the pause
+        began.setdefault(name, now)
+        try:
+            return await execute(self, name, *args, **more)
+        finally:
+            ended[name] = trio.current_time()
+
+    with mock.patch.object(QMPClient, "execute", timed):
+        yield
+    for name in STEPS:
+        steps.setdefault(name, []).append(ended[name] - began[name])

@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,13 +30,28 @@ def write(path: str, text: str) -> str:
     return path
 
 
-async def pivot_domain(at: Host, ends: Ends, control: str) -> tuple[int, str]:
-    """Run the documented script; its status, and what it says."""
+def failing_virsh(ends: Ends, command: str) -> Path:
+    """A directory for PATH. Its virsh fails at a command; "": there is none."""
+    directory = Path(ends.path("bin"))
+    directory.mkdir(exist_ok=True)
+    program = directory / "virsh"
+    program.unlink(missing_ok=True)
+    if command:
+        refuse = f'case " $* " in *" {command} "*) exit 1;; esac; exec {shutil.which("virsh")} "$@"'
+        write(str(program), f"#!/bin/sh\n{refuse}\n")
+        program.chmod(0o755)
+    return directory
+
+
+async def pivot_domain(at: Host, ends: Ends, control: str, fails: str = "") -> tuple[int, str]:
+    """Run the documented script; its status, and what it says. ``fails``: a command of virsh that
+    does not succeed."""
     (script,) = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.S | re.M)
     program = write(ends.path("pivot-domain"), script)
+    first = failing_virsh(ends, fails)
     settings = {
         "VIRSH_DEFAULT_CONNECT_URI": at.uri,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{first}:{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     with trio.fail_after(120):
         done = await trio.run_process(
@@ -49,11 +65,13 @@ async def pivot_domain(at: Host, ends: Ends, control: str) -> tuple[int, str]:
     return done.returncode, done.stderr.decode()
 
 
-async def test_a_domain_goes_on_from_its_leaf(busybox_image: Path) -> None:
-    """Refused while the leaf is not complete; then libvirt names the file, makes a snapshot, and
-    starts the domain again from it. Nothing that the guest was told is durable is lost."""
+@pytest.mark.parametrize("suffix", ["qcow2", "qed", "raw"])
+async def test_a_domain_goes_on_from_its_leaf(busybox_image: Path, suffix: str) -> None:
+    """Refused while the leaf is not complete, and undone where libvirt fails. Then libvirt names
+    the file, makes a snapshot, and starts the domain again from it. Nothing that the guest was told
+    is durable is lost."""
     with temporary_directory() as directory:
-        ends, leaf = Ends(directory, busybox_image, SMALL), directory / "leaf.qcow2"
+        ends, leaf = Ends(directory, busybox_image, SMALL), directory / f"leaf.{suffix}"
         with nbdkit("file", busybox_image / "disk.raw", readonly=True) as far:
             with (
                 nbdstream_serve(
@@ -72,6 +90,12 @@ async def test_a_domain_goes_on_from_its_leaf(busybox_image: Path) -> None:
                         await qmp.execute("job-resume", {"id": "disk0"})
                         with trio.fail_after(120):
                             await qmp.wait_event("BLOCK_JOB_COMPLETED")
+                    step = "blockcopy" if suffix == "raw" else "snapshot-create-as"
+                    status, words = await pivot_domain(here, ends, control, fails=step)
+                    assert status == 1 and "the domain goes on as before" in words
+                    seen = last_acknowledged(console.transcript)
+                    await console.wait_for(rf"ACK {seen + 3}\b", 60)
+                    assert "nbd" in await here.virsh("dumpxml", DOMAIN, "--xpath", "//source")
                     status, _ = await pivot_domain(here, ends, control)
                     assert status == 0 and server.process.wait(20) == 0
                     for kind in ((), ("--inactive",)):
@@ -82,7 +106,7 @@ async def test_a_domain_goes_on_from_its_leaf(busybox_image: Path) -> None:
                     await console.wait_for(rf"ACK {seen + 3}\b", 60)
                     await here.virsh("destroy", DOMAIN)
                     last = last_acknowledged(console.transcript)
-                assert records(as_raw(leaf, "qcow2")) >= last
+                assert records(as_raw(leaf, suffix)) >= last
                 await here.virsh("start", DOMAIN)
                 overlay = f"vda,file={directory}/overlay.qcow2"
                 options = ("--disk-only", "--no-metadata", "--diskspec", overlay)

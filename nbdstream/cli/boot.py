@@ -7,7 +7,7 @@ import sys
 import tempfile
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -199,7 +199,7 @@ async def _serve(
 async def _pivot(service: Service, guest: Guest) -> None:
     """A task: have the guest go on from the leaf once that is complete. Nothing is served then;
     the terminal is the guest's, so its title says so."""
-    monitor = Monitor(lambda: nullcontext(guest.qmp), guest.process.pid)
+    monitor = Monitor.of(guest.qmp, guest.process.pid)
     await pivot_when_complete(service, monitor)
     service.stop()
 

@@ -19,8 +19,9 @@ class LetGo:
 
     @command("x-nbdstream-pivot-query")
     async def query(self, now: bool = False) -> JSONObject:
-        """What a program that wants to open the leaf has to know; with ``now`` it would do so
-        before the leaf is complete, which is prepared then."""
+        """What a program that wants to open the leaf has to know. If the leaf can be let go of, it
+        is flushed, so that little is left to do while the guest stands still. With ``now`` it may
+        be let go of before it is complete, and is prepared for that as well."""
         leaf = self._custody.disk.leaf
         answer: JSONObject = {
             "uris": self._uris,
@@ -37,6 +38,8 @@ class LetGo:
         reason = "" if self._custody.let_go else self._custody.refusal(incomplete=now)
         if now and not reason and not disk.thin:
             await round_off(disk)
+        if not reason:
+            await disk.flush()
         return answer | ({"refused": reason} if reason else {})
 
     @command("x-nbdstream-let-go")

@@ -30,7 +30,12 @@ class PivotLeaf:
     backing: JSONObject = field(default_factory=dict)
     thin: bool = False
 
-    def added(self) -> list[JSONObject]:
+    async def add(self, qemu: QMPClient) -> None:
+        """Have QEMU open the leaf. Raises QMPError."""
+        for node in self._added():
+            await qemu.execute("blockdev-add", node)
+
+    def _added(self) -> list[JSONObject]:
         """Arguments of blockdev-add for the leaf, one node after the other."""
         common = {**self._kept(), "discard": "unmap"}
         file = {"driver": "file", "filename": self.leaf, **common}

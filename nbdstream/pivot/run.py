@@ -9,8 +9,8 @@ on the leaves and which on the exports, and with that which way to go.
 
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 
 import trio
 
@@ -67,7 +67,11 @@ async def pivot(monitor: Monitor, disks: Sequence[PivotDisk], *, now: bool = Fal
             with trio.CancelScope(shield=True):
                 began = trio.current_time()
                 try:
-                    pause = await _switch(qemu, prepared, running=running, now=now)
+                    with trio.fail_after(STEP_SECONDS):
+                        async with AsyncExitStack() as lines:
+                            for disk in prepared:
+                                await lines.enter_async_context(disk.server.line())
+                            pause = await _switch(qemu, prepared, running=running, now=now)
                 except (NbdstreamError, OSError, trio.TooSlowError) as error:
                     failure = error
                 else:
@@ -131,26 +135,46 @@ async def _switch(
     qemu: QMPClient, disks: Sequence[PivotLeaf], *, running: bool, now: bool
 ) -> float:
     """Returns for how many seconds the guest was stopped."""
-    with trio.fail_after(STEP_SECONDS):
-        if running:
-            await remember_stop(qemu)
-        began = trio.current_time()
-        if running:
-            await qemu.execute("stop")
+    if running:
+        await remember_stop(qemu)
+    began = trio.current_time()
+    if running:
+        await qemu.execute("stop")
+    await _for_each(disks, lambda disk: disk.server.let_go(now=now))
+    await _for_each(disks, lambda disk: disk.add(qemu))
+    await _replace(qemu, disks)
+    if running:
+        await qemu.execute("cont")
+    pause = trio.current_time() - began if running else 0.0
+    graph = await Graph.of(qemu)
+    for disk in disks:
+        if not graph.in_use(disk.node):
+            raise PivotError(f"{disk.leaf}: QEMU did not go over to it")
+    return pause
+
+
+async def _for_each(
+    disks: Sequence[PivotLeaf], step: Callable[[PivotLeaf], Awaitable[None]]
+) -> None:
+    """Take a step for all disks at the same time, to keep the pause short. All have ended when
+    this does.
+
+    Raises:
+        NbdstreamError, OSError: what the first of them raised.
+    """
+    failures: list[Exception] = []
+
+    async def one(disk: PivotLeaf) -> None:
+        try:
+            await step(disk)
+        except (NbdstreamError, OSError) as error:
+            failures.append(error)
+
+    async with trio.open_nursery() as nursery:
         for disk in disks:
-            await disk.server.let_go(now=now)
-        for disk in disks:
-            for node in disk.added():
-                await qemu.execute("blockdev-add", node)
-        await _replace(qemu, disks)
-        if running:
-            await qemu.execute("cont")
-        pause = trio.current_time() - began if running else 0.0
-        graph = await Graph.of(qemu)
-        for disk in disks:
-            if not graph.in_use(disk.node):
-                raise PivotError(f"{disk.leaf}: QEMU did not go over to it")
-        return pause
+            nursery.start_soon(one, disk)
+    if failures:
+        raise failures[0]
 
 
 async def _replace(qemu: QMPClient, disks: Sequence[PivotLeaf]) -> None:
@@ -192,7 +216,8 @@ async def _settle(
     except (QMPError, trio.TooSlowError) as error:
         troubles = await _take_back(disks)
         kept = f"; {'; '.join(troubles)}" if troubles else ""
-        raise PivotError(f"{why}; QEMU does not answer any more ({error}){kept}") from failure
+        silent = str(error) or f"nothing in {STEP_SECONDS:g} s"
+        raise PivotError(f"{why}; QEMU does not answer any more ({silent}){kept}") from failure
     if not back:
         log.warning("%s; the guest runs from its leaves nevertheless", why)
         return

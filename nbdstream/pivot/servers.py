@@ -3,7 +3,7 @@
 
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Protocol
 
 import trio
@@ -29,6 +29,11 @@ class PivotError(NbdstreamError):
 class DiskServer(Protocol):
     """The server of one disk. All but `end` raise NbdstreamError, OSError."""
 
+    def line(self) -> AbstractAsyncContextManager[None]:
+        """While the block lasts, commands need not connect first: the guest stands still for
+        some of them."""
+        ...
+
     async def facts(self, *, now: bool = False) -> JSONObject:
         """What ``x-nbdstream-pivot-query`` returns."""
         ...
@@ -51,6 +56,16 @@ class ControlledServer:
 
     def __init__(self, control: str) -> None:
         self._control = control
+        self._line: QMPClient | None = None
+
+    @asynccontextmanager
+    async def line(self) -> AsyncIterator[None]:
+        """See `DiskServer`."""
+        async with connect(self._control) as self._line:
+            try:
+                yield
+            finally:
+                self._line = None
 
     async def facts(self, *, now: bool = False) -> JSONObject:
         """See `DiskServer`."""
@@ -73,9 +88,13 @@ class ControlledServer:
                     await qmp.wait_event()
 
     async def _ask(self, command: str, arguments: JSONObject | None = None) -> JSONObject:
-        async with connect(self._control) as qmp:
-            answer: JSONObject = await qmp.execute(command, arguments)
-            return answer
+        answer: JSONObject
+        if self._line is not None:
+            answer = await self._line.execute(command, arguments)
+        else:
+            async with connect(self._control) as qmp:
+                answer = await qmp.execute(command, arguments)
+        return answer
 
 
 class OwnServer:
@@ -83,6 +102,11 @@ class OwnServer:
 
     def __init__(self, service: Service) -> None:
         self._commands = LetGo(service.custody, service.uris)
+
+    @asynccontextmanager
+    async def line(self) -> AsyncIterator[None]:
+        """See `DiskServer`: nothing to connect to."""
+        yield
 
     async def facts(self, *, now: bool = False) -> JSONObject:
         """See `DiskServer`."""
@@ -127,6 +151,11 @@ class Monitor:
     def at(cls, path: str) -> "Monitor":
         """The monitor behind a QMP socket."""
         return cls(lambda: connect(path))
+
+    @classmethod
+    def of(cls, qmp: QMPClient, pid: int) -> "Monitor":
+        """The monitor of a QEMU of our own, to which we are connected."""
+        return cls(lambda: nullcontext(qmp), pid)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:

@@ -12,7 +12,7 @@ the disk in the directory it was given.
 
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,7 @@ async def stream_with_nbdstream(
 
 async def _pivot(task: Task, guest: RunningGuest, control: str) -> None:
     before = await _read_rate(guest)
-    monitor = Monitor(lambda: nullcontext(guest.guest.qmp), guest.guest.process.pid)
+    monitor = Monitor.of(guest.guest.qmp, guest.guest.process.pid)
     pause = await pivot(monitor, [PivotDisk(ControlledServer(control))])
     task.show.note(f"pivot: QEMU uses the leaf itself; the guest was stopped for {pause:.3f} s")
     after = await _read_rate(guest)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nbdstream.guest.qemu import MiB
-from testbed.guests import bootdisk, busybox_image, debian_image
+from testbed.guests import bootdisk, busybox_image, debian_image, fio_image
 from testbed.processes import TOP
 
 CACHE = TOP / ".cache" / "images"
@@ -31,6 +31,11 @@ def busybox() -> Path:
 def debian() -> Path:
     """Return the directory of the Debian guest: ``disk.raw``. Building takes minutes."""
     return _cached("debian", debian_image)
+
+
+def fio() -> Path:
+    """Return the directory of a disk with fio for a guest: ``disk.raw``, see `fio_image`."""
+    return _cached("fio", fio_image)
 
 
 def copy_image(image: Path, copy: Path) -> Path:
