@@ -26,6 +26,15 @@ SIZE = 2 << 20
 @contextmanager
 def qemu(directory: Path, *disks: Disk, arguments: tuple[str, ...] = ()) -> Iterator[str]:
     """A QEMU with these disks as nodes d0, d1, …; its QMP socket."""
+    with qemu_process(directory, *disks, arguments=arguments) as (path, _):
+        yield path
+
+
+@contextmanager
+def qemu_process(
+    directory: Path, *disks: Disk, arguments: tuple[str, ...] = ()
+) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """As `qemu`, with its process."""
     path = directory / "vm.qmp"
     command = [qemu_binary(), "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "32"]
     command += ["-qmp", f"unix:{path},server=on,wait=off", *arguments]
@@ -37,7 +46,7 @@ def qemu(directory: Path, *disks: Disk, arguments: tuple[str, ...] = ()) -> Iter
         while not listens(path):
             assert process.poll() is None
             time.sleep(0.01)
-        yield str(path)
+        yield str(path), process
     finally:
         process.kill()
         process.wait()

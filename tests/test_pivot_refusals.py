@@ -71,7 +71,7 @@ async def test_what_cannot_be_pivoted_is_refused_and_goes_on(tmp_path: Path, ima
         await qemu_io(vm, "d0", "write -P 0x11 0 64k")
 
 
-@pytest.mark.parametrize("trouble", ["missing", "directory", "locked", "twice"])
+@pytest.mark.parametrize("trouble", ["missing", "directory", "denied", "locked", "twice"])
 async def test_a_leaf_that_qemu_cannot_open_is_refused_and_the_guest_goes_on(
     tmp_path: Path, image: Path, trouble: str
 ) -> None:
@@ -79,7 +79,10 @@ async def test_a_leaf_that_qemu_cannot_open_is_refused_and_the_guest_goes_on(
     leaf = tmp_path / "leaf.qcow2"
     with nbdkit("file", image, readonly=True) as far, nbdstream_serve(leaf, far.uri) as server:
         await wait_local(server)
-        with qemu(tmp_path, Disk.nbd(server.uri)) as vm:
+        # Once it has opened its disks, QEMU is another user, who may not write the leaf.
+        arguments = ("-runas", "nobody") if trouble == "denied" else ()
+        leaf.chmod(0o644)
+        with qemu(tmp_path, Disk.nbd(server.uri), arguments=arguments) as vm:
             path = {"missing": "/nowhere/leaf.qcow2", "directory": str(tmp_path)}.get(trouble, "")
             disks = [PivotDisk(ControlledServer(str(server.control)), path)]
             words = "cannot open the leaf: .*--leaf-path"
@@ -97,7 +100,9 @@ async def test_a_leaf_that_qemu_cannot_open_is_refused_and_the_guest_goes_on(
             assert "\n" not in str(refused.value)
             assert await is_running(vm)
             await qemu_io(vm, "d0", "write -P 0x11 0 64k")
-            await pivot(vm, [disk_of(server)])
+            leaf.chmod(0o666)
+            if trouble != "denied":  # pytest's directory is closed to others
+                await pivot(vm, [disk_of(server)])
 
 
 def partial_lock(leaf: Path) -> int:

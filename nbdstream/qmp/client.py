@@ -16,6 +16,7 @@ When the connection goes, everyone who waits gets ``QMPConnectionError`` (or the
 """
 
 import logging
+import secrets
 import socket
 import struct
 from collections import deque
@@ -126,8 +127,11 @@ class QMPClient:
         self._stream = stream
         self._reader = LineReader(REPLY_LIMIT)
         self._to_send, self._outgoing = trio.open_memory_channel[bytes](0)
-        self._pending: dict[int, _Pending] = {}
-        self._last_id = 0
+        self._pending: dict[str, _Pending] = {}
+        # QEMU sends the late answer to a client that has hung up to the next one, which must not
+        # take it for its own.
+        self._ours = f"{secrets.token_hex(6)}-"
+        self._last = 0
         self._error: QMPError | None = None
         self._backlog = EventQueue()
         self._queues = [self._backlog]
@@ -197,7 +201,8 @@ class QMPClient:
         """
         if self._error is not None:
             raise self._error
-        self._last_id = id_ = self._last_id + 1
+        self._last += 1
+        id_ = f"{self._ours}{self._last}"
         pending = self._pending[id_] = _Pending()
         try:
             await self._hand_over(encode(Command(command, dict(arguments or {}), id_, oob)))
@@ -278,12 +283,12 @@ class QMPClient:
                 self._answer(id_, error)
 
     def _answer(self, id_: Any, outcome: Return | QMPError) -> None:
-        pending = self._pending.get(id_) if isinstance(id_, int) else None
+        if id_ is None:
+            raise QMPProtocolError("an answer without an id: all commands of ours have one")
+        pending = self._pending.get(str(id_))
         if pending is not None:
             pending.settle(outcome)
-        elif not isinstance(id_, int) or not 0 < id_ <= self._last_id:
-            raise QMPProtocolError(f"an answer to no command of ours (id {id_!r})")
-        # else: the task that gave the command was cancelled
+        # else: to an earlier client, or the task that gave the command was cancelled
 
     def _end(self, error: QMPError, cause: Exception | None = None) -> None:
         """Tell everyone who waits, and remember it for those who come later."""

@@ -22,7 +22,7 @@ from testbed.guests.systems import RunningGuest
 from testbed.migrations import arrangement
 from testbed.migrations.afterwards import as_raw
 from testbed.migrations.arrangement import Ends, last_acknowledged, records
-from testbed.peers import Peer, binary, nbdstream_serve, run, temporary_directory
+from testbed.peers import Peer, PeerError, binary, nbdstream_serve, run, temporary_directory
 from testbed.pivots.relay import Relay, Strike
 
 VICTIMS = ("tool", "server", "qemu", "answer", "tool and server")
@@ -32,6 +32,8 @@ COMMANDS = 16
 ATTEMPTS_MOST = 12
 TOOL_SECONDS = 300
 RECONNECT_DELAY = 120
+# What the operator's attempts may take, QEMU's patience included.
+GO_ON_SECONDS = 400
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,15 @@ class _Scene:
         options = {"driver": "raw", "node-name": "disk0", "discard": "unmap", "file": file}
         await self.guest.guest.qmp.execute("blockdev-reopen", {"options": [options]})
 
+    def _try_to_serve_again(self) -> None:
+        """In vain while QEMU has the leaf: it gives the dead server up after `RECONNECT_DELAY`, and
+        then the tool can have it close the leaf."""
+        try:
+            self._serve_again()
+        except PeerError as error:
+            if "is in use" not in str(error):
+                raise
+
     def _serve_again(self) -> None:
         self.server.terminate()
         serving = nbdstream_serve(self.leaf, socket_path=self.server.socket)
@@ -170,19 +181,17 @@ class _Scene:
             return "QEMU killed"
         again = status
         if status < 0 or self._server_is_dead():
-            again = await self._again()
-            if again and self._server_is_dead():
-                self._serve_again()
-                # Once more where QEMU takes a while to connect again.
-                again = await self._again() and await self._again()
-            assert again == 0
+            with trio.fail_after(GO_ON_SECONDS):
+                while again := await self._again():
+                    if self._server_is_dead():
+                        self._try_to_serve_again()
         seen = last_acknowledged(self.guest.console.transcript)
         await self.guest.console.wait_for(rf"ACK {seen + 2}\b", 120)
         return "on its leaf" if again == 0 else "goes on"
 
     async def _again(self) -> int:
         tool = _tool(str(self.server.control), self.ends.path("source.qmp"))
-        print(f"again: {(await _end_of(tool)).strip()}")
+        print(f"again: {(await _end_of(tool)).strip()}", flush=True)
         return tool.returncode
 
     def _server_is_dead(self) -> bool:
