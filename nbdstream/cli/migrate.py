@@ -70,6 +70,12 @@ CANCELLED = 130
     metavar="PREFIX",
     help="Command prefix for the destination, e.g. 'ip netns exec far'.",
 )
+@click.option(
+    "--tls",
+    default="",
+    metavar="DIR",
+    help="Send guest RAM and disks by TLS, with the certificates in DIR.",
+)
 @click.option("--postcopy-ram", is_flag=True, help="Switch to post-copy after the first RAM pass.")
 @click.option(
     "--max-bandwidth", type=RATE, default=0, help="Limit for guest RAM, bytes per second."
@@ -94,6 +100,7 @@ def migrate(
     memory_listen: str,
     disks: tuple[str, ...],
     prefix: str,
+    tls: str,
     postcopy_ram: bool,
     max_bandwidth: int,
     downtime_limit: float,
@@ -118,6 +125,7 @@ def migrate(
         disks=tuple(DiskPlan.parse(disk) for disk in disks),
         prefix=tuple(shlex.split(prefix)),
         command=command,
+        tls=tls,
         postcopy_ram=postcopy_ram,
         max_bandwidth=max_bandwidth,
         downtime_limit=downtime_limit,

@@ -23,6 +23,7 @@ from nbdstream.handover.seal import HOLD, Seal, remove_seal, write_seal
 from nbdstream.net.address import TcpAddress, UnixAddress, parse_address
 from nbdstream.net.listeners import Listener, listen_tcp, listen_unix
 from nbdstream.qmp.protocol import GenericError, JSONObject
+from nbdstream.server.certificates import Certificates, TlsPolicy
 from nbdstream.server.server import Server
 from nbdstream.tasks import in_worker
 
@@ -41,15 +42,17 @@ class Offering:
 
     def resume(self, seal: Seal) -> None:
         """Offer again what was sealed in an earlier process. Raises UsageError, OSError."""
-        self._start(seal, listen(seal.listen))
+        self._start(seal, listen(seal.listen), _certificates(seal.tls))
 
     @command("x-nbdstream-export-add")
-    async def add(self, listen_at: str) -> JSONObject:
-        """Offer the disk's content at HOST:PORT or unix:PATH, as a new generation."""
+    async def add(self, listen_at: str, tls_certificates: str = "") -> JSONObject:
+        """Offer the disk's content at HOST:PORT or unix:PATH, as a new generation; with a directory
+        of certificates by TLS alone, to clients of its authorities."""
         if self._seal is not None:
             raise GenericError(f"the disk is offered already, as {self._seal.export}")
         if self._disk.gate.reason:
             raise GenericError(f"another server owns the disk: {self._disk.gate.reason}")
+        certificates = await in_worker(_certificates, tls_certificates)
         generation = new_generation()
         address = parse_address(listen_at)
         listeners = listen(listen_at)
@@ -57,7 +60,8 @@ class Offering:
         if isinstance(address, TcpAddress) and isinstance(bound, TcpAddress):
             address = TcpAddress(address.host, bound.port)  # the system may have chosen the port
         name = export_name(self._device, generation)
-        self._start(Seal(generation, name, str(address)), listeners)
+        seal = Seal(generation, name, str(address), tls=tls_certificates)
+        self._start(seal, listeners, certificates)
         return {"uri": self._uri, "generation": generation, "size": self._disk.size}
 
     @command("x-nbdstream-export-query")
@@ -98,12 +102,15 @@ class Offering:
             raise GenericError(f"generation {generation} of the disk is not offered here")
         return self._seal
 
-    def _start(self, seal: Seal, listeners: list[Listener]) -> None:
+    def _start(
+        self, seal: Seal, listeners: list[Listener], certificates: Certificates | None
+    ) -> None:
         self._seal, self._ended = seal, trio.Event()
         export = ReadOnlyExport(self._disk, seal.export, "handed over to another host")
         self._serving = trio.CancelScope()
-        self._uri = listeners[0].uri(seal.export)
-        self._nursery.start_soon(self._run, Server([export]), listeners, self._serving, self._ended)
+        self._uri = listeners[0].uri(seal.export, tls=certificates is not None)
+        server = Server([export], tls=certificates)
+        self._nursery.start_soon(self._run, server, listeners, self._serving, self._ended)
 
     async def _run(
         self,
@@ -124,6 +131,13 @@ class Offering:
             self._serving.cancel()
             await self._ended.wait()
         self._ended, self._seal = None, None
+
+
+def _certificates(directory: str) -> Certificates | None:
+    """What an offer by TLS shows; None for one in clear. Raises UsageError."""
+    if not directory:
+        return None
+    return Certificates(TlsPolicy(Path(directory), required=True, verify_peer=True))
 
 
 def listen(text: str) -> list[Listener]:

@@ -28,13 +28,15 @@ HOLD = 600.0
 class Seal:
     """``export`` is the name under which the content is offered at ``listen``
     (``HOST:PORT`` or ``unix:PATH``). ``stamp``: the image's size and time of its last change,
-    where nothing may have changed it since; ``format`` goes with it."""
+    where nothing may have changed it since; ``format`` goes with it. ``tls``: the directory of the
+    certificates with which it is offered, "" for an offer in clear."""
 
     generation: str
     export: str
     listen: str
     stamp: str = ""
     format: str = ""
+    tls: str = ""
 
     @property
     def reason(self) -> str:
@@ -62,7 +64,7 @@ def read_seal(leaf: str) -> Seal | None:
         values = json.loads(record)
         seal = Seal(
             *(str(values[name]) for name in ("generation", "export", "listen")),
-            *(str(values.get(name, "")) for name in ("stamp", "format")),
+            *(str(values.get(name, "")) for name in ("stamp", "format", "tls")),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LeafFormatError(

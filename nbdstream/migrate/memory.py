@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import trio
 
+from nbdstream.migrate import tls
 from nbdstream.migrate.limits import limit
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.qmp.client import EventQueue, QMPClient
@@ -36,7 +37,12 @@ FAILED = ("failed", "cancelled", "cancelling")
 CANCELLABLE = ("setup", "active", "pre-switchover", "device")
 # What `Memory.start` may set, and QEMU's defaults.
 CAPABILITIES = ("return-path", "events", "postcopy-ram", "pause-before-switchover")
-DEFAULT_PARAMETERS = {"max-bandwidth": 128 << 20, "downtime-limit": 300}
+DEFAULT_PARAMETERS: JSONObject = {
+    "max-bandwidth": 128 << 20,
+    "downtime-limit": 300,
+    "tls-creds": "",
+    "tls-hostname": "",
+}
 
 
 class Memory:
@@ -53,6 +59,10 @@ class Memory:
         common = {"return-path": True, "events": True, "postcopy-ram": self._plan.postcopy_ram}
         await _set(self._destination, common)
         await _set(self._source, {**common, "pause-before-switchover": True})
+        if self._plan.tls:
+            credentials = await tls.give(self._destination, self._plan.tls, tls.SERVER)
+            await self._destination.execute("migrate-set-parameters", {"tls-creds": credentials})
+            await tls.give(self._source, self._plan.tls, tls.CLIENT)
         if parameters := wanted_parameters(self._plan):
             await self._source.execute("migrate-set-parameters", parameters)
         await self._destination.execute(
@@ -115,6 +125,13 @@ class Memory:
         """After post-copy: return when the last page has gone over. Raises MigrationError."""
         if not self._completed:  # it may have converged before post-copy could begin
             await self._wait(events, "completed")
+
+    async def tidy(self) -> None:
+        """All of memory is there: leave the destination's QEMU without credentials. Raises
+        QMPError."""
+        if self._plan.tls:
+            await self._destination.execute("migrate-set-parameters", {"tls-creds": ""})
+            await tls.take(self._destination, tls.SERVER)
 
     async def _wait(self, events: EventQueue, wanted: str) -> Event:
         while True:
@@ -192,13 +209,14 @@ class Settings:
         parameters = await qmp.execute("query-migrate-parameters")
         return cls(
             {name: states[name] for name in CAPABILITIES},
-            {name: parameters[name] for name in DEFAULT_PARAMETERS},
+            {name: parameters.get(name, value) for name, value in DEFAULT_PARAMETERS.items()},
         )
 
     async def restore(self, qmp: QMPClient) -> None:
-        """Set it so again. Raises QMPError."""
+        """Set it so again, and drop the credentials. Raises QMPError."""
         await _set(qmp, self.capabilities)
         await qmp.execute("migrate-set-parameters", self.parameters)
+        await tls.take(qmp, tls.CLIENT)
 
 
 def default_settings(plan: MigrationPlan) -> Settings:
@@ -214,6 +232,9 @@ def wanted_parameters(plan: MigrationPlan) -> JSONObject:
         parameters["max-bandwidth"] = plan.max_bandwidth
     if plan.downtime_limit:
         parameters["downtime-limit"] = round(plan.downtime_limit * 1000)
+    if plan.tls:
+        # Without a name QEMU takes the host in the URI.
+        parameters |= {"tls-creds": tls.id_of(tls.CLIENT), "tls-hostname": ""}
     return parameters
 
 

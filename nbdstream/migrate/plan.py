@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nbdstream.errors import NbdstreamError, UsageError
 from nbdstream.leaf import format_from_suffix
+from nbdstream.migrate.tls import check_directory
 
 
 class MigrationError(NbdstreamError):
@@ -70,6 +71,8 @@ class MigrationPlan:
 
     ``max_bandwidth`` is in bytes per second, 0 for QEMU's own limit; ``downtime_limit`` in
     seconds, 0 likewise. ``pivot``: the destination's servers are told to pivot by themselves.
+    ``tls``: the directory of certificates for memory and disks (`nbdstream.migrate.tls`), "" to
+    send both in clear.
     """
 
     source_qmp: str
@@ -83,6 +86,7 @@ class MigrationPlan:
     max_bandwidth: int = 0
     downtime_limit: float = 0.0
     pivot: bool = False
+    tls: str = ""
 
     def check(self) -> None:
         """Raises UsageError for what cannot work."""
@@ -92,6 +96,9 @@ class MigrationPlan:
             names = [getattr(disk, what) for disk in self.disks]
             if len(set(names)) != len(names):
                 raise UsageError(f"two disks have the same {what}")
+        if self.tls:
+            check_directory(self.tls)
+            self._check_addresses()
         for disk in self.disks:
             if os.path.lexists(disk.leaf):
                 raise UsageError(f"{disk.leaf} exists already: the destination needs a new leaf")
@@ -99,6 +106,16 @@ class MigrationPlan:
                 raise UsageError(f"there is no directory for {disk.leaf}")
         if len({disk.listen for disk in self.disks if disk.source_node}) > 1:
             raise UsageError("QEMU has one NBD server: give its disks the same listen=…")
+
+    def _check_addresses(self) -> None:
+        """Raises UsageError where a certificate could not be compared with a host's name."""
+        for memory in filter(None, (self.memory, self.memory_listen)):
+            if not memory.startswith("tcp:"):
+                raise UsageError(f"{memory}: with --tls, memory goes over tcp:HOST:PORT")
+        for disk in self.disks:
+            for where in filter(None, (disk.listen, disk.reach)):
+                if where.startswith("unix:"):
+                    raise UsageError(f"{where}: with --tls, disks are offered at HOST:PORT")
 
     def describe(self) -> list[str]:
         """What would be done, a line a step."""
@@ -111,6 +128,8 @@ class MigrationPlan:
             "start QEMU at the destination" if self.command else "wait for the destination's QEMU"
         )
         kind = "by post-copy after one pass" if self.postcopy_ram else "by pre-copy"
+        if self.tls:
+            kind += f"; memory and disks with TLS, by the certificates in {self.tls}"
         return [
             *lines,
             f"{qemu}, with QMP at {self.destination_qmp}",

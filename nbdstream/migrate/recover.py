@@ -41,13 +41,13 @@ async def take_back(plan: MigrationPlan) -> str:
     server does not answer (then the rest is done); QMPError.
     """
     monitor = Monitor(plan.source_qmp)
-    server = QemuServer(monitor)
+    server = QemuServer(monitor, plan.tls)
     async with answered(monitor.session(), "the source's QEMU") as source:
         with limit("the source's QEMU did not say how far the migration is", LATE_SECONDS):
             await _refuse_if_late(source, plan)
         await quit_qemu(plan.destination_qmp, None)
         generations, troubles = [], []
-        for disk, planned in zip(make_sources(plan.disks, server), plan.disks, strict=True):
+        for disk, planned in zip(make_sources(plan, server), plan.disks, strict=True):
             generation = ""
             try:
                 with limit("no answer"):

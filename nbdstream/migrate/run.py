@@ -30,6 +30,7 @@ from nbdstream.migrate.monitor import Monitor
 from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.migrate.sources import Offer, QemuServer, make_sources, nbd_uri
 from nbdstream.migrate.switchover import AT_SOURCE, Phase, There, Undo, owner, undo, why_kept
+from nbdstream.migrate.tls import secured
 from nbdstream.net.address import NbdUri
 from nbdstream.qmp.client import EventQueue, QMPClient
 from nbdstream.qmp.protocol import JSONObject, QMPConnectionError, QMPError
@@ -81,7 +82,7 @@ class Migration:
         self.summary = Summary()
         self._watch = watch or (lambda _phase, _facts: None)
         self._monitor = Monitor(plan.source_qmp)
-        self._sources = make_sources(plan.disks, QemuServer(self._monitor))
+        self._sources = make_sources(plan, QemuServer(self._monitor, plan.tls))
         self._offers: list[Offer] = []
         pivot = plan.destination_qmp if plan.pivot else ""
         self.disks = [DestinationDisk(disk, plan.prefix, pivot) for disk in plan.disks]
@@ -153,6 +154,8 @@ class Migration:
             if disk.plan.reach:
                 name = NbdUri.parse(offer.uri).export
                 offer = replace(offer, uri=nbd_uri(disk.plan.reach, name))
+            if self.plan.tls:
+                offer = replace(offer, uri=secured(offer.uri, self.plan.tls))
             self._offers.append(offer)
             await disk.start(offer)
             with limit(f"{disk.plan.control} does not answer"):
@@ -202,6 +205,8 @@ class Migration:
             if source_is_gone:
                 return
             await memory.wait_completed(events)
+            with suppress(QMPError), trio.move_on_after(ANSWER_SECONDS):
+                await memory.tidy()
         # The guest lives elsewhere: nothing depends on this answer.
         with suppress(QMPError), trio.move_on_after(ANSWER_SECONDS):
             ram = (await source.execute("query-migrate")).get("ram", {})

@@ -17,8 +17,9 @@ from nbdstream.errors import LeafError, LeafFormatError, LeafInUseError
 from nbdstream.handover.generation import export_name, new_generation
 from nbdstream.handover.seal import SUFFIX, Seal, read_seal, stamp_of, write_seal
 from nbdstream.leaf.locking import open_locked
+from nbdstream.migrate import tls
 from nbdstream.migrate.monitor import Monitor
-from nbdstream.migrate.plan import DiskPlan, MigrationError
+from nbdstream.migrate.plan import MigrationError, MigrationPlan
 from nbdstream.net.address import NbdUri, UnixAddress, parse_address
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import CommandError, JSONObject
@@ -78,16 +79,19 @@ class NbdstreamSource(Source):
     """A disk that an nbdstream serves. Each command is a connection of its own, so that one
     that was lost is no obstacle to the next command."""
 
-    def __init__(self, control: str, listen: str) -> None:
+    def __init__(self, control: str, listen: str, tls: str) -> None:
         self._control = control
         self._listen = listen
+        self._tls = tls
 
     async def adopt(self) -> str:
         self._generation = (await self._ask("x-nbdstream-export-query", {})).get("generation", "")
         return self._generation
 
     async def offer(self) -> Offer:
-        answer = await self._ask("x-nbdstream-export-add", {"listen-at": self._listen})
+        secure = {"tls-certificates": self._tls} if self._tls else {}
+        where = {"listen-at": self._listen, **secure}
+        answer = await self._ask("x-nbdstream-export-add", where)
         self._generation = answer["generation"]
         return Offer(answer["uri"], answer["generation"], answer["size"])
 
@@ -114,8 +118,10 @@ class NbdstreamSource(Source):
 class QemuServer:
     """The NBD server in the source's QEMU: one for all disks, there while any is offered."""
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, monitor: Monitor, directory: str = "") -> None:
+        """``directory``: of the certificates, if it speaks TLS."""
         self.monitor = monitor
+        self._directory = directory
         self._offers: set[str] = set()
         self._started = False
 
@@ -125,7 +131,10 @@ class QemuServer:
         arguments = {"type": "nbd", "id": _EXPORT_ID + generation, "node-name": node, "name": name}
         async with self.monitor.session() as qmp:
             if not self._started:
-                await qmp.execute("nbd-server-start", {"addr": _address(listen)})
+                secure: JSONObject = {}
+                if self._directory:
+                    secure = {"tls-creds": await tls.give(qmp, self._directory, tls.SERVER)}
+                await qmp.execute("nbd-server-start", {"addr": _address(listen), **secure})
                 self._started = True
             await qmp.execute("block-export-add", {**arguments, "writable": False})
         self._offers.add(generation)
@@ -142,6 +151,8 @@ class QemuServer:
             if not self._offers and self._started:
                 await qmp.execute("nbd-server-stop")
                 self._started = False
+                if self._directory:
+                    await tls.take(qmp, tls.SERVER)
 
     async def adopt(self, node: str) -> str:
         """Take over what an earlier tool left behind; the node's generation, or ""."""
@@ -250,13 +261,13 @@ def _refuse_sealed(image: str) -> None:
         )
 
 
-def make_sources(disks: tuple[DiskPlan, ...], server: QemuServer) -> list[Source]:
+def make_sources(plan: MigrationPlan, server: QemuServer) -> list[Source]:
     """The sources of a plan's disks, in order."""
     return [
-        NbdstreamSource(disk.source_control, disk.listen)
+        NbdstreamSource(disk.source_control, disk.listen, plan.tls)
         if disk.source_control
         else QemuSource(server, disk.source_node, disk.listen)
-        for disk in disks
+        for disk in plan.disks
     ]
 
 
