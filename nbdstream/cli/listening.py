@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import click
+
 from nbdstream.cli.places import SOCKET_MODE, private_socket
 from nbdstream.errors import UsageError
 from nbdstream.net.address import parse_tcp
@@ -15,6 +17,15 @@ from nbdstream.server.certificates import TlsPolicy
 from nbdstream.server.handshake import Tls
 
 _ONE_PLACE = "give one of -U, --listen, or sockets by systemd's socket activation"
+
+
+def refuse_psk(_context: click.Context, _option: click.Parameter, file: str | None) -> None:
+    """Say what to do to those who look for nbdkit's ``--tls-psk``. Raises UsageError."""
+    if file is not None:
+        raise UsageError(
+            "no pre-shared keys for clients: Python's TLS has none before 3.13. Put nbdkit in "
+            f"front: nbdkit --tls=require --tls-psk={file} nbd uri=URI (docs/security.md)"
+        )
 
 
 def tls_policy(mode: str | None, directory: str | None, *, verify_peer: bool) -> TlsPolicy | None:

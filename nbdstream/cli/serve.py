@@ -15,7 +15,7 @@ import trio
 
 from nbdstream.cli.config import config_option
 from nbdstream.cli.find import findable
-from nbdstream.cli.listening import check_places, listening, tls_policy
+from nbdstream.cli.listening import check_places, listening, refuse_psk, tls_policy
 from nbdstream.cli.notify import notify
 from nbdstream.cli.options import (
     StoreCommand,
@@ -75,6 +75,7 @@ from nbdstream.service import Service, open_service
     type=click.Choice([mode.value for mode in Tls]),
     help="Whether clients have to use TLS.  [default: require with --tls-certificates]",
 )
+@click.option("--tls-psk", hidden=True, expose_value=False, callback=refuse_psk)
 @click.option(
     "--tls-verify-peer",
     is_flag=True,
