@@ -2,20 +2,21 @@
 """Many guests of one image on one host: how often does a byte cross the origin's link?
 
 Guests are clients that replay a boot-like trace: bursts of sequential reads all over the image,
-with pauses in which a guest would compute. Each has a leaf and a server of its own, once with
-the host's image store and once each for itself. Streams are off, so that what is counted is
-what guests touch. Bytes are counted by the far server's own log. The link has a delay and no
-rate, so that it is the limit for neither.
+with pauses in which a guest would compute. Each has a leaf and a server of its own: each for
+itself, by way of the host's image store, and thin on the store's image. Streams are off, so that
+what is counted is what guests touch. Bytes are counted by the far server's own log. The link has a
+delay and no rate, so that it is the limit for neither. Then eight hosts with four guests each.
 
-At the end the image is made wholly local, and misses that the store answers are compared with
-hits of the same guest's leaf.
+At the end the image is made wholly local, and misses that the store's image answers are compared
+with hits of a guest's own leaf.
 """
 
+import enum
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from testbed.processes import resident_bytes
 MIB = 1 << 20
 SIZE = 256 * MIB
 LINK = Shape(delay=0.005)
-GUESTS = (1, 4, 16)
+GUESTS = (1, 4, 16, 32)
+HOSTS, GUESTS_EACH = 8, 4
 BURSTS = 150
 # Only what guests ask for: a profile that the first run records would help all others.
 ALONE = ("--stream", "off", "--prefetch", "off")
@@ -79,28 +81,47 @@ class Storm:
     store_memory: int
 
 
+class Way(enum.Enum):
+    """How guests get the image's data."""
+
+    ALONE = "each for itself"
+    STORE = "store"
+    THIN = "thin"
+
+
 @contextmanager
-def _alone(host: Host, name: str) -> Iterator[Peer]:
-    with nbdstream_serve(host.leaves / name, host.uri, *ALONE) as server:
+def _guest(host: Host, name: str, way: Way) -> Iterator[Peer]:
+    thin = ("--thin",) if way is Way.THIN else ()
+    opening = (
+        nbdstream_serve(host.leaves / name, host.uri, *ALONE)
+        if way is Way.ALONE
+        else host.guest(name, *ALONE, *thin)
+    )
+    with opening as server:
         yield server
 
 
-def _storm(source: Path, count: int, *, store: bool) -> Storm:
-    """Start so many guests together on a host that has nothing."""
+def _storm(source: Path, count: int, way: Way, hosts: int = 1) -> Storm:
+    """Start so many guests together on each of so many hosts that have nothing."""
     with memory_directory() as directory, ExitStack() as stack:
-        host = stack.enter_context(store_host(source, directory, shape=LINK))
-        open_guest: Callable[[str], AbstractContextManager[Peer]] = (
-            (lambda name: host.guest(name, *ALONE)) if store else (lambda name: _alone(host, name))
-        )
-        names = [f"leaf{number}.qcow2" for number in range(count)]
-        with ThreadPoolExecutor(count) as pool:
-            servers = list(pool.map(lambda name: stack.enter_context(open_guest(name)), names))
+        places = []
+        for number in range(hosts):
+            (directory / f"{number}").mkdir()
+            place = store_host(source, directory / f"{number}", shape=LINK)
+            places.append(stack.enter_context(place))
+        guests = [(place, f"leaf{number}.qcow2") for place in places for number in range(count)]
+        with ThreadPoolExecutor(len(guests)) as pool:
+            servers = list(
+                pool.map(lambda guest: stack.enter_context(_guest(guest[0], guest[1], way)), guests)
+            )
             bursts = trace()
             times = list(pool.map(lambda server: replay(server.uri, bursts), servers))
         memory = median(resident_bytes(server.pid, peak=True) for server in servers)
-        processes = [resident_bytes(pid, peak=True) for pid in host.processes()]
-        fetched = sum(length for _, length in host.fetched())
-        mean = sum(times) / count
+        processes = [
+            resident_bytes(pid, peak=True) for place in places for pid in place.processes()
+        ]
+        fetched = sum(length for place in places for _, length in place.fetched())
+        mean = sum(times) / len(times)
         return Storm(fetched, max(times), mean, memory or 0.0, max(processes, default=0))
 
 
@@ -116,16 +137,18 @@ def _probe(uri: str) -> float:
     return median(times) or 0.0
 
 
-def _latency(source: Path, rounds: int) -> tuple[float | None, float | None]:
-    """Misses that the store has, and then the same reads from the leaf."""
-    misses, hits = [], []
+def _latency(source: Path, rounds: int) -> tuple[float | None, float | None, float | None]:
+    """Of what the store has: misses of a thin leaf, misses of another one, and then its hits."""
+    thin, misses, hits = [], [], []
     with memory_directory() as directory, store_host(source, directory) as host:
         image("pull", host.uri, "--store", host.store, "--wait")
         for number in range(rounds):
+            with host.guest(f"thin{number}.qcow2", *ALONE, "--thin") as server:
+                thin.append(_probe(server.uri))
             with host.guest(f"leaf{number}.qcow2", *ALONE) as server:
                 misses.append(_probe(server.uri))
                 hits.append(_probe(server.uri))
-    return median(misses), median(hits)
+    return median(thin), median(misses), median(hits)
 
 
 def run(options: Options) -> Report:
@@ -138,21 +161,29 @@ def run(options: Options) -> Report:
         source = directory / "source"
         make_image(source, SIZE, sparse=False)
         first: Storm | None = None
-        for store in (False, True):
+        for way in Way:
             lone: Storm | None = None
             for count in GUESTS:
-                progress(count, "with the store" if store else "each for itself")
-                found = _storm(source, count, store=store)
+                progress(count, way.value)
+                found = _storm(source, count, way)
                 lone, first = lone or found, first or found
-                report.rows.append(_row(found, count, lone, first, store=store))
+                report.rows.append(_row(f"{count}, {way.value}", found, lone, first, way))
+            if way is Way.THIN:
+                progress("hosts")
+                found = _storm(source, GUESTS_EACH, way, HOSTS)
+                assert lone is not None and first is not None
+                name = f"{HOSTS} hosts, {GUESTS_EACH} each, {way.value}"
+                report.rows.append(_row(name, found, lone, first, None))
         progress("latency")
-        miss, hit = _latency(source, options.rounds)
-    report.ratios.append(
-        ["miss that the store has / hit of the leaf, p50", judged(ratio(miss, hit), most=1.5)]
+        thin, miss, hit = _latency(source, options.rounds)
+    for name, value in (("thin leaf", thin), ("leaf that is filled", miss)):
+        words = f"miss that the store has, {name} / hit of the leaf, p50"
+        report.ratios.append([words, judged(ratio(value, hit), most=1.5)])
+    microseconds = [f"{1e6 * (value or 0):.0f}" for value in (thin, miss, hit)]
+    report.notes.append(
+        f"p50 of a miss that the store has: thin {microseconds[0]} µs, filled {microseconds[1]} µs;"
+        f" of a hit {microseconds[2]} µs. Trace: {_touched() / MIB:.1f} MiB."
     )
-    microseconds = [f"{1e6 * (value or 0):.0f}" for value in (miss, hit)]
-    report.notes.append(f"p50 of a miss that the store has {microseconds[0]} µs, of a hit ")
-    report.notes[-1] += f"{microseconds[1]} µs. Trace: {_touched() / MIB:.1f} MiB."
     return report
 
 
@@ -160,16 +191,18 @@ def _touched() -> int:
     return sum(length for burst in trace() for _, length in burst)
 
 
-def _row(found: Storm, count: int, lone: Storm, first: Storm, *, store: bool) -> list[Cell]:
-    name = f"{count}, {'store' if store else 'each for itself'}"
+def _row(name: str, found: Storm, lone: Storm, first: Storm, way: Way | None) -> list[Cell]:
+    """``way`` None: nothing to be judged by the targets of one host."""
     part, slower = ratio(found.fetched, first.fetched), ratio(found.last, lone.last)
+    memory = found.server_memory / MIB
+    shared = way in (Way.STORE, Way.THIN)
     return [
         name,
         found.fetched / MIB,
-        judged(part, most=1.02) if store else part,
+        judged(part, most=1.02) if shared else part,
         found.mean,
         found.last,
-        judged(slower, most=1.3) if store else slower,
-        judged(found.server_memory / MIB, most=60) if store else found.server_memory / MIB,
-        judged(found.store_memory / MIB, most=150) if store else None,
+        judged(slower, most=1.3) if shared else slower,
+        judged(memory, most=60) if shared else memory,
+        judged(found.store_memory / MIB, most=150) if found.store_memory else None,
     ]

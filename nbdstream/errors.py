@@ -66,7 +66,9 @@ class BackingMismatchError(BackingError):
 
 
 class BackingReadError(BackingError):
-    """The backing's server answered a request with an error; retried later."""
+    """The backing's server answered a request with an error, ``errno``; retried later."""
+
+    errno = 0
 
 
 class BackingGoneError(BackingError):

@@ -73,6 +73,19 @@ def test_guests_read_what_another_one_has_fetched_without_the_images_process(pla
         assert len(place.fetched()) == reads
 
 
+@pytest.mark.parametrize("thin", [THIN, ("--stream", "off")], ids=["thin", "filled"])
+def test_a_store_without_space_passes_data_on(place: Host, thin: tuple[str, ...]) -> None:
+    """The image's file cannot take what is fetched; guests get it all the same."""
+    content = place.source.read_bytes()
+    with place.guest("leaf.qcow2", *thin) as server, client(server.uri) as handle:
+        assert handle.pread(4096, 0) == content[:4096]
+        (process,) = place.processes()
+        limit = f"--fsize={6 * MIB}"  # of any file: what is beyond fails (EFBIG)
+        subprocess.run(["prlimit", "--pid", str(process), limit], check=True)
+        for offset in (4 * MIB, 9 * MIB, 9 * MIB + 65536, 12 * MIB):
+            assert handle.pread(4096, offset) == content[offset : offset + 4096]
+
+
 def test_a_leaf_that_is_not_thin_is_filled_from_the_images_file(place: Host) -> None:
     """The guest is answered at once, and what it read is copied afterwards."""
     pull(place)

@@ -213,7 +213,9 @@ class Connection:
             self.kill(plain(error))
         if self.lost:
             return ConnectionLostError(self.lost)
-        return BackingReadError(f"the backing server answered with an error: {plain(error)}")
+        answer = BackingReadError(f"the backing server answered with an error: {plain(error)}")
+        answer.errno = error.errnum or 0
+        return answer
 
     def _finish(self, request: _Request, error: Exception | None) -> None:
         request.error = error
@@ -253,6 +255,15 @@ class Connection:
             if request.error is not None:
                 raise request.error
         return Timing(requests[0].sent, max(request.done for request in requests))
+
+    async def cache(self, offset: int, length: int) -> Timing:
+        """Have the server make the range local (NBD_CMD_CACHE); returns when it is. Only if
+        ``takes_hints``. Raises ConnectionLostError or BackingReadError."""
+        request = self._submit(length, lambda: self._handle.aio_cache(length, offset))
+        await self._wait_all([request])
+        if request.error is not None:
+            raise request.error
+        return Timing(request.sent, request.done)
 
     async def block_status(self, offset: int, length: int) -> list[BackingExtent]:
         """What the server says of the range: at least one extent, from ``offset`` on.

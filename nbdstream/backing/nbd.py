@@ -9,8 +9,10 @@ backing timeout has passed.
 """
 
 import contextlib
+import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from time import monotonic
 from typing import TypeVar
 
 import trio
@@ -38,6 +40,8 @@ T = TypeVar("T")
 
 RETRY_FIRST = 0.2
 RETRY_MOST = 10.0
+# Seconds for which a server that has no space to keep data is not asked to.
+FULL_TIME = 5.0
 # How much one block status query covers: adapted, so that an answer has a useful number
 # of extents, and not so many that making sense of it holds up the event loop.
 STATUS_FIRST = 256 << 20
@@ -72,6 +76,7 @@ class NbdBacking(Backing):
         self._extents = ExtentMap()
         self._status_length = STATUS_FIRST
         self._retries = 0
+        self._full_until = 0.0
         self._latency = {priority: Latency() for priority in Priority}
         self.sandbox: Callable[[], str] = str
         self.words: Callable[[], str] = str
@@ -91,7 +96,8 @@ class NbdBacking(Backing):
 
         async def attempt(connection: Connection) -> Timing:
             self.scheduler.send(flight)
-            return await connection.read(view, offset)
+            timing = await self._by_file(connection, view, offset, flight.priority)
+            return timing or await connection.read(view, offset)
 
         timing: Timing | None = None
         retries = self._retries
@@ -102,6 +108,23 @@ class NbdBacking(Backing):
         finally:
             # A time with trouble in it says nothing about the link.
             self.scheduler.end(flight, timing if self._retries == retries else None)
+
+    async def _by_file(
+        self, connection: Connection, view: memoryview, offset: int, priority: Priority
+    ) -> Timing | None:
+        """Have the server put the data where we read it ourselves, so that it does not cross the
+        socket; None if that did not work. Raises as `Connection.read` does."""
+        if self.local is None or not connection.takes_hints or self._full_until > monotonic():
+            return None
+        try:
+            timing = await connection.cache(offset, len(view))
+        except BackingReadError as error:
+            if error.errno != errno.ENOSPC or priority is not Priority.DEMAND:
+                raise
+            # It cannot keep the data, but can pass it on.
+            self._full_until = monotonic() + FULL_TIME
+            return None
+        return timing if await self.local.read(view, offset) else None
 
     async def _until_answered(
         self, attempt: Callable[[Connection], Awaitable[T]], priority: Callable[[], Priority]

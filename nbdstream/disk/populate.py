@@ -126,7 +126,8 @@ class Populator:
             return Unit(gap.offset, gap.length, None)
         unit = await self._atomically(self._begin, gap.offset, end, priority, None)
         if unit is None:
-            await self._writeback.wait_for_room()
+            if priority is not Priority.DEMAND:
+                await self._writeback.wait_for_room()
             with await self._backing.wait_for_room(priority) as grant:
                 unit = await self._atomically(self._begin, gap.offset, end, priority, grant)
         return unit
