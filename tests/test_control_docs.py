@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/control.md describes every command, argument, statistic and event that there is."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from nbdstream.backing.latency import Latency
 from nbdstream.cli.parameters import rebase, set_
 from nbdstream.cli.report import report as write_report
 from nbdstream.cli.steer import cancel, pause, resume, speed, status, stream, watch
@@ -16,7 +20,7 @@ from nbdstream.control.metrics import DiskCollector
 from nbdstream.control.process import ProcessCommands
 from nbdstream.control.report import statistics
 from nbdstream.control.table import CommandTable
-from tests.control_room import DEVICE, control_room
+from tests.control_room import DEVICE, Room, control_room
 
 PAGE = (Path(__file__).parent.parent / "docs" / "control.md").read_text()
 
@@ -63,14 +67,52 @@ async def test_every_statistic(tmp_path: Path) -> None:
     text = entry("x-nbdstream-stats")
     for name in [*report, *report["disk"], *report["job"], *report["backing"]]:
         assert f"`{name}`" in text, name
+    # And the other way round; in brackets are those that are not always there.
+    values = {"null", "demand", "readahead", "prefetch", "stream"}
+    for group in ("disk", "job", "backing"):
+        row = re.search(rf"^ *\| `{group}` \| (.*) \|$", text, re.M)
+        assert row
+        described = set(re.findall(r"`([a-z-]+)`", row[1])) - values
+        assert described <= set(report[group]), described - set(report[group])
+
+
+async def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
+    """And each metric of the stream and the backing that goes up and down is in a panel."""
+    dashboard = json.loads((Path(__file__).parent.parent / "docs" / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    expressions += [
+        variable["query"]["query"]
+        for variable in dashboard["templating"]["list"]
+        if variable["type"] == "query"
+    ]
+    asked = set(re.findall(r"nbdstream_\w+", " ".join(expressions)))
+    async with control_room(tmp_path) as room:
+        now = replace(room.backing.statistics(), latency={"demand": Latency().counts()})
+        room.backing.statistics = lambda: now  # type: ignore[method-assign]
+        families = scraped(room)
+        labels = {
+            (sample.name, label) for family in families for sample in family.samples
+            for label in sample.labels
+        }  # fmt: skip
+    known = {sample.name for family in families for sample in family.samples}
+    known |= {f"nbdstream_backing_read_{what}_total" for what in ("requests", "bytes")}
+    assert len(asked) > 10 and asked <= known, asked - known
+    assert ("nbdstream_backing_read_seconds_bucket", "priority") in labels
+    assert all("$device" in each or "label_values" in each for each in expressions)
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+
+
+def scraped(room: Room) -> list[Metric]:
+    registry = CollectorRegistry()
+    registry.register(DiskCollector(room.disk, room.job, DEVICE))
+    return list(text_string_to_metric_families(generate_latest(registry).decode()))
 
 
 async def test_every_metric_that_is_not_a_statistic_of_the_disk(tmp_path: Path) -> None:
     async with control_room(tmp_path) as room:
-        registry = CollectorRegistry()
-        registry.register(DiskCollector(room.disk, room.job, DEVICE))
-        text = generate_latest(registry).decode()
-    for family in text_string_to_metric_families(text):
+        families = scraped(room)
+    for family in families:
         counted = family.type == "counter" and family.name.startswith("nbdstream_disk_")
         last = family.name.removeprefix("nbdstream_").partition("_")[2]
         assert counted or family.name in PAGE or f"…_{last}" in PAGE, family.name

@@ -116,7 +116,14 @@ class _LazyGroup(click.Group):
     count=True,
     help="Print more messages on stderr; give it twice for debugging.",
 )
-def cli(verbose: int) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json", "journal"]),
+    default="text",
+    show_default=True,
+    help="Log for people, as JSON, or to systemd's journal; the last two with every event.",
+)
+def cli(verbose: int, log_format: str) -> None:
     """Boot virtual machines at once from remote disk images.
 
     nbdstream is an NBD server. It serves a local leaf image (qcow2, QED or raw). Data
@@ -124,8 +131,12 @@ def cli(verbose: int) -> None:
     export. A background job streams the rest until the whole disk is local.
     """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler = logging.StreamHandler()
+    handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
+    if log_format != "text":
+        from nbdstream.cli.log import machine_handler
+
+        handler = machine_handler(log_format)
     logging.basicConfig(handlers=[handler], level=level)
 
 

@@ -5,7 +5,8 @@ Most servers have neither, and a guest may be waiting while this module loads. S
 imported where it is asked for; ``tests/test_startup.py`` holds that.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,15 @@ import trio
 from nbdstream.net.listeners import Listener, close_all
 from nbdstream.options import ServeOptions
 from nbdstream.service import Service, device_name
+from nbdstream.streamer.job import JobStatus
 from nbdstream.tasks import start_contained
 
 if TYPE_CHECKING:
+    from nbdstream.control.events import Emit
     from nbdstream.control.page import ReportSource
+
+# The logger of events (`nbdstream.cli.log`).
+EVENTS = "nbdstream.events"
 
 
 @contextmanager
@@ -54,8 +60,26 @@ def start_steering(
 ) -> None:
     """Serve the control socket and the metrics until the nursery is cancelled."""
     seen = _start_history(service, nursery, options) if control is not None or metrics else None
+    sinks: list[Emit] = []
     if control is not None or service.opened.seal is not None:
-        _start_control(service, nursery, control, options, seen)
+        _start_control(service, nursery, control, options, seen, sinks)
+    if logging.getLogger(EVENTS).isEnabledFor(logging.INFO):
+        _log_events(service, sinks)
+    if sinks:
+        from nbdstream.control.events import tell_changes
+
+        def emit(name: str, data: Mapping[str, object]) -> None:
+            for sink in sinks:
+                sink(name, data)
+
+        nursery.start_soon(
+            tell_changes,
+            emit,
+            service.opened.disk,
+            service.opened.holding,
+            service.server,
+            service.clients_changed,
+        )
     if metrics:
         from nbdstream.control.metrics import DiskCollector, metrics_page
         from nbdstream.control.page import live_pages
@@ -89,10 +113,10 @@ def _start_control(
     control: Listener | None,
     options: ServeOptions,
     seen: "ReportSource | None",
+    sinks: "list[Emit]",
 ) -> None:
     """Offer a sealed disk again; serve the control socket."""
     from nbdstream.control import control_server
-    from nbdstream.control.events import tell_changes
     from nbdstream.control.exports import ExportCommands
     from nbdstream.control.parameters import Parameters
     from nbdstream.handover.commands import hand_over_commands
@@ -116,9 +140,21 @@ def _start_control(
             Parameters(disk, job, service.server),
             RebaseCommand(disk, service.opened.holding, options.opener, device_name(disk)),
         )
-        device, held = device_name(disk), service.opened.holding
+        device = device_name(disk)
         server = control_server(disk, job, device=device, stop=service.stop, more=more)
         server.table.add(ExportCommands(service.server, service.custody, device, server.emit))
-        clients = service.clients_changed
-        nursery.start_soon(tell_changes, server.emit, disk, held, service.server, clients)
+        sinks.append(server.emit)
         nursery.start_soon(server.serve, control)
+
+
+def _log_events(service: Service, sinks: "list[Emit]") -> None:
+    """Have the log tell of all events, and of the begin of serving."""
+    from nbdstream.cli.log import log_event
+
+    sinks.append(log_event)
+    opened = service.opened
+    if opened.job is not None:
+        opened.job.on_event(log_event)
+        if opened.job.status is not JobStatus.NULL:  # it began before there was a listener
+            log_event("JOB_STATUS_CHANGE", {"id": opened.job.id, "status": opened.job.status.value})
+    log_event("X_NBDSTREAM_SERVING", {"leaf": opened.leaf.path, "uris": service.uris})
