@@ -70,7 +70,8 @@ async def test_qemu_opens_leaf_and_image_and_nothing_of_ours_is_left(
             await qemu_io(vm, "d0", text)
         with pytest.raises(PeerError, match=r"needed by 1 user .*leaf\."):
             image("rm", place.uri, "--store", place.store)
-        moved = leaf.rename(tmp_path / f"moved.{suffix}")  # QEMU has it, wherever it is
+        (tmp_path / "elsewhere").mkdir()
+        moved = leaf.rename(tmp_path / "elsewhere" / leaf.name)  # QEMU has it, wherever it is
         with pytest.raises(PeerError, match="open in another program"):
             image("rm", place.uri, "--store", place.store)
         moved.rename(leaf)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What befalls a store in use: killed processes, new versions, a full or a read-only disk."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -175,3 +177,34 @@ def test_other_programs_can_read_an_image(tmp_path: Path) -> None:
             uri = unix_uri(found["socket"], found["identity"] + name)
             assert f'"{found["identity"]}{name}"' in listed
             assert_same(uri, place.source)
+
+
+def test_a_store_on_a_read_only_file_system_is_one_line(tmp_path: Path) -> None:
+    with host(tmp_path) as place:
+        directory = tmp_path / "small"
+        directory.mkdir()
+        run(["mount", "-t", "tmpfs", "-o", "size=1M,mode=700", "tmpfs", directory])
+        try:
+            run(["mount", "-o", "remount,ro", directory])
+            with pytest.raises(PeerError, match=r"the image store .* cannot be used: Read-only"):
+                image("pull", place.uri, "--store", directory / "store")
+        finally:
+            run(["umount", directory])
+
+
+def test_a_clock_that_jumps_has_the_source_asked_again_and_nothing_else(tmp_path: Path) -> None:
+    """What the store remembers of a source may be of a time to come."""
+    with host(tmp_path) as place:
+        with place.guest("leaf.qcow2", "--stream", "off"):
+            pass
+        (answer,) = (place.store / "names").glob("*.json")
+        values = json.loads(answer.read_text())
+        for jump in (1e9, -1e9):
+            answer.write_text(json.dumps(values | {"asked": values["asked"] + jump}))
+            os.utime(Path(place.the_image()["leaf"]).with_name("used"), (0, time.time() + jump))
+            before = len(place.fetched())
+            with place.guest(f"leaf{jump}.qcow2", "--stream", "off") as server:
+                assert_same(server.uri, place.source)
+            assert len(place.fetched()) > before
+            assert abs(json.loads(answer.read_text())["asked"] - values["asked"]) < 1000
+        assert "0 images removed" in image("prune", "--keep", "0", "--store", place.store)

@@ -117,6 +117,11 @@ def test_an_image_stays_while_a_thin_leaf_exists(place: Host) -> None:
         server.kill()
     with pytest.raises(PeerError, match=r"needed by 1 user .*leaf\.qcow2"):
         image("rm", name, "--store", place.store)
+    with place.guest(leaf.name, *THIN) as server:
+        server.terminate()
+    leaf = leaf.rename(leaf.with_name("renamed.qcow2"))
+    with pytest.raises(PeerError, match=r"needed by 1 user .*renamed\.qcow2"):
+        image("rm", name, "--store", place.store)
     assert "0 images removed" in image("prune", "--keep", "0", "--store", place.store)
     leaf.unlink()
     image("rm", name, "--store", place.store)

@@ -22,7 +22,7 @@ from nbdstream.store.layout import Image, Store
 from nbdstream.store.local import LocalImage
 from nbdstream.store.register import Membership, join
 from nbdstream.store.resolve import resolve, whole_uri
-from nbdstream.tasks import in_worker, open_background_nursery, start_contained
+from nbdstream.tasks import in_worker, open_background_nursery, start_contained, surely
 from nbdstream.text import redacted
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class StoreOpener:
                 async with self._beside(backing, image, uri):
                     yield backing
         except BaseException:
-            membership.pause()
+            await surely(membership.pause)
             raise
         # Only who does not need the backing any more leaves the block without an error.
         await in_worker(membership.leave)

@@ -11,6 +11,9 @@ off, or was killed, needs the rest of its disk when it is started again. So a us
   or it cannot be read (its file system is not mounted, another process has it open);
 - GONE: anything else. The file is then deleted by the holder of the image's lock.
 
+A user that pauses adds its leaf's inode number to the name of its file. So a leaf that is renamed
+in its directory is still found.
+
 All functions may block: they are for worker threads.
 """
 
@@ -18,6 +21,7 @@ import enum
 import os
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +62,10 @@ class User:
 class Membership:
     """This process's own entry."""
 
-    def __init__(self, path: Path, lock: FileLock) -> None:
+    def __init__(self, path: Path, lock: FileLock, leaf: Path) -> None:
         self._path = path
         self._lock = lock
+        self._leaf = leaf
 
     def leave(self) -> None:
         """Nothing of ours needs the image any more. Raises OSError."""
@@ -68,7 +73,11 @@ class Membership:
         self._lock.release()
 
     def pause(self) -> None:
-        """We end, and the leaf still needs the image."""
+        """We end, and the leaf still needs the image. Raises nothing: the entry stays."""
+        with suppress(OSError):
+            marked = f"{self._path.stem}.{self._leaf.stat().st_ino}{_SUFFIX}"
+            self._path.rename(self._path.with_name(marked))
+            sync_directory(str(self._path))
         self._lock.release()
 
 
@@ -103,7 +112,7 @@ def join(image: Image, leaf: str, *, temporary: bool) -> Membership:
             new.unlink(missing_ok=True)
             entry.unlink(missing_ok=True)
             raise
-    return Membership(entry, lock)
+    return Membership(entry, lock, Path(path))
 
 
 def users(image: Image) -> list[User]:
@@ -141,7 +150,7 @@ def _look(path: Path, image: Image) -> User:
     """An entry and its state. What cannot be read counts as a user that waits."""
     running = is_held(path)
     values = read_record(path) or {}
-    leaf = str(values.get("leaf", ""))
+    leaf = _place_now(str(values.get("leaf", "")), path.name.split(".")[1])
     temporary = values.get("temporary") is True
     device, since = _number(values.get("device")), values.get("since")
     if running:
@@ -158,6 +167,23 @@ def _look(path: Path, image: Image) -> User:
         temporary,
         state,
     )
+
+
+def _place_now(leaf: str, inode: str) -> str:
+    """Where a leaf is by now, if it was renamed in its directory; ``inode`` is its number, where
+    it is known."""
+    if not inode.isdecimal():
+        return leaf
+    try:
+        if str(Path(leaf).stat().st_ino) == inode:
+            return leaf
+    except OSError:
+        pass
+    try:
+        with os.scandir(Path(leaf).parent) as files:
+            return next((file.path for file in files if str(file.inode()) == inode), leaf)
+    except OSError:
+        return leaf
 
 
 def _needs(leaf: Path, device: int, image: Image) -> bool:
