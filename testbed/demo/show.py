@@ -31,9 +31,12 @@ class Result:
 
     way: str
     login: float
-    local: float
+    local: float | None
+    """None: it was not waited for, or has been so all along."""
     moved: int
     """Bytes that came over the link."""
+    ended: bool = True
+    """Whether the disk was local then; else it was given up."""
 
 
 class Show:
@@ -104,11 +107,18 @@ class Show:
             table.add_row(
                 result.way,
                 _compare(result.login, first.login, result is first),
-                _compare(result.local, first.local, result is first),
+                _local(result, first),
                 format_size(result.moved),
             )
         self._console.print()
         self._console.print(table)
+
+
+def _local(result: Result, first: Result) -> str:
+    if result.local is None or first.local is None:
+        return "-"
+    more = "" if result.ended else "> "
+    return more + _compare(result.local, first.local, result is first)
 
 
 def _compare(seconds: float, reference: float, is_reference: bool) -> str:

@@ -12,9 +12,10 @@ the disk in the directory it was given.
 
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import trio
 
@@ -37,6 +38,8 @@ POLL_INTERVAL = 0.5
 # Read by the guest to measure its disk.
 BLOCKS = 4096
 STREAM_TIMEOUT = 1800.0
+
+Until = Literal["worked", "local", "pivoted"]
 
 _JOB_ENDED = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", "BLOCK_JOB_ERROR")
 
@@ -76,10 +79,10 @@ def far_end(server: Peer, shape: Shape) -> Iterator[LinkProcess]:
 
 
 async def stream_with_nbdstream(
-    task: Task, leaf: Path, way: str = "nbdstream", *, pivots: bool = True
+    task: Task, leaf: Path, way: str = "nbdstream", *, until: Until = "pivoted"
 ) -> Result:
-    """Boot over NBD from a leaf while the rest streams; with *pivots*, QEMU then opens the leaf
-    itself, and the server ends."""
+    """Boot over NBD from a leaf while the rest streams, until the guest has done its work, until
+    all is local, or until QEMU has opened the leaf itself and the server ended."""
     with nbdstream_serve(leaf, task.uri) as server:
         task.show.note(f"nbdstream serves {leaf.name}: {server.uri}")
         assert server.control is not None
@@ -93,8 +96,8 @@ async def stream_with_nbdstream(
             async with start(task.system, disk, on_console=task.show.guest) as guest:
                 async with _shown(task.show, status):
                     login = await bring_up(task, guest)
-                    local = await stream.wait()
-                if pivots:
+                    local = None if until == "worked" else await stream.wait()
+                if until == "pivoted":
                     await _pivot(task, guest, str(server.control))
                 await power_off(task, guest)
     return Result(way, login, local, task.moved())
@@ -125,13 +128,13 @@ async def boot_from_file(task: Task, disk: Disk) -> Result:
     async with start(task.system, disk, on_console=task.show.guest) as guest:
         login = await bring_up(task, guest)
         await power_off(task, guest)
-    return Result("from a local file", login, 0, 0)
+    return Result("from a local file", login, None, 0)
 
 
 async def copy_then_boot(task: Task, directory: Path) -> Result:
     """Copy the image to ``copy.raw`` in *directory* with nbdcopy, then boot from it."""
     copy = directory / "copy.raw"
-    async with _shown(task.show, _link_status(task)):
+    async with shown_link(task):
         await trio.run_process(["nbdcopy", task.uri, str(copy)])
         local = task.show.elapsed
         task.show.note("nbdcopy is done: the disk is wholly local")
@@ -141,23 +144,29 @@ async def copy_then_boot(task: Task, directory: Path) -> Result:
     return Result("nbdcopy, then boot", login, local, task.moved())
 
 
-async def stream_with_qemu(task: Task, directory: Path) -> Result:
-    """Boot from ``overlay.qcow2`` in *directory* while QEMU's own job streams the rest."""
+async def stream_with_qemu(task: Task, directory: Path, patience: float) -> Result:
+    """Boot from ``overlay.qcow2`` in *directory* while QEMU's own job streams the rest, which is
+    given up after *patience* seconds."""
     overlay = directory / "overlay.qcow2"
     await trio.run_process(
         ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", task.uri, str(overlay)]
     )
     drive = f"file={overlay},format=qcow2,if=none,id=disk0,copy-on-read=on,discard=unmap"
     device = "virtio-blk-pci,drive=disk0,bootindex=1"
-    async with _shown(task.show, _link_status(task)):
+    async with shown_link(task):
         async with start(task.system, extra=("-drive", drive, "-device", device)) as guest:
             qmp = guest.guest.qmp
             await qmp.execute("block-stream", {"job-id": "stream", "device": "disk0"})
             async with _watched(task, qmp) as stream:
                 login = await bring_up(task, guest)
-                local = await stream.wait()
+                local = patience
+                with trio.move_on_after(patience - task.show.elapsed) as waiting:
+                    local = await stream.wait()
+                moved = task.moved()
+                if waiting.cancelled_caught:
+                    task.show.note("it is not waited for any longer")
                 await power_off(task, guest)
-    return Result("QEMU alone", login, local, task.moved())
+    return Result("QEMU alone", login, local, moved, not waiting.cancelled_caught)
 
 
 async def bring_up(task: Task, guest: RunningGuest) -> float:
@@ -226,12 +235,12 @@ async def _shown(show: Show, status: Callable[[], Awaitable[str]]) -> AsyncItera
             yield
 
 
-def _link_status(task: Task) -> Callable[[], Awaitable[str]]:
-    """What has come over the link, for a peer that does not tell by itself."""
+def shown_link(task: Task) -> AbstractAsyncContextManager[None]:
+    """While the block lasts, show what has come over the link: for a peer that does not tell."""
 
     async def status() -> str:
         moved = task.moved()
         rate = format_rate(moved / max(task.show.elapsed, POLL_INTERVAL))
         return f"{format_size(moved)} over the link, {rate} on average"
 
-    return status
+    return _shown(task.show, status)
