@@ -3,9 +3,10 @@
 
 Two guests with the same image and the same qcow2 data disk, filled with random data: one has the
 disk on nbdstream and is pivoted, the other one opens the file from the beginning. fio in each of
-them (`testbed/guests/fio_image.py`) runs the same loads with direct I/O, in turns; the guest that
-does not measure is stopped. Each ratio is the median of those of the single rounds, whose order
-alternates: what the machine does meanwhile then hits both alike.
+them (`testbed/guests/fio_image.py`) runs the same loads with direct I/O; the guest that does not
+measure is stopped. They take turns at each load, and the first turn alternates, so that what the
+machine does meanwhile hits both alike. A ratio is of two turns that follow each other, and the
+median of all rounds counts.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ LOADS = (
     ("read 1M, depth 4", "--rw=read --bs=1M --iodepth=4", READ_IOPS),
     ("write 1M, depth 4", "--rw=write --bs=1M --iodepth=4", WRITE_IOPS),
 )
-_COMMON = "--filename=/dev/vdb --ioengine=libaio --direct=1 --time_based --stonewall"
+_COMMON = "--filename=/dev/vdb --ioengine=libaio --direct=1 --time_based"
 
 Rates = list[float]
 
@@ -77,13 +78,14 @@ async def _measure(directory: Path, options: Options) -> tuple[Rates, list[tuple
         async with AsyncExitStack() as guests:
             moved = await _guest(guests, directory, Disk.nbd(server.uri))
             still = await _guest(guests, directory, Disk.file(local, "qcow2"))
-            served = await _rates(moved, options.seconds)
+            served = [await _rate(moved, load, options.seconds) for load in range(len(LOADS))]
             await _pivot(moved, server)
             for number in range(max(options.rounds, ROUNDS_LEAST)):
-                rates = {}
-                order = (moved, still) if number % 2 else (still, moved)
-                for guest in order:
-                    rates[guest] = await _rates(guest, options.seconds)
+                rates: dict[RunningGuest, Rates] = {moved: [], still: []}
+                for load in range(len(LOADS)):
+                    order = (moved, still) if (number + load) % 2 else (still, moved)
+                    for guest in order:
+                        rates[guest].append(await _rate(guest, load, options.seconds))
                 pairs.append((rates[moved], rates[still]))
                 progress(number, *(f"{a / b:.2f}" for a, b in zip(*pairs[-1], strict=True)))
     return served, pairs
@@ -104,19 +106,17 @@ async def _guest(guests: AsyncExitStack, directory: Path, data: Disk) -> Running
     return guest
 
 
-async def _rates(guest: RunningGuest, seconds: float) -> Rates:
-    """Operations a second of each load; the guest runs as long as it takes."""
-    jobs = " ".join(
-        f"--name=load{number} {_COMMON} {load} --runtime={round(seconds * 1000)}ms"
-        for number, (_, load, _) in enumerate(LOADS)
-    )
+async def _rate(guest: RunningGuest, load: int, seconds: float) -> float:
+    """Operations a second of a load; the guest runs as long as it takes."""
+    _, options, place = LOADS[load]
+    job = f"--name=load {_COMMON} {options} --runtime={round(seconds * 1000)}ms"
     await guest.guest.qmp.execute("cont")
-    text = await guest.run(f"{fio_image.COMMAND} --output-format=terse {jobs}")
+    text = await guest.run(f"{fio_image.COMMAND} --output-format=terse {job}")
     await guest.guest.qmp.execute("stop")
     lines = [line.split(";") for line in text.split("\n") if line.startswith("3;fio")]
-    if len(lines) != len(LOADS):
+    if len(lines) != 1:
         raise RuntimeError(f"fio in the guest says: {text}")
-    return [float(line[place]) for line, (_, _, place) in zip(lines, LOADS, strict=True)]
+    return float(lines[0][place])
 
 
 async def _pivot(guest: RunningGuest, server: Peer) -> None:
