@@ -28,7 +28,7 @@ from testbed.pivots.relay import Relay, Strike
 VICTIMS = ("tool", "server", "qemu", "answer", "tool and server")
 # Commands of a pivot from the one on by which QEMU remembers that the guest is to go on.
 FIRST = "nbdstream-stopped"
-COMMANDS = 16
+COMMANDS = 13
 ATTEMPTS_MOST = 12
 TOOL_SECONDS = 300
 RECONNECT_DELAY = 120
