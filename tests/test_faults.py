@@ -16,7 +16,17 @@ from testbed.faults.far import FAR_FAULTS
 from testbed.faults.oracle import CELL, Oracle, backing_cell, written_cell
 from testbed.faults.scenario import CELLS
 from testbed.faults.shim import FAULTS, SERVER_FAULTS
-from testbed.faults.trial import CANCEL, FAR, FORMATS, SERVED, Point, broken_rules, points
+from testbed.faults.trial import (
+    CANCEL,
+    CANCELLED,
+    FAR,
+    FORMATS,
+    HELPER,
+    SERVED,
+    Point,
+    broken_rules,
+    points,
+)
 
 SAMPLE = 40
 SAMPLE_SERVED = 12  # half a second each
@@ -52,6 +62,30 @@ def test_a_client_that_takes_errors_for_data_is_found_out(monkeypatch: pytest.Mo
     monkeypatch.setattr(Connection, "_reply_error", lambda _self, _error: None)
     wrong = [p for p in points("far-raw", 1) if (p.kind, p.fault) == ("far-read", "EIO")]
     assert any("shows" in line for point in wrong for line in broken_rules(point))
+
+
+@pytest.mark.parametrize("image_format", HELPER)
+def test_a_helper_that_is_killed_fails_no_request(image_format: str) -> None:
+    assert broken_by(drawn([image_format], SEED, SAMPLE_SERVED)) == {}
+
+
+@pytest.mark.parametrize("image_format", CANCELLED)
+def test_a_stop_a_cancellation_or_a_hang_up_at_any_step_breaks_no_rule(image_format: str) -> None:
+    assert broken_by(drawn([image_format], SEED, SAMPLE_SERVED)) == {}
+
+
+def test_a_change_that_fails_after_a_failed_sync_without_need_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = raw_leaf.RawLeaf.write
+
+    def refusing(leaf: raw_leaf.RawLeaf, offset: int, view: memoryview) -> None:
+        leaf._syncs.require()
+        write(leaf, offset, view)
+
+    monkeypatch.setattr(raw_leaf.RawLeaf, "write", refusing)
+    failing = [p for p in points("raw", 1) if p.kind == "fdatasync"]
+    assert any("needed no flush" in line for point in failing for line in broken_rules(point))
 
 
 @pytest.mark.parametrize("image_format", SERVED)

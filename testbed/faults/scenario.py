@@ -236,14 +236,17 @@ class _Client:
 
     async def _request(self, kind: str, cells: range) -> None:
         """One request; what fails is noted, and the guest goes on."""
-        done = False
+        done, needed = False, self._life.shim.flushes_needed
         try:
             async with self._life.canceller.scope(f"client{self._number}"):
                 await getattr(self, f"_{kind}")(cells)
                 done = True
-        except SyncError:
-            # Final for the leaf: changes that need a flush to get space fail from now on.
+        except SyncError as error:
+            # Final for the leaf: from now on changes fail that need a flush, and flushes.
             self._life.sync_failed = True
+            may_fail = kind != "read" and needed < self._life.shim.flushes_needed
+            if kind != "flush" and not may_fail:
+                self._oracle.broken.append(f"{kind}, which needed no flush: {error}")
         except OSError as error:
             self._note(kind, error)
         except NbdstreamError as error:

@@ -5,15 +5,17 @@ serves as the server's own helper process, in its sandbox.
 
 The clients are threads: nothing is injected into their calls. Time is real here, so the same
 point is about the same moment each time. What a client loses is a connection; it connects again,
-and is served. The stop is `quit` on the control socket.
+and is served. The stop is `quit` on the control socket, if nothing has ended the server before.
 """
 
 import contextlib
 import io
+import os
 import random
+import socket as sockets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from unittest import mock
 import nbd
 import trio
 
-from nbdstream.cli.serve import serve_until_done
+from nbdstream.cli import serve as serve_module
 from nbdstream.control import listen_control
 from nbdstream.errors import NbdstreamError, sole_error
 from nbdstream.net.listeners import Listener, close_all, listen_unix
-from nbdstream.service import ServeOptions
+from nbdstream.service import ServeOptions, Service, open_service
+from testbed.faults.disturber import Disturber
+from testbed.faults.helper import killing
 from testbed.faults.oracle import CELL, ZERO, Oracle, written_cell
 from testbed.faults.scenario import CELLS, drawn_request, stripes
 from testbed.faults.shim import SYNCS, Shim
@@ -59,13 +63,17 @@ def _fresh_threads() -> Any:
 
 @dataclass
 class Served:
-    """One life of one served leaf, and what was seen of it; as `scenario.Life`."""
+    """One life of one served leaf, and what was seen of it; as `scenario.Life`.
+
+    ``backing``: a path, or what else names it.
+    """
 
     path: Path
     format: str
     shim: Shim
     seed: int
-    backing: Path
+    backing: str
+    disturber: Disturber = field(default_factory=Disturber)
     oracle: Oracle = field(default_factory=lambda: Oracle.of_backing(CELLS))
     failed: list[str] = field(default_factory=list)
     stopped_clean: bool = False
@@ -80,7 +88,7 @@ class Served:
         clients = threading.Thread(target=self._be_clients, args=(socket, control))
         fresh = mock.patch.object(_thread_cache, "THREAD_CACHE", _fresh_threads())
         soon = mock.patch.object(_thread_cache, "IDLE_TIMEOUT", PAUSE)
-        with self.shim.installed(), fresh, soon:
+        with self.shim.installed(), killing(self.shim), fresh, soon, self._watched():
             clients.start()
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
@@ -90,14 +98,37 @@ class Served:
                 self.over.set()
                 clients.join()
 
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Show the service to the disturber as long as it is there."""
+
+        @contextlib.asynccontextmanager
+        async def opened(*arguments: Any) -> AsyncIterator[Service]:
+            async with open_service(*arguments) as service:
+                self.disturber.service = service
+                yield service
+
+        with mock.patch.object(serve_module, "open_service", opened):
+            yield
+
+    def _ends(self) -> bool:
+        """Whether the server was told to end."""
+        return self.leaving or self.disturber.ends_server
+
     def _serve(self, socket: Path, control: Path) -> None:
-        options = ServeOptions(leaf=str(self.path), backing=str(self.backing), speed=SPEED)
+        options = ServeOptions(leaf=str(self.path), backing=self.backing, speed=SPEED)
         listeners: list[Listener] = []
         self.shim.armed = True
         try:
             listeners.append(listen_unix(socket))
             listeners.append(listen_control(control))
-            trio.run(self._until_done, options, listeners[0], listeners[1])
+            trio.run(
+                self._until_done,
+                options,
+                listeners[0],
+                listeners[1],
+                instruments=[self.disturber],
+            )
             self.stopped_clean = True
         except (OSError, NbdstreamError, ExceptionGroup) as error:
             self.ended_by = sole_error(error)
@@ -109,12 +140,13 @@ class Served:
         finally:
             self.shim.armed = False
             close_all(listeners)
-        if self.begun and not self.leaving:
+        if self.begun and not self._ends():
             self.oracle.broken.append(f"guests lost their server: {self.ended_by!r}")
 
     async def _until_done(self, options: ServeOptions, socket: Listener, control: Listener) -> None:
         with trio.move_on_after(LIFE) as life:
-            await serve_until_done(
+            self.disturber.scope = life
+            await serve_module.serve_until_done(
                 options,
                 [socket],
                 control=control,
@@ -123,7 +155,7 @@ class Served:
                 qmp=None,
                 command=None,
             )
-        if life.cancelled_caught:
+        if life.cancelled_caught and not self.disturber.ends_server:
             self.oracle.broken.append(f"the server did not end in {LIFE:g} s")
 
     def _be_clients(self, socket: Path, control: Path) -> None:
@@ -135,14 +167,15 @@ class Served:
             thread.start()
         for thread in threads:
             thread.join()
-        self._guarded(self._quit, control)
+        if not self.disturber.ends_server:
+            self._guarded(self._quit, control)
 
     def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
         self.shim.exempt.add(threading.get_ident())
         try:
             work(*arguments)
         except Exception as error:
-            if not self.over.is_set():
+            if not self.over.is_set() and not self.disturber.ends_server:
                 self.oracle.broken.append(f"a client: {error!r}")
 
     def connected(self, connect: Callable[[], object]) -> None:
@@ -152,7 +185,7 @@ class Served:
             try:
                 connect()
             except (nbd.Error, OSError, PeerError):
-                if self.over.is_set() or time.monotonic() > deadline:
+                if self.over.is_set() or self._ends() or time.monotonic() > deadline:
                     raise
                 time.sleep(PAUSE)
             else:
@@ -192,8 +225,16 @@ class _Guest:
         self._stripes = stripes(number, GUESTS)
         self._owned = [cell for stripe in self._stripes for cell in stripe]
         self._nbd = nbd.NBD()
+        self._mine = sockets.socket(sockets.AF_UNIX)
+        life.disturber.hang_up.append(self.hang_up)
 
     def run(self) -> None:
+        try:
+            self._live()
+        finally:
+            self._mine.close()
+
+    def _live(self) -> None:
         self._life.connected(self._connect)
         for _ in range(OPERATIONS):
             self._request(*drawn_request(self._random, self._stripes))
@@ -205,19 +246,34 @@ class _Guest:
 
     def _connect(self) -> None:
         handle = nbd.NBD()
-        handle.connect_unix(str(self._socket))
-        self._nbd = handle
+        with sockets.socket(sockets.AF_UNIX) as sock:
+            sock.connect(str(self._socket))
+            mine = sockets.socket(fileno=os.dup(sock.fileno()))
+            try:
+                handle.connect_socket(sock.detach())
+            except BaseException:
+                mine.close()
+                raise
+        self._mine.close()
+        self._nbd, self._mine = handle, mine
         self._life.begun = True
+
+    def hang_up(self) -> None:
+        """Lose the connection, whatever is under way on it."""
+        with contextlib.suppress(OSError):  # there is none
+            self._mine.shutdown(sockets.SHUT_RDWR)
 
     def _request(self, kind: str, cells: range) -> None:
         """One request; what fails is noted, and the guest goes on, if need be from a new
         connection."""
+        needed = self._life.shim.flushes_needed
         try:
             getattr(self, f"_{kind}")(cells)
         except nbd.Error as error:
-            # A failed sync is final for the leaf: changes may fail from then on, reads may not.
-            if kind == "read" or self._life.shim.call not in SYNCS:
+            if self._life.shim.call not in SYNCS:
                 self._life.failed.append(f"{kind}: {error}")
+            elif kind != "flush" and (kind == "read" or needed == self._life.shim.flushes_needed):
+                self._oracle.broken.append(f"{kind}, which needed no flush: {error}")
             if not self._nbd.aio_is_ready():
                 self._life.connected(self._connect)
 

@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 from nbdstream.leaf import files
+from nbdstream.leaf.base import FlushNeeded
 
 SHORT = "short"
 FAULTS = {
@@ -81,13 +82,17 @@ SYNCS = ("fdatasync", "fsync")
 
 @dataclass
 class Shim:
-    """Counts calls while `armed`, and lets the call `number` of `call` fail with `fault`."""
+    """Counts calls while `armed`, and lets the call `number` of `call` fail with `fault`.
+
+    ``flushes_needed`` counts how often a leaf had to have a flush before a change.
+    """
 
     call: str = ""
     fault: str = ""
     number: int = -1
     armed: bool = False
     fired: bool = False
+    flushes_needed: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     exempt: set[int] = field(default_factory=set)  # threads that are no part of the product
 
@@ -122,7 +127,12 @@ class Shim:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Replace the calls for the length of the block."""
+
+        def needed(_signal: FlushNeeded) -> None:
+            self.flushes_needed += 1
+
         with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(FlushNeeded, "__init__", needed))
             for name in SERVER_FAULTS:
                 if name == "fallocate":
                     stack.enter_context(mock.patch.object(files, "_libc", _Libc(self)))

@@ -11,17 +11,26 @@ step NUMBER. The rules:
 - nothing but an error that says so leaves the disk, the job or the leaf;
 - the image opens again, and our check and `qemu-img check` find it clean.
 
-In a format called far-FORMAT the faults are those of the server of the backing (`far`).
+What has the life, and the faults, is told by the word before the format:
+
+- none: the disk alone, on the virtual clock (`scenario`);
+- far: the same, over a backing's server that fails (`far`);
+- served: a whole server (`served`);
+- cancelled: the same; the server, its job or a client's connection is ended at one of the steps
+  of its tasks (`disturber`);
+- helper: the same; the process that reads the backing is killed (`helper`).
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nbdstream.leaf import create_leaf, open_leaf
 from nbdstream.leaf.base import BackingReference, ColdMetadata, Leaf, State
+from testbed.faults.disturber import VICTIMS, Disturber
 from testbed.faults.far import FAR_FAULTS, failing_once
+from testbed.faults.helper import HELPER_FAULTS
 from testbed.faults.oracle import CELL
 from testbed.faults.scenario import CELLS, CONTENT, FAILED_MOST, SIZE, Canceller, Life
 from testbed.faults.served import Served
@@ -36,11 +45,17 @@ FORMATS = {
     "qcow2-plain": ("qcow2", False),
     "qed": ("qed", True),
 }
-# The whole server (`served`) with a leaf of that format.
-SERVED = {f"served-{name}": each for name, each in FORMATS.items() if name != "qcow2-plain"}
-# The disk alone, over a far server that fails.
-FAR = {f"far-{name}": each for name, each in FORMATS.items() if name != "qcow2-plain"}
-ALL = FORMATS | SERVED | FAR
+
+
+def _kind_of_life(word: str) -> dict[str, tuple[str, bool]]:
+    return {f"{word}-{name}": each for name, each in FORMATS.items() if name != "qcow2-plain"}
+
+
+SERVED, CANCELLED, FAR = map(_kind_of_life, ("served", "cancelled", "far"))
+# By nbdkit, and by qemu-nbd where the backing is a qcow2 image.
+HELPER = {"helper-nbdkit": FORMATS["raw"], "helper-qemu": FORMATS["raw"]}
+WHOLE = SERVED | CANCELLED | HELPER
+ALL = FORMATS | FAR | WHOLE
 CLUSTER = 8192
 
 
@@ -68,21 +83,30 @@ class Point:
 
 def points(image_format: str, seed: int) -> Iterator[Point]:
     """Every point of the scenario, found by a life without faults."""
-    shim, canceller = Shim(), Canceller()
-    broken = _judged(image_format, seed, shim, canceller)
+    shim, canceller, disturber = Shim(), Canceller(), Disturber()
+    broken = _judged(image_format, seed, shim, canceller, disturber)
     if broken:
         raise RuntimeError(f"without any fault: {broken}")
     for call, faults in _faults(image_format).items():
         for fault in faults:
             for number in range(shim.counts[call]):
                 yield Point(image_format, seed, call, fault, number)
-    for victim, steps in canceller.counts.items() if image_format in FORMATS else ():
-        for number in range(steps):
+    steps: Mapping[str, int] = {}
+    if image_format in FORMATS:
+        steps = canceller.counts
+    elif image_format in CANCELLED:
+        steps = dict.fromkeys(VICTIMS, disturber.steps)
+    for victim, count in steps.items():
+        for number in range(count):
             yield Point(image_format, seed, victim, CANCEL, number)
 
 
-def _faults(image_format: str) -> dict[str, tuple[str, ...]]:
+def _faults(image_format: str) -> Mapping[str, tuple[str, ...]]:
     """What can fail in a life of this format, and how."""
+    if image_format in CANCELLED:
+        return {}
+    if image_format in HELPER:
+        return HELPER_FAULTS
     if image_format in FAR:
         return FAR_FAULTS
     return SERVER_FAULTS if image_format in SERVED else FAULTS
@@ -90,32 +114,41 @@ def _faults(image_format: str) -> dict[str, tuple[str, ...]]:
 
 def broken_rules(point: Point) -> list[str]:
     """Run one point; the rules that did not hold."""
-    if point.fault == CANCEL:
+    shim, canceller, disturber = Shim(), Canceller(), Disturber()
+    if point.fault != CANCEL:
+        shim = Shim(point.kind, point.fault, point.number)
+    elif point.format in CANCELLED:
+        disturber = Disturber(point.kind, point.number)
+    else:
         canceller = Canceller(point.kind, point.number)
-        return _judged(point.format, point.seed, Shim(), canceller)
-    shim = Shim(point.kind, point.fault, point.number)
-    return _judged(point.format, point.seed, shim, Canceller())
+    return _judged(point.format, point.seed, shim, canceller, disturber)
 
 
-def _judged(image_format: str, seed: int, shim: Shim, canceller: Canceller) -> list[str]:
+def _judged(
+    image_format: str, seed: int, shim: Shim, canceller: Canceller, disturber: Disturber
+) -> list[str]:
     name, extended = ALL[image_format]
     directory = MEMORY if MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="faults-", dir=directory) as place:
         path = Path(place) / f"leaf.{name}"
         far = Path(place) / "far"  # for qemu-img, which opens what the image names
         far.write_bytes(CONTENT)
+        backing = str(far)
+        if image_format == "helper-qemu":
+            backing = f"qcow2+{far}.qcow2"
+            run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", far, f"{far}.qcow2"])
         create_leaf(
             str(path),
             format=name,
             size=SIZE,
             cluster_size=CLUSTER,
             # A server looks who its backing is, and records it.
-            backing=BackingReference(str(far), "raw", SIZE, "" if image_format in SERVED else "x"),
+            backing=BackingReference(backing, "raw", SIZE, "" if image_format in WHOLE else "x"),
             extended_l2=extended,
         )
         life: Life | Served
-        if image_format in SERVED:
-            life = Served(path, name, shim, seed, far)
+        if image_format in WHOLE:
+            life = Served(path, name, shim, seed, backing, disturber)
         else:
             life = Life(path, name, shim, canceller, seed)
             if image_format in FAR:
@@ -124,7 +157,9 @@ def _judged(image_format: str, seed: int, shim: Shim, canceller: Canceller) -> l
         broken = life.oracle.broken
         if life.ended_by and not shim.fired and not canceller.fired:
             broken.append(f"ended without a fault: {life.ended_by!r}")
-        if len(life.failed) > FAILED_MOST:
+        # The backing is waited for as long as it takes: its faults fail no request.
+        patient = image_format in FAR | HELPER
+        if len(life.failed) > (0 if patient else FAILED_MOST):
             broken.append(f"{len(life.failed)} requests failed: {life.failed[:3]}")
         _inspect(life, certain=life.stopped_clean and shim.call not in SYNCS)
         return broken
