@@ -209,3 +209,27 @@ def test_a_server_that_goes_away_is_an_error(server: Peer) -> None:
         terminal.wait_for(lambda text: "░" * 80 in text)
         server.kill()
         assert "nbdstream: error:" in terminal.wait_for(lambda text: "status 1" in text)
+
+
+def test_keys_steer_the_job_and_leave(server: Peer) -> None:
+    assert server.control is not None
+    with watching(server, 100, 24) as terminal, Qmp(server.control) as qmp:
+        terminal.wait_for(lambda text: "space pause" in text and "paused" in text)
+        terminal.press("-")
+        terminal.wait_for(lambda text: "limit 64.0 KiB/s" in text)
+        terminal.press("+")
+        terminal.wait_for(lambda text: "limit 128.0 KiB/s" in text)
+        terminal.press("x", "Space")
+        terminal.wait_for(lambda text: "ETA" in text)
+        (job,) = qmp.execute("query-block-jobs")
+        assert job["status"] == "running" and job["speed"] == 128 << 10
+        terminal.press("Space")
+        terminal.wait_for(lambda text: ", paused" in text)
+        terminal.press("0")
+        terminal.wait_for(lambda text: "limit 1" not in text)
+        (job,) = qmp.execute("query-block-jobs")
+        assert job["status"] == "paused" and job["speed"] == 0
+        terminal.press("q")
+        text = terminal.wait_for(lambda text: "status 130" in text)
+        assert "░" not in text
+    assert server.process.poll() is None

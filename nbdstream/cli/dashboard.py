@@ -54,10 +54,15 @@ def sparkline(values: Iterable[float], width: int) -> str:
 
 
 class Dashboard:
-    """The display as it is now; rich can print it."""
+    """The display as it is now; rich can print it.
+
+    Attributes:
+        hint: what the keys do, "" if there are none.
+    """
 
     def __init__(self, title: str, size: int) -> None:
         self.size = size
+        self.hint = ""
         self._title = title
         self._report: JSONObject = {}
         self._extents: list[tuple[int, int, int]] = []
@@ -108,7 +113,7 @@ class Dashboard:
         """All lines for a terminal of that size, at the most ``height`` of them."""
         if not self._report:
             return [Text("waiting for the server"[:width])]
-        above = [Text(shown(self._title), Style(bold=True)), self._state(width), Text()]
+        above = [self._head(width), self._state(width), Text()]
         below = [Text(), *self._graphs(width), Text(), *self._facts()]
         room = height - len(above) - len(below)
         # At least three lines of what happened, more on a large terminal.
@@ -120,6 +125,15 @@ class Dashboard:
         for line in lines:
             line.truncate(width, overflow="ellipsis")
         return lines[:height]
+
+    def _head(self, width: int) -> Text:
+        """The title, and on the right, if there is room, the limit and what the keys do."""
+        title = Text(shown(self._title), Style(bold=True))
+        speed = self._report.get("job", {}).get("speed")
+        words = [f"limit {format_rate(speed)}"] if speed else []
+        right = "   ".join(words + ([self.hint] if self.hint else []))
+        gap = width - len(title) - len(right)
+        return title.append(" " * gap + right, Style(dim=True, bold=False)) if gap > 1 else title
 
     def _state(self, width: int) -> Text:
         snapshot = Snapshot.of(self._report)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from nbdstream.cli.dashboard import Dashboard
+from nbdstream.cli.keys import HINT, follow_keys, has_keys
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import Event, JSONObject, QMPConnectionError
 from nbdstream.units import format_size
@@ -50,6 +51,9 @@ async def watch_on_screen(qmp: QMPClient, job_id: str) -> Event:
             nursery.start_soon(_look, qmp, dashboard, live)
             nursery.start_soon(_map, qmp, dashboard)
             nursery.start_soon(_listen, qmp, dashboard)
+            if has_keys():
+                dashboard.hint = HINT
+                nursery.start_soon(_steer, qmp, job_id)
             event = await qmp.wait_event(
                 "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", data={"device": job_id}
             )
@@ -74,6 +78,13 @@ async def _map(qmp: QMPClient, dashboard: Dashboard) -> None:
             dashboard.map(await _extents(qmp))
             took = trio.current_time() - began
             await trio.sleep(max(MAP_INTERVAL, took / MAP_SHARE))
+    except QMPConnectionError:
+        pass  # as above
+
+
+async def _steer(qmp: QMPClient, job_id: str) -> None:
+    try:
+        await follow_keys(qmp, job_id)
     except QMPConnectionError:
         pass  # as above
 
