@@ -18,6 +18,7 @@ NAMES = (
     "startup",
     "hotpath",
     "tls",
+    "watched",
     "misses",
     "memory",
     "stream",
