@@ -15,11 +15,13 @@ import trio
 from nbdstream.backing import fingerprint, open_backing
 from nbdstream.errors import BackingError
 from testbed.peers import (
+    READY_SECONDS,
     Peer,
     PeerError,
     assert_same,
     nbdstream_serve,
     run,
+    started,
 )
 from testbed.processes import children
 from testbed.remotes import ObjectStore, SshServer, s3_server, ssh_server
@@ -128,6 +130,19 @@ def test_a_file_that_ssh_does_not_have(ssh: SshServer, tmp_path: Path) -> None:
 def test_an_ssh_server_that_does_not_know_us(ssh: SshServer, image: Path, tmp_path: Path) -> None:
     (ssh.client / "id_ed25519").unlink()
     assert "auth" in refusal(ssh, image, tmp_path)
+
+
+def test_a_key_that_only_the_agent_has(
+    ssh: SshServer, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket, key = ssh.client / "agent", ssh.client / "id_ed25519"
+    with started(["ssh-agent", "-D", "-a", str(socket)], tmp_path) as agent:
+        agent.wait_until(socket.exists, "socket", READY_SECONDS)
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(socket))
+        run(["ssh-add", "-q", key])
+        key.unlink()
+        with serve(ssh, tmp_path / "leaf.raw", ssh.uri(image)) as server:
+            assert_same(server.uri, image)
 
 
 def test_an_ssh_server_that_we_do_not_know(ssh: SshServer, image: Path, tmp_path: Path) -> None:
