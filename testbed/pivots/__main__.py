@@ -11,10 +11,13 @@ from collections import Counter
 
 import trio
 
+from testbed import peers
 from testbed.guests import images
 from testbed.pivots.trial import Trial
 
 SUFFIXES = ("qcow2", "raw", "qed")
+# Beside other work, a server may take long to start. That is not what is tested here.
+peers.READY_SECONDS = 120.0
 
 
 def main() -> None:
@@ -38,8 +41,9 @@ def main() -> None:
         done += len(trial.attempts)
         guests += 1
         outcomes.update(attempt.outcome for attempt in trial.attempts)
-    print(f"{done} pivots of {guests} guests: {dict(outcomes)}")
-    print(f"{acknowledged} acknowledged writes, 0 lost")
+        said = f"{done} pivots of {guests} guests, {acknowledged} acknowledged writes, 0 lost"
+        print(said, flush=True)
+    print(dict(outcomes))
 
 
 if __name__ == "__main__":
