@@ -52,7 +52,7 @@ def test_latency_is_in_milliseconds() -> None:
 def test_a_load_that_cannot_be_put_on_is_an_error() -> None:
     with temporary_directory() as directory:
         with pytest.raises(PeerError, match="fio"):
-            fio(f"nbd+unix:///?socket={directory}/nobody", "read", "4k", 1, 0.1)
+            fio(f"nbd+unix:///?socket={directory}/absent", "read", "4k", 1, 0.1)
 
 
 def test_qemu_streams_from_far_away() -> None:

@@ -56,7 +56,7 @@ class ServeOptions:
 
 
 def check_combination(options: ServeOptions) -> None:
-    """Raise UsageError for options that cannot be used together."""
+    """Check that options can be used together. Raises UsageError, which names them."""
     if options.prefetch is not None and options.read_only:
         raise UsageError("--prefetch keeps what it fetches: it does not go with --read-only")
     if options.finish_in is not None and options.stream == "off":

@@ -39,7 +39,14 @@ class RebaseCommand:
 
     @command("x-nbdstream-rebase")
     async def rebase(self, device: str, uri: str) -> JSONObject:
-        """Read the backing from ``uri`` from now on; returns it as it was recorded."""
+        """Read the backing from ``uri`` from now on; returns it as it was recorded.
+
+        Raises:
+            DeviceNotFound: no disk has this name.
+            UsageError: this backing cannot move, or the URI is none.
+            BackingError: the new place cannot be opened, or has another image.
+            LeafError, OSError: the new place cannot be recorded in the leaf.
+        """
         if device != self._device:
             raise DeviceNotFound(f"Cannot find device='{device}'")
         known = self._movable()

@@ -105,8 +105,7 @@ def log_failure(name: str, error: BaseException) -> None:
 async def open_background_nursery() -> AsyncIterator[trio.Nursery]:
     """A nursery whose tasks are cancelled when the block ends.
 
-    A single exception, of the block or of a task, comes out as it is; several come out
-    as a group.
+    Raises what the block or a task raises: a single exception as it is, several as a group.
     """
     lone: BaseException | None = None
     try:

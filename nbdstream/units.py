@@ -31,7 +31,8 @@ _DURATION_PART = re.compile(rf"({_NUMBER})(ms|s|m|h|d)", re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Bytes from ``4096``, ``64k``, ``1.5G``, ``10 MiB``; what results must be whole bytes."""
+    """Bytes from ``4096``, ``64k``, ``1.5G``, ``10 MiB``. Raises UsageError if the text is no
+    size, or no whole number of bytes, or more than a disk can have."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or len(text) > _LONGEST:
         raise UsageError(f"{text!r} is not a size: give a number of bytes, or such as 64k, 1.5G")
@@ -48,7 +49,8 @@ def parse_size(text: str) -> int:
 
 
 def parse_rate(text: str) -> int:
-    """Bytes per second from ``10M``, ``10MiB/s``; 0 stands for unlimited, as in QEMU."""
+    """Bytes per second from ``10M``, ``10MiB/s``; 0 stands for unlimited, as in QEMU. Raises
+    UsageError if the text is no rate."""
     try:
         return parse_size(text.strip().removesuffix("/s"))
     except UsageError:
@@ -58,7 +60,8 @@ def parse_rate(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds from ``90``, ``2.5``, ``90s``, ``10m``, ``1h30m``, ``250ms``."""
+    """Seconds from ``90``, ``2.5``, ``90s``, ``10m``, ``1h30m``, ``250ms``. Raises UsageError if
+    the text is no duration, or one of more than a hundred years."""
     bare = text.strip()[:_LONGEST]
     if re.fullmatch(_NUMBER, bare, re.ASCII):
         bare += "s"

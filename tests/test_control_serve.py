@@ -131,7 +131,7 @@ def test_watch_sees_a_server_out_that_ends_when_complete(tmp_path: Path, remote:
 
 def test_qmp_shell_gets_along_with_it(server: Peer) -> None:
     """The shell of QEMU's own QMP library (qemu.qmp): it sends no line ends."""
-    script = "query-version\nquery-block-jobs\nblock-job-pause device=nobody\nnonsense\n"
+    script = "query-version\nquery-block-jobs\nblock-job-pause device=absent\nnonsense\n"
     done = subprocess.run(
         [binary("QMP_SHELL"), str(server.control)],
         input=script,

@@ -154,7 +154,7 @@ def test_no_module_of_the_guests_is_imported_by_a_bare_name() -> None:
     assert found == []
 
 
-def test_nobody_changes_where_modules_are_found() -> None:
+def test_no_module_changes_where_modules_are_found() -> None:
     """The nbdkit plugin may: the interpreter is nbdkit's, and knows nothing of our checkout."""
     guilty = [
         name
@@ -219,6 +219,47 @@ def test_long_modules_say_why_they_are_one_thing() -> None:
         lines = len(path_of(name).read_text().splitlines())
         if lines > LINES_MOST and "one module" not in (ast.get_docstring(tree) or ""):
             found.append(f"{name}: {lines} lines")
+    assert found == []
+
+
+def raised(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """What a function raises itself, by name: neither what it calls, nor what it raises again."""
+    found: set[str] = set()
+    pending: list[ast.AST] = list(function.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            continue
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            found.add(ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc))
+        pending += ast.iter_child_nodes(node)
+    return found
+
+
+def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The public functions of a module and the public methods of its public classes."""
+    pending: list[ast.stmt] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            pending += node.body
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if node.name == "__init__" or not node.name.startswith("_"):
+                yield node
+
+
+def test_public_functions_say_what_they_raise() -> None:
+    """Left out: click's commands, whose docstrings are their help, and what refers to the
+    docstring of its interface."""
+    found = []
+    for name in in_tree("nbdstream"):
+        for function in public_functions(sources()[name]):
+            docstring = ast.get_docstring(function) or ""
+            decorators = " ".join(map(ast.unparse, function.decorator_list))
+            if "click." in decorators or ".command(" in decorators or docstring.startswith("See `"):
+                continue
+            if raised(function) and "Raises" not in docstring:
+                found.append(f"{name}:{function.lineno} {function.name}")
     assert found == []
 
 

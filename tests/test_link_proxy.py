@@ -200,7 +200,7 @@ def test_one_cut_may_follow_another(listen: str, echo: str, modes: tuple[str, st
 
 
 def test_an_unreachable_target_ends_the_connection(listen: str, directory: Path) -> None:
-    with Link(listen, f"unix:{directory}/nobody", Shape()) as link:
+    with Link(listen, f"unix:{directory}/absent", Shape()) as link:
         try:
             with connect(link) as sock:
                 assert sock.recv(1) == b""

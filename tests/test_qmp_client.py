@@ -165,7 +165,7 @@ async def test_a_lost_connection_tells_everyone_who_waits_or_comes_later() -> No
             await events.wait()
 
 
-async def test_an_event_that_nobody_waited_for_yet_is_not_missed() -> None:
+async def test_an_event_that_absent_waited_for_yet_is_not_missed() -> None:
     async with connected() as (qmp, peer):
         await peer.send(
             Event("JOB", {"id": "a"}), Event("STOP"), Event("JOB", {"id": "b", "more": 1})
@@ -217,9 +217,9 @@ async def test_an_answer_to_an_earlier_client_is_nothing_to_this_one(late: bytes
         assert waiting.outcome == {"mine": True}
 
 
-async def test_nobody_listening_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(QMPConnectionError, match=r"no QMP server at .*nobody"):
-        async with QMPClient.connect(tmp_path / "nobody"):
+async def test_a_socket_without_a_server_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(QMPConnectionError, match=r"no QMP server at .*absent"):
+        async with QMPClient.connect(tmp_path / "absent"):
             pass
 
 

@@ -32,7 +32,7 @@ leaf = pytest.fixture(leaf_path, params=FORMATS)
 
 
 def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    no_server = f"nbd+unix:///?socket={tmp_path}/nobody"
+    no_server = f"nbd+unix:///?socket={tmp_path}/absent"
     cases = [
         (["serve", "new.qcow2"], 2, "does not exist"),
         (["serve", "new.qcow2", "-b", no_server], 1, "no server listens"),

@@ -3,8 +3,8 @@
 
 Each step of a random history is made by a process of its own (a fork), which may be killed by
 SIGKILL at its n-th system call that changes something. The kernel then drops its locks, as it
-does in earnest. What must hold after each step: an image that somebody needs is there, whole,
-and its user is in the register; whatever is there can be opened; and what nobody needs can be
+does in earnest. What must hold after each step: an image that is in use is there, whole,
+and its user is in the register; whatever is there can be opened; and what is not in use can be
 removed.
 """
 

@@ -8,7 +8,6 @@ read uses it, or its holder gives it back because nothing was left to fetch.
 
 import enum
 from collections.abc import Callable
-from types import TracebackType
 
 
 class Priority(enum.IntEnum):
@@ -39,7 +38,11 @@ class Grant:
         self._ended = ended
 
     def use(self, priority: Priority) -> None:
-        """A read of this class takes the room. ValueError if another class holds it."""
+        """A read of this class takes the room.
+
+        Raises:
+            ValueError: another class holds it.
+        """
         if priority is not self.priority:
             raise ValueError(f"room for {self.priority.name} cannot carry {priority.name}")
         self.give_back()
@@ -58,10 +61,5 @@ class Grant:
     def __enter__(self) -> "Grant":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.give_back()

@@ -53,7 +53,7 @@ async def fingerprint(backing: Backing) -> str:
 async def fingerprint_of(size: int, read: Read) -> str:
     """The identity of an image of ``size`` bytes that ``read(view, offset)`` reads.
 
-    What ``read`` raises comes out as it is; the other samples are cancelled then.
+    Raises what ``read`` raises; the other samples are cancelled then.
     """
     samples = [(offset, bytearray(length)) for offset, length in sample_ranges(size)]
     failures: list[Exception] = []

@@ -72,6 +72,7 @@ class JournalHandler(logging.Handler):
     """
 
     def __init__(self) -> None:
+        """Raises UsageError if there is no journal."""
         super().__init__()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         try:

@@ -79,7 +79,13 @@ class DiskCommands:
     async def map(
         self, offset: int = 0, length: int | None = None, limit: int = MAP_LIMIT
     ) -> JSONObject:
-        """What is local, from ``offset`` on. ``next``: where to ask for the rest."""
+        """What is local, in ``length`` bytes from ``offset`` on (None: to the end of the disk), as
+        at most ``limit`` extents. ``next``: where to ask for the rest.
+
+        Raises:
+            GenericError: an argument is out of its range.
+            BackingError: the backing does not tell its block status.
+        """
         self._check_offset(offset)
         if not 1 <= limit <= MAP_MAXIMUM:
             raise GenericError(f"Parameter 'limit' expects a value from 1 to {MAP_MAXIMUM}")
@@ -99,6 +105,11 @@ class DiskCommands:
         ``streamed``: bytes that were not local before. ``next``: the first offset behind
         the piece that is still remote, if there is one; so a loop over ``next`` streams
         the disk.
+
+        Raises:
+            DeviceNotFound: no disk has this name.
+            GenericError: there is no stream job, or an argument is out of its range.
+            BackingError, LeafError, OSError: the piece could not be fetched or stored.
         """
         if device != self._device:
             raise DeviceNotFound(f"Cannot find device='{device}'")
@@ -112,6 +123,7 @@ class DiskCommands:
 
     @command("x-nbdstream-copy-on-read")
     async def copy_on_read(self, enable: bool) -> None:
+        """Keep what guests read, or not. Raises GenericError if the leaf keeps nothing."""
         if enable and self._disk.thin:
             raise GenericError("The leaf is thin: nothing is copied into it")
         self._disk.copy_on_read = enable

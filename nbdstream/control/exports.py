@@ -76,7 +76,12 @@ class ExportCommands:
         writable: bool = False,
         writethrough: bool = False,
     ) -> None:
-        """Without ``name`` the export is called as the node is."""
+        """Add an export of the disk. Without ``name`` it is called as the node is.
+
+        Raises:
+            DeviceNotFound: no disk has this name.
+            GenericError: an argument has a value that is not supported, or is in use already.
+        """
         name = node_name if name is None else name
         if node_name != self._device:
             raise DeviceNotFound(f"Cannot find device='{node_name}'")
@@ -106,7 +111,10 @@ class ExportCommands:
         id: str,  # noqa: A002
         mode: Literal["safe", "hard"] = "safe",
     ) -> None:
-        """In mode "safe" only an export that no client uses."""
+        """Remove an export; in mode "safe" only one that no client uses.
+
+        Raises GenericError: there is no such export, it is the disk's own, or it is in use.
+        """
         if id == self._device:
             raise GenericError(f"export '{id}' is the disk's own: 'quit' ends it")
         if id not in self._added or id in self._ending:

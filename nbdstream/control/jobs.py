@@ -26,7 +26,7 @@ NOTHING_TO_STREAM = "there is nothing to stream: the disk has no backing or is r
 
 
 def non_negative(name: str, value: int) -> int:
-    """The value, or a GenericError that names the argument."""
+    """The value. Raises GenericError, which names the argument, if it is negative."""
     if value < 0:
         raise GenericError(f"Parameter '{name}' expects a non-negative value")
     return value
@@ -49,7 +49,13 @@ class JobCommands:
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
     ) -> None:
-        """Start the job. Without ``speed`` the cap stays what it is."""
+        """Start the job. ``speed``: its cap in bytes per second; without it the cap stays.
+
+        Raises:
+            DeviceNotFound: no disk has this name.
+            GenericError: the job runs already, there is nothing to stream, or an argument has a
+                value that is not supported.
+        """
         if device != self._device:
             raise DeviceNotFound(f"Cannot find device='{device}'")
         if not auto_finalize or not auto_dismiss:
@@ -108,6 +114,7 @@ class JobCommands:
 
     @command("block-job-cancel")
     async def block_job_cancel(self, device: str, force: bool = False) -> None:
+        """End the job. Raises GenericError if it is paused, unless ``force`` is set."""
         job = self._block_job(device)
         if job.status is JobStatus.PAUSED and not force:
             raise GenericError(f"The block job for device '{device}' is currently paused")

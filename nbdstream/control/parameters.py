@@ -42,7 +42,12 @@ class Parameters:
         copy_on_read: bool | None = None,
         speed: int | None = None,
     ) -> None:
-        """Set those that are given."""
+        """Set those that are given, or none of them. ``backing_timeout`` is in seconds and
+        ``speed`` in bytes per second; 0 is no limit.
+
+        Raises:
+            GenericError: a value is out of its range, or the disk has nothing that it is for.
+        """
         backing, job = self._disk.backing, self._job
         if max_clients is not None and max_clients < 1:
             raise GenericError("Parameter 'max-clients' expects a value of at least 1")

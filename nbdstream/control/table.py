@@ -105,7 +105,7 @@ class CommandTable:
             self.add(group)
 
     def add(self, group: object) -> None:
-        """Add all commands of a group. ValueError: a name is taken."""
+        """Add all commands of a group. Raises ValueError if a name is taken."""
         for _, method in inspect.getmembers(group, inspect.iscoroutinefunction):
             name = getattr(method, _NAME, None)
             if name is None:

@@ -27,17 +27,17 @@ class ReadOnlyExport:
         return Hit.MISS
 
     async def write(self, view: memoryview, offset: int, *, fua: bool) -> None:
-        """Refused."""
+        """Refused. Raises OSError (EPERM)."""
         raise OSError(errno.EPERM, "read-only")
 
     async def zero(
         self, offset: int, length: int, *, may_trim: bool, fast_only: bool, fua: bool
     ) -> None:
-        """Refused."""
+        """Refused. Raises OSError (EPERM)."""
         raise OSError(errno.EPERM, "read-only")
 
     async def trim(self, offset: int, length: int, *, fua: bool) -> None:
-        """Refused."""
+        """Refused. Raises OSError (EPERM)."""
         raise OSError(errno.EPERM, "read-only")
 
     async def block_status(self, offset: int, length: int, limit: int) -> list[StatusExtent]:

@@ -132,8 +132,8 @@ class Custody:
     # -- letting go ------------------------------------------------------------------------
 
     def refusal(self, *, incomplete: bool = False) -> str:
-        """Why the leaf may not be let go of now, or "". ``incomplete``: whoever opens it reads what
-        it lacks from the backing that it names."""
+        """Why the leaf may not be let go of now, or "". ``incomplete``: the program that opens it
+        reads what it lacks from the backing that it names."""
         disk = self.disk
         if disk.read_only:
             return "the leaf is served read-only"

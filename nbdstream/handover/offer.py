@@ -47,7 +47,14 @@ class Offering:
     @command("x-nbdstream-export-add")
     async def add(self, listen_at: str, tls_certificates: str = "") -> JSONObject:
         """Offer the disk's content at HOST:PORT or unix:PATH, as a new generation; with a directory
-        of certificates by TLS alone, to clients of its authorities."""
+        of certificates by TLS alone, to clients of its authorities. ``size`` in the answer is in
+        bytes.
+
+        Raises:
+            GenericError: it is offered already, or another server owns it.
+            UsageError, OSError: the address is none or cannot be listened on, or the certificates
+                cannot be used.
+        """
         if self._seal is not None:
             raise GenericError(f"the disk is offered already, as {self._seal.export}")
         if self._disk.gate.reason:

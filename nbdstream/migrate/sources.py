@@ -56,11 +56,21 @@ class Source(ABC):
 
     @abstractmethod
     async def offer(self) -> Offer:
-        """Offer the disk's content, read-only, under a name that is new."""
+        """Offer the disk's content, read-only, under a name that is new.
+
+        Raises:
+            QMPError: the source's program refuses, or does not answer.
+            MigrationError: there is no such disk, or its image is sealed.
+        """
 
     @abstractmethod
     async def seal(self) -> None:
-        """When this returns, the content that was offered does not change any more."""
+        """When this returns, the content that was offered does not change any more.
+
+        Raises:
+            QMPError: the source's program refuses, or does not answer.
+            MigrationError: the guest still runs.
+        """
 
     async def mark(self) -> None:  # noqa: B027 - not all have to
         """The guest runs at the destination: have the source's image say so, where `seal`
@@ -190,6 +200,7 @@ class QemuSource(Source):
         return self._generation
 
     async def offer(self) -> Offer:
+        """See `Source.offer`."""
         async with self._server.monitor.session() as qmp:
             nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
         found = [node for node in nodes if node["node-name"] == self._node]

@@ -82,7 +82,12 @@ class Listener:
 
 
 def listen_tcp(host: str, port: int) -> list[Listener]:
-    """Listen on all addresses of ``host``, on one port; 0 lets the system choose it."""
+    """Listen on all addresses of ``host``, on one port; 0 lets the system choose it.
+
+    Raises:
+        UsageError: there is no such host, or its port is in use.
+        OSError: the system refuses for another reason.
+    """
     try:
         found = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -128,6 +133,10 @@ def listen_unix(path: Path, *, mode: int | None = None) -> Listener:
     """Listen on a Unix socket; one that a dead server left behind is replaced.
 
     ``mode`` narrows who may connect, from the first moment on; None leaves that to the umask.
+
+    Raises:
+        UsageError: the path is too long, is no socket, or another server listens there.
+        OSError: the system refuses for another reason.
     """
     if len(os.fsencode(path)) > _MAX_PATH:
         raise UsageError(f"the path of the Unix socket '{path}' is longer than {_MAX_PATH} bytes")
@@ -169,6 +178,7 @@ def from_systemd(environment: MutableMapping[str, str]) -> list[Listener]:
     """The sockets that our parent hands over by sd_listen_fds(3); none if it doesn't.
 
     The variables are removed from ``environment``, so that no child takes them for its own.
+    Raises UsageError if they name what is no listening socket.
     """
     pid = environment.pop("LISTEN_PID", "")
     count = environment.pop("LISTEN_FDS", "")

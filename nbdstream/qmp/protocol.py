@@ -257,7 +257,8 @@ class LineReader:
                 self.fail(str(error), error)
 
     def fail(self, reason: str, cause: Exception | None = None) -> NoReturn:
-        """Break the reader for good: whatever follows cannot be trusted."""
+        """Break the reader for good, because what follows cannot be trusted. Raises
+        QMPProtocolError with this reason, now and from every later call."""
         self._broken = reason
         self._buffer.clear()
         raise QMPProtocolError(reason) from cause

@@ -28,7 +28,7 @@ class Cursor:
         return len(self._data) - self._offset
 
     def take(self, length: int) -> bytes:
-        """The next ``length`` bytes."""
+        """The next ``length`` bytes. Raises MalformedError if there are not as many."""
         if length > self.remaining:
             raise MalformedError(
                 f"{length} bytes wanted at byte {self._offset} of {len(self._data)}"
@@ -57,7 +57,12 @@ class Cursor:
         return number
 
     def string(self, length: int) -> str:
-        """The next ``length`` bytes as a string ("Conventions": UTF-8, without NUL)."""
+        """The next ``length`` bytes as a string ("Conventions": UTF-8, without NUL).
+
+        Raises:
+            MalformedError: there are not as many, they are more than a string may have, or they
+                are no such string.
+        """
         if length > MAX_STRING:
             raise MalformedError(f"a string of {length} bytes; at most {MAX_STRING} are allowed")
         try:
@@ -69,6 +74,6 @@ class Cursor:
         return text
 
     def finish(self) -> None:
-        """Everything must have been read."""
+        """Check that everything has been read. Raises MalformedError if not."""
         if self.remaining:
             raise MalformedError(f"{self.remaining} bytes too many")

@@ -146,7 +146,7 @@ class StreamJob:
         self._listeners.append(listener)
 
     def start(self, *, paused: bool = False) -> None:
-        """Begin (again). ValueError if it runs already or nothing is left to do."""
+        """Begin (again). Raises ValueError if it runs already or nothing is left to do."""
         if self._status is not JobStatus.NULL:
             raise ValueError(f"job '{self.id}' is already active")
         if self.completed.is_set():

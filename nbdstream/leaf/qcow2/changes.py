@@ -79,7 +79,10 @@ class Changes:
         self._commit(parts, new, self._written)
 
     def zero(self, offset: int, length: int, *, unmap: bool, backing: bool) -> None:
-        """See `Leaf.zero`; without a backing, what is unallocated is zero already."""
+        """See `Leaf.zero`; without a backing, what is unallocated is zero already.
+
+        Raises ValueError if the range cuts a compressed cluster, besides what `Leaf.zero` raises.
+        """
         ranges = list(self._zero_ranges(offset, length, skip=unmap and not backing))
         plans = [self._plan(start, size) for start, size in ranges]
         self._reserve_records(sum(map(len, plans)))

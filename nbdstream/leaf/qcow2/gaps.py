@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tables in the file lack: whether the image could do without its backing.
 
-Damaged entries count as what is lacking. They have no data that anybody can read, and a repair
+Damaged entries count as what is lacking. They have no readable data, and a repair
 makes them unallocated: with the backing, its content shows there; without it, zeroes would.
 """
 

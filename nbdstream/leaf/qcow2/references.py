@@ -228,7 +228,8 @@ class Walk:
                 yield table
 
     def read_words(self, offset: int, length: int) -> "array[int]":
-        """A table of the file; zeroes where the file has ended or has a hole."""
+        """The table of ``length`` bytes at ``offset`` of the file; zeroes where the file has ended
+        or has a hole. Raises LeafFormatError (no file is as long), OSError."""
         if offset >= MAX_OFFSET:
             raise LeafFormatError(f"a table at {offset:#x} is beyond any file")
         data = files.next_data(self._fd, offset)

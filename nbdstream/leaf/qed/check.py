@@ -215,7 +215,7 @@ def first_unallocated(fd: int, header: Header, judge: Tables) -> int | None:
     """The lowest guest offset whose cluster has no sound entry in the file; None: all have
     (blocks). ``judge`` are the tables of the open leaf.
 
-    Damaged entries have no data that anybody can read, and a repair makes them unallocated:
+    Damaged entries have no readable data, and a repair makes them unallocated:
     with the backing, its content shows there; without it, zeroes would.
     """
     clusters = align_up(header.image_size, header.cluster_size) // header.cluster_size
