@@ -18,9 +18,16 @@ from nbdstream.pivot.leftovers import PivotDisk
 from nbdstream.pivot.servers import ControlledServer, Monitor
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import GenericError
-from testbed.peers import Peer
+from testbed.peers import Peer, make_image
 
 SIZE = 2 << 20
+
+
+def image_file(tmp_path: Path) -> Path:
+    """The backing's content. A test module makes a fixture of it."""
+    path = tmp_path / "image"
+    make_image(path, SIZE)
+    return path
 
 
 @contextmanager

@@ -243,9 +243,10 @@ def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFu
         node = pending.pop()
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             pending += node.body
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            if node.name == "__init__" or not node.name.startswith("_"):
-                yield node
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (
+            node.name == "__init__" or not node.name.startswith("_")
+        ):
+            yield node
 
 
 def test_public_functions_say_what_they_raise() -> None:

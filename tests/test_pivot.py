@@ -10,11 +10,11 @@ import trio
 from nbdstream.guest.disks import Disk
 from nbdstream.leaf import open_leaf
 from nbdstream.qmp.client import QMPClient
-from testbed.peers import Peer, make_image, nbdkit, nbdstream_serve, run
+from testbed.peers import Peer, nbdkit, nbdstream_serve, run
 from tests.pivot_support import (
-    SIZE,
     ask,
     disk_of,
+    image_file,
     inserted,
     is_running,
     pivot,
@@ -23,12 +23,7 @@ from tests.pivot_support import (
     wait_local,
 )
 
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
-    make_image(path, SIZE)
-    return path
+image = pytest.fixture(image_file)
 
 
 @pytest.mark.parametrize("suffix", ["raw", "qcow2", "qed"])

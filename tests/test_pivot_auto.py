@@ -10,17 +10,12 @@ import trio
 
 from nbdstream.guest.disks import Disk
 from nbdstream.qmp.client import QMPClient
-from testbed.peers import make_image, nbdkit, nbdstream_serve, run
-from tests.pivot_support import SIZE, ask, inserted, is_running, qemu, qemu_io
+from testbed.peers import nbdkit, nbdstream_serve, run
+from tests.pivot_support import SIZE, ask, image_file, inserted, is_running, qemu, qemu_io
 
 pytestmark = pytest.mark.timeout(90)
 
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
-    make_image(path, SIZE)
-    return path
+image = pytest.fixture(image_file)
 
 
 async def test_a_server_pivots_and_exits_once_the_guest_is_there(

@@ -17,11 +17,11 @@ from nbdstream.pivot import run as pivot_run
 from nbdstream.pivot import servers as pivot_servers
 from nbdstream.pivot.servers import PivotError
 from nbdstream.qmp.client import QMPClient
-from testbed.peers import Peer, PeerError, make_image, nbdkit, nbdstream_serve, run
+from testbed.peers import Peer, PeerError, nbdkit, nbdstream_serve, run
 from tests.pivot_support import (
-    SIZE,
     ask,
     disk_of,
+    image_file,
     inserted,
     is_running,
     pivot,
@@ -35,12 +35,7 @@ pytestmark = pytest.mark.timeout(120)
 STEPS = ("stop", "x-nbdstream-let-go", "blockdev-add", "blockdev-reopen", "cont")
 PATTERN = "-P 0x11 0 64k"
 
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
-    make_image(path, SIZE)
-    return path
+image = pytest.fixture(image_file)
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from nbdstream.pivot.leaf import PivotLeaf
 from nbdstream.pivot.servers import PivotError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import GenericError, QMPError
-from testbed.peers import PeerError, make_image, nbdkit, nbdstream_serve, run
+from testbed.peers import PeerError, nbdkit, nbdstream_serve, run
 from tests.pivot_support import (
-    SIZE,
     ask,
     disk_of,
+    image_file,
     is_running,
     pivot,
     qemu,
@@ -25,12 +25,7 @@ from tests.pivot_support import (
 
 STEPS = ("x-nbdstream-let-go", "blockdev-add", "blockdev-reopen", "cont")
 
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
-    make_image(path, SIZE)
-    return path
+image = pytest.fixture(image_file)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

@@ -10,11 +10,11 @@ from nbdstream.guest.disks import Disk
 from nbdstream.pivot import run as pivot_run
 from nbdstream.pivot.servers import Monitor, PivotError
 from nbdstream.qmp.client import QMPClient
-from testbed.peers import Peer, assert_same, make_image, nbdkit, nbdstream_serve, run
+from testbed.peers import Peer, assert_same, nbdkit, nbdstream_serve, run
 from tests.pivot_support import (
-    SIZE,
     ask,
     disk_of,
+    image_file,
     is_running,
     qemu,
     qemu_io,
@@ -22,12 +22,7 @@ from tests.pivot_support import (
     without_reopening,
 )
 
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
-    make_image(path, SIZE)
-    return path
+image = pytest.fixture(image_file)
 
 
 PAUSED = ("--stream", "paused")

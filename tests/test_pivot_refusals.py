@@ -16,11 +16,12 @@ from nbdstream.pivot.leftovers import PivotDisk
 from nbdstream.pivot.servers import ControlledServer, PivotError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import QMPError
-from testbed.peers import make_image, nbdkit, nbdstream_serve
+from testbed.peers import nbdkit, nbdstream_serve
 from tests.pivot_support import (
     SIZE,
     ask,
     disk_of,
+    image_file,
     is_running,
     pivot,
     qemu,
@@ -28,12 +29,7 @@ from tests.pivot_support import (
     wait_local,
 )
 
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
-    make_image(path, SIZE)
-    return path
+image = pytest.fixture(image_file)
 
 
 async def test_what_cannot_be_pivoted_is_refused_and_goes_on(tmp_path: Path, image: Path) -> None:

@@ -54,7 +54,10 @@ def listening(
     leaf: str, socket: str | None, listen: str | None, *, private: bool
 ) -> Iterator[list[Listener]]:
     """The listeners that the options ask for. Where they ask for none: a Unix socket for this
-    user alone. ``private``: one that only our own child will use."""
+    user alone. ``private``: one that only our own child will use.
+
+    Raises UsageError (they ask for two places, or for one that cannot be used), OSError.
+    """
     inherited = from_systemd(os.environ)
     if sum(map(bool, (inherited, socket, listen))) > 1:
         raise UsageError(_ONE_PLACE)

@@ -218,6 +218,7 @@ class QemuSource(Source):
         return Offer(uri, generation, size)
 
     async def seal(self) -> None:
+        """See `Source.seal`."""
         async with self._server.monitor.session() as qmp:
             status = (await qmp.execute("query-status"))["status"]
         if status not in _STOPPED:

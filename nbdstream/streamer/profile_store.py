@@ -89,7 +89,7 @@ class ProfileStore:
 
     def keep(self, new: Profile) -> bool:
         """Keep a profile, alone or together with the one that is there (see `merged`). Returns
-        whether it was; what prevents it is logged and not raised."""
+        whether it was; what prevents it is logged. Raises nothing."""
         path = self._path(new.backing_identity, new.backing_size)
         if path is None:
             return False

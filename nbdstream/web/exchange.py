@@ -146,7 +146,7 @@ class Exchange:
 
 
 def require_same(name: str, pin: Pin, found: Pin) -> None:
-    """Raise ReplacedError if an answer is of another image."""
+    """Check that an answer is of the same image. Raises ReplacedError if it is not."""
     if found.size != pin.size:
         raise ReplacedError(
             f"{name}the image was replaced: it had {pin.size} bytes, it has {found.size}"

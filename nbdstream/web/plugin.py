@@ -21,6 +21,10 @@ _image: RemoteImage | None = None
 
 
 def config(key: str, value: str) -> None:
+    """Take nbdkit's parameter ``config``, the path of a JSON file.
+
+    Raises RuntimeError (another parameter), OSError, ValueError; nbdkit does not start then.
+    """
     global _image
     if key != "config":
         raise RuntimeError(f"unknown parameter {key}")
@@ -29,6 +33,7 @@ def config(key: str, value: str) -> None:
 
 
 def config_complete() -> None:
+    """Raises RuntimeError if there was no parameter ``config``."""
     if _image is None:
         raise RuntimeError("wanted: config=FILE")
 
