@@ -253,6 +253,21 @@ def test_replies_that_take_no_time_at_all_do_no_harm() -> None:
     assert window.size >= WINDOW_LEAST
 
 
+def test_replies_that_are_noticed_late_hold_no_trial_up() -> None:
+    """A busy event loop sends before it notices replies that came earlier. What is in flight when
+    a trial begins may then have been sent after the time at which it begins."""
+    window = Window(rng=random.Random(1))
+    late, step = 0.002, 0.0002
+    in_flight: list[Sent] = []
+    now = 1.0
+    for _ in range(10_000):
+        now += step
+        while len(in_flight) < 4:
+            in_flight.append(window.sent(now, window.unit))
+        window.delivered(in_flight.pop(0), now - late, limited=False)
+    assert window.unit >= 8 * UNIT_LEAST
+
+
 def test_one_read_at_a_time_has_a_rate_too() -> None:
     window = Window(rng=random.Random(1))
     now = 0.0

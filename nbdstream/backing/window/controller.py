@@ -86,7 +86,7 @@ class Window:
         if background:
             course.background += length
             course.trial.sent(now, length)
-        return Sent(now, length, self._in_flight, background)
+        return Sent(now, length, self._in_flight, background, course.trial.number)
 
     def lost(self, request: Sent) -> None:
         """It will not be answered, or its reply says nothing about the path."""

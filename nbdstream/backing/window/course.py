@@ -69,7 +69,7 @@ class Course:
         self.state = State.STARTING
         self.size = size
         self.background = 0
-        self.trial = Trial(size, 0.0, 0)
+        self.trial = Trial(0, size, 0.0, 0)
         self.before = Before(State.STARTING, size, size, 0.0, 0.0, 0.0, 0.0, 0, 0.0)
 
     def enter(self, state: State, size: float, now: float) -> None:
@@ -85,7 +85,8 @@ class Course:
 
     def new_trial(self, now: float, accuracy: float = ACCURACY) -> None:
         """Measure from now on."""
-        self.trial = Trial(self.size, now, self.background, accuracy)
+        number = self.trial.number + 1
+        self.trial = Trial(number, self.size, now, self.background, accuracy)
 
     def remember(self, now: float, trial: Trial) -> None:
         """How things are now, for the experiment that begins."""

@@ -27,13 +27,15 @@ LEAST_TIME = 0.01
 class Sent(NamedTuple):
     """What to remember of a request until its reply comes (see `Window.sent`).
 
-    ``in_flight``: bytes of all priorities, itself included.
+    ``in_flight``: bytes of all priorities, itself included. ``trial``: the number of the trial
+    that was under way.
     """
 
     time: float
     length: int
     in_flight: int
     background: bool = True
+    trial: int = 0
 
 
 class Trial:
@@ -41,6 +43,8 @@ class Trial:
 
     Attributes:
         size: bytes.
+        number: how many trials there were before. It tells which requests are older; their times
+            do not, since replies are noticed some time after they came.
         limited: the window was used up.
         over: enough has been seen. Only ever after whole rounds of what was in flight: replies
             come in bursts, and a part of a round says nothing of the rest.
@@ -48,13 +52,15 @@ class Trial:
         own: those of them that were sent within it, too.
     """
 
-    def __init__(self, size: int, now: float, in_flight: int, accuracy: float = ACCURACY) -> None:
+    def __init__(
+        self, number: int, size: int, now: float, in_flight: int, accuracy: float = ACCURACY
+    ) -> None:
         """``in_flight``: background bytes under way when it begins."""
+        self.number = number
         self.size = size
         self.limited = False
         self.over = False
         self._accuracy = accuracy
-        self._begin = now
         self._old = in_flight
         self._settled_at = SETTLED_PART * in_flight
         self._start: float | None = None if in_flight else now
@@ -81,10 +87,10 @@ class Trial:
         self._advance(now)
         if request.background:
             self._in_flight -= request.length
-        if answered and request.background and request.time >= self._begin:
+        if answered and request.background and request.trial == self.number:
             self.own.add(now - request.time)
         if self._start is None:
-            if request.background and request.time < self._begin:
+            if request.background and request.trial != self.number:
                 self._old -= request.length
                 if self._old <= self._settled_at:
                     self._start, self._area = now, 0.0
