@@ -2,16 +2,20 @@
 """The races of docs/concurrency.md, each forced step by step."""
 
 import errno
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import trio
 import trio.testing
 
 from nbdstream.backing.base import Priority
+from nbdstream.disk import fetch
 from nbdstream.errors import BackingReadError
 from nbdstream.export import Hit
 from nbdstream.leaf.base import State
-from tests.doubles import poison_buffers
+from tests.doubles import MemoryLeaf, poison_buffers
 from tests.small_disk import CONTENT, gated_disk, read
 
 poisoned = pytest.fixture(poison_buffers, scope="module", autouse=True)
@@ -196,6 +200,85 @@ async def test_a_buffer_that_a_guest_looks_at_is_not_used_again() -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert results == [CONTENT[100:1100]]
         assert len(backing.reads) == 1
+
+
+@contextmanager
+def storing_needs_a_flush(leaf: MemoryLeaf) -> Iterator[None]:
+    """Within: the leaf takes nothing without a flush, and no flush ends."""
+    ended = threading.Event()
+    write, begin = leaf.write, leaf.begin_flush
+
+    def full(offset: int, view: memoryview) -> None:
+        raise leaf.full()
+
+    def slow_flush() -> Callable[[], None]:
+        sync = begin()
+
+        def flush() -> None:
+            ended.wait(60)
+            sync()
+
+        return flush
+
+    leaf.write, leaf.begin_flush = full, slow_flush  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        leaf.write, leaf.begin_flush = write, begin  # type: ignore[method-assign]
+        ended.set()
+
+
+async def test_a_reader_does_not_wait_for_the_flush_that_storing_needs() -> None:
+    async with gated_disk() as (disk, leaf, backing):
+        backing.gated = False
+        with storing_needs_a_flush(leaf), trio.fail_after(30):
+            assert await read(disk, 0, 2048) == CONTENT[:2048]
+            assert await read(disk, 100, 50) == CONTENT[100:150]  # joins the same fetch
+        assert leaf.states[0] is State.UNALLOCATED
+        # Data that has been shown, and waits to be stored, loses against a write all the same.
+        assert disk.write_nowait(memoryview(b"w" * 512), 512) is Hit.DONE
+        await disk.populate(0, 2048, Priority.STREAM)
+        expected = CONTENT[:512] + b"w" * 512 + CONTENT[1024:2048]
+        assert await read(disk, 0, 2048) == expected
+        assert len(backing.reads) == 1
+        assert leaf.states[:4] == [State.DATA] * 4
+
+
+async def test_data_that_a_guest_has_seen_is_kept_when_the_disk_is_closed() -> None:
+    async with gated_disk() as (disk, leaf, backing):
+        backing.gated = False
+        write, left = leaf.write, iter(range(20))
+
+        def cold(offset: int, view: memoryview) -> None:
+            if next(left, None) is not None:
+                raise leaf.cold()
+            write(offset, view)
+
+        leaf.write = cold  # type: ignore[method-assign]
+        assert await read(disk, 0, 2048) == CONTENT[:2048]
+        assert leaf.states[0] is State.UNALLOCATED
+        # There is no checkpoint before the disk is closed.
+    assert leaf.states[:4] == [State.DATA] * 4
+
+
+async def test_data_that_waits_to_be_stored_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "UNSTORED_MOST", 2048)
+    async with gated_disk() as (disk, leaf, backing), trio.open_nursery() as nursery:
+        backing.gated = False
+        results: list[bytes] = []
+
+        async def reader() -> None:
+            results.append(await read(disk, 2048, 2048))
+
+        with storing_needs_a_flush(leaf), trio.fail_after(30):
+            await read(disk, 0, 2048)
+            nursery.start_soon(reader)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not results
+        with trio.fail_after(30):
+            while not results:
+                await trio.testing.wait_all_tasks_blocked()
+        assert results == [CONTENT[2048:4096]]
 
 
 async def test_flushes_in_a_burst_are_shared() -> None:

@@ -9,8 +9,12 @@ no await between looking and storing; a fetch that failed stores nothing (invari
 
 A fetch is a task of the disk, not of the request that caused it: a client that goes
 away takes no data from the others that wait. Those who wait use the leaf for what is
-allocated by then, and the fetched bytes for what is not (copy on read is off, or the
-leaf is full).
+allocated by then, and the fetched bytes for what is not (copy on read is off, the
+leaf is full, or it needs a flush before it can take more).
+
+A reader is woken when the data is there, not when it is stored: storing may have to wait for a
+flush. So data that waits to be stored outlives the requests for it, and is bounded: beyond
+`UNSTORED_MOST` bytes of it, readers wait until theirs is stored.
 
 A fetch may be *parked*: its data is there, but is not stored until a request wants it.
 So a guest that reads on towards it does not just hit, unseen, but comes by here; that is
@@ -37,15 +41,17 @@ log = logging.getLogger(__name__)
 MAX_FETCH = 1 << 20
 # A parked fetch that no request wants for so long is stored after all: seconds.
 PARK_TIME = 5.0
+# Bytes that have come and are not stored yet, up to which no reader waits for that.
+UNSTORED_MOST = 32 << 20
 
 
 class Fetch:
     """One read of the backing, under way or done.
 
     ``error``: the read failed; ``store_error``: it did not, but the leaf would not take
-    the data (it is full or damaged). Both are final once ``done`` is set. ``purpose``: why it
-    was sent; ``priority``: the most urgent reason so far; ``joined``: another reader waits for
-    it, too.
+    the data (it is full or damaged). ``error`` is final once ``arrived`` is set, both are once
+    ``done`` is. ``purpose``: why it was sent; ``priority``: the most urgent reason so far;
+    ``joined``: another reader waits for it, too.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Fetch:
         self.park = park
         self.joined = False
         self.wanted = trio.Event()
+        self.arrived = trio.Event()
         self.done = trio.Event()
         self.error: BackingError | None = None
         self.store_error: OSError | NbdstreamError | None = None
@@ -72,6 +79,13 @@ class Fetch:
         """The fetched bytes of a range of the disk."""
         start = offset - self.offset
         return memoryview(self.data)[start : start + length]
+
+    async def wait_data(self) -> None:
+        """Wait until the data is in `data`, stored or not. Raises BackingError if the read
+        failed."""
+        await self.arrived.wait()
+        if self.error is not None:
+            raise self.error
 
     async def wait(self) -> None:
         """Wait until it is done. Raises BackingError if the read failed."""
@@ -103,6 +117,7 @@ class Fetcher:
         self._stored = stored
         self._by_cluster: dict[int, Fetch] = {}
         self._buffers = Buffers()
+        self._unstored = 0
         self.fetched_bytes = 0
         self.stored_bytes = 0
         self.zero_bytes = 0
@@ -207,11 +222,7 @@ class Fetcher:
                 await self._backing.read(data, fetch.offset, fetch.priority, grant)
             fetch.error = None
             self.fetched_bytes += fetch.length
-            if fetch.park:
-                with trio.move_on_after(PARK_TIME):
-                    await fetch.wanted.wait()
-            if fetch.store:
-                await self._settle(lambda: self._store(fetch))
+            await self._keep(fetch)
         except BackingError as error:
             fetch.error = error
         except TROUBLE as error:
@@ -224,7 +235,24 @@ class Fetcher:
         finally:
             self._forget(fetch)
             self._retire(fetch)
+            fetch.arrived.set()
             fetch.done.set()
+
+    async def _keep(self, fetch: Fetch) -> None:
+        """Let those who read have the data that has come, and store it."""
+        self._unstored += fetch.length
+        try:
+            if self._unstored <= UNSTORED_MOST:
+                fetch.arrived.set()
+            if fetch.park:
+                with trio.move_on_after(PARK_TIME):
+                    await fetch.wanted.wait()
+            if fetch.store:
+                # A guest may have seen the data: a disk that is closed now keeps it.
+                with trio.CancelScope(shield=True):
+                    await self._settle(lambda: self._store(fetch))
+        finally:
+            self._unstored -= fetch.length
 
     def _forget(self, fetch: Fetch) -> None:
         """No request joins it any more."""

@@ -88,7 +88,7 @@ class Reader:
                 raise failure
             for fetch in self._demand(missing):
                 try:
-                    await fetch.wait()
+                    await fetch.wait_data()
                     fetched.append(fetch)
                 except BackingError as error:
                     # The guest may have written there meanwhile: look once more.
