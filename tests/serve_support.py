@@ -5,16 +5,21 @@ A test module makes fixtures: ``image = pytest.fixture(image_file, scope="sessio
 test per format, ``leaf = pytest.fixture(leaf_path, params=FORMATS)``.
 """
 
+import io
+import logging
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import nbd
 import pytest
 
+from nbdstream.cli import main
 from testbed.peers import (
     Peer,
     binary,
@@ -55,6 +60,31 @@ def nbdstream(*args: str | Path, timeout: float = 60) -> subprocess.CompletedPro
     """Run the program to its end."""
     command = [binary("NBDSTREAM"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def nbdstream_here(*args: str | Path, cwd: str | Path = ".") -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which saves half a second of the interpreter's start.
+
+    For commands that end soon: refusals and questions to a server. `nbdstream` runs the program
+    as users do; each module of tests should do that too. An exception that the program does not
+    report is raised, where the process would print a traceback.
+    """
+    root = logging.getLogger()
+    level = root.level
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["nbdstream", *map(str, args)]),
+        mock.patch.object(root, "handlers", []),  # pytest's: the program sets up its own
+        chdir(cwd),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    root.setLevel(level)
+    status = ended.value.code
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
 
 
 @contextmanager

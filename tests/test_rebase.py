@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from testbed.peers import Peer, Qmp, make_image, nbdkit, nbdstream_serve, run, unix_uri
-from tests.serve_support import FORMATS, client, leaf_path, nbdstream, wait_for
+from tests.serve_support import FORMATS, client, leaf_path, nbdstream, nbdstream_here, wait_for
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -46,7 +46,7 @@ def read(uri: str, offset: int) -> bytes:
 
 def backing_of(server: Peer) -> dict[str, object]:
     assert server.control is not None
-    done = nbdstream("status", "--json", server.control)
+    done = nbdstream_here("status", "--json", server.control)
     found: dict[str, object] = json.loads(done.stdout)["stats"]["backing"]
     return found
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_used_is_refused_and_the_old_place_stays(
             "gopher://host/": "unknown kind of backing",
         }
         for place, complaint in places.items():
-            done = nbdstream("rebase", leaf, place)
+            done = nbdstream_here("rebase", leaf, place)
             assert done.returncode == 1 and done.stderr.count("\n") == 1, done
             assert done.stderr.startswith("nbdstream: error: ") and complaint in done.stderr
             assert backing_of(server)["uri"] == old.uri

