@@ -13,6 +13,7 @@ import pytest
 from nbdstream.errors import LeafError, LeafFormatError, UsageError
 from nbdstream.leaf import create_leaf, open_leaf
 from nbdstream.leaf.base import BackingReference, Leaf, State
+from nbdstream.leaf.peek import backing_of
 from nbdstream.leaf.raw.map import MapHeader
 from testbed.leaves import flush
 from testbed.peers import run
@@ -239,3 +240,42 @@ def test_a_map_that_cannot_be_found_stays(path: Path, tmp_path: Path) -> None:
     assert leaf.backing == BACKING
     leaf.close()
     assert moved.exists() and map_of(path).read_bytes() == b"not ours"
+
+
+def test_a_leaf_is_found_by_a_symbolic_link(path: Path, tmp_path: Path) -> None:
+    """It used to be taken for complete: its map is not beside the link."""
+    link = tmp_path / "elsewhere" / "link.raw"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    for read_only in (True, False):
+        leaf = open_leaf(str(link), read_only=read_only)
+        assert leaf.backing == BACKING
+        assert [e.state for e in extents(leaf)][:2] == [State.UNALLOCATED, State.DATA]
+        leaf.close()
+    assert backing_of(str(link)) == BACKING
+
+
+def test_a_leaf_without_its_map_is_refused(path: Path) -> None:
+    away = path.with_name("away")
+    map_of(path).rename(away)
+    for read_only in (True, False):
+        with pytest.raises(
+            LeafFormatError, match=f"{map_of(path)}, is missing: put that file back"
+        ):
+            open_leaf(str(path), read_only=read_only)
+    away.rename(map_of(path))
+    os.removexattr(path, "user.nbdstream.map")  # a leaf of an older version
+    open_leaf(str(path)).close()
+    map_of(path).unlink()
+    with pytest.raises(LeafFormatError, match="is not complete"):
+        open_leaf(str(path))
+
+
+def test_a_complete_leaf_needs_no_map(path: Path) -> None:
+    leaf = open_leaf(str(path))
+    write(leaf, 0, bytes(SIZE))
+    flush(leaf)
+    leaf.drop_backing()
+    leaf.close()
+    assert not map_of(path).exists()
+    open_leaf(str(path)).close()

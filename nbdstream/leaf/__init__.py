@@ -143,6 +143,8 @@ def _mark(path: str, image_format: str, backing: BackingReference | None) -> Non
         marks.mark_format(fd, image_format)
         if backing is not None:
             marks.vouch(fd, backing)
+        if has_map(path):
+            marks.mark_map(fd)
         os.fsync(fd)
     finally:
         os.close(fd)

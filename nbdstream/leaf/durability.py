@@ -54,6 +54,10 @@ class Syncs:
         """Worker: make durable what was written to a file. Raises SyncError."""
         self._run(os.fdatasync, fd)
 
+    def sync_attributes(self, fd: int) -> None:
+        """Worker: make durable a file's extended attributes, with its data. Raises SyncError."""
+        self._run(os.fsync, fd)
+
     def sync_names(self, directory: int) -> None:
         """Worker: make durable the names in a directory. Raises SyncError."""
         self._run(os.fsync, directory)

@@ -10,6 +10,8 @@ its header. So neither may decide how an image is read, nor which backing it is 
 - ``user.nbdstream.backing``: a digest of the backing that the owner named, by ``create -b`` or
   ``serve -b``. A backing that is recorded in the image and has no such digest was chosen
   by the image's author;
+- ``user.nbdstream.map``: a raw image is not complete, and means nothing without the allocation map
+  beside it;
 - ``user.nbdstream.control``: the control socket of the server that serves the file now, so that
   users can name the leaf instead. A server that crashed leaves it behind.
 
@@ -27,6 +29,7 @@ from nbdstream.leaf.base import BackingReference
 FORMAT = "user.nbdstream.format"
 BACKING = "user.nbdstream.backing"
 CONTROL = "user.nbdstream.control"
+MAP = "user.nbdstream.map"
 
 
 def format_of(file: str | int) -> str:
@@ -47,6 +50,22 @@ def vouch(file: str | int, backing: BackingReference) -> None:
 def is_vouched_for(file: str | int, backing: BackingReference) -> bool:
     """Whether the owner of a file has named this backing for it."""
     return _get(file, BACKING) == _digest(backing)
+
+
+def needs_map(file: str | int) -> bool:
+    """Whether a raw image is marked as one that has an allocation map."""
+    return _get(file, MAP) != ""
+
+
+def mark_map(file: str | int) -> None:
+    """Remember that a raw image has a map, where the file system can do that."""
+    _set(file, MAP, "needed")
+
+
+def unmark_map(file: str | int) -> None:
+    """A raw image is complete: it needs no map from now on. Raises OSError."""
+    if needs_map(file):
+        os.removexattr(file, MAP)
 
 
 def control_of(file: str | int) -> str:

@@ -8,7 +8,7 @@ it for writing at that moment.
 import os
 
 from nbdstream.leaf.base import BackingReference
-from nbdstream.leaf.probe import MAP_SUFFIX, has_map, probe_format
+from nbdstream.leaf.probe import has_map, map_path, probe_format
 from nbdstream.leaf.qcow2.header_file import read_header as read_qcow2_header
 from nbdstream.leaf.qed.header import read_backing as read_qed_backing
 from nbdstream.leaf.qed.header import read_header as read_qed_header
@@ -26,7 +26,7 @@ def backing_of(path: str) -> BackingReference | None:
     if image_format == "raw":
         if not has_map(path):
             return None
-        allocation = AllocationMap(f"{path}{MAP_SUFFIX}", read_only=True)
+        allocation = AllocationMap(map_path(path), read_only=True)
         allocation.close()
         return allocation.header.backing
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

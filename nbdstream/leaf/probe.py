@@ -65,9 +65,15 @@ def named_otherwise(path: str) -> bool:
     return _SUFFIXES.get(Path(path).suffix.lower(), "raw") != "raw"
 
 
+def map_path(path: str) -> str:
+    """Where the allocation map of a raw image is: beside the file itself, whatever symbolic links
+    ``path`` goes through."""
+    return os.path.realpath(path) + MAP_SUFFIX
+
+
 def has_map(path: str) -> bool:
     """Whether there is an allocation map beside an image."""
-    return os.path.lexists(path + MAP_SUFFIX)
+    return os.path.lexists(map_path(path))
 
 
 def probe_format(path: str) -> str:

@@ -26,7 +26,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from nbdstream.errors import LeafFormatError, UsageError
-from nbdstream.leaf import MAP_SUFFIX, files, redo
+from nbdstream.leaf import MAP_SUFFIX, files, marks, redo
 from nbdstream.leaf.base import (
     SCATTERED,
     BackingReference,
@@ -38,6 +38,7 @@ from nbdstream.leaf.base import (
 from nbdstream.leaf.durability import DurableLeaf, Syncs
 from nbdstream.leaf.locking import open_locked
 from nbdstream.leaf.pages import write_pages
+from nbdstream.leaf.probe import map_path
 from nbdstream.leaf.raw import names
 from nbdstream.leaf.raw.map import (
     BLOCK_SIZE,
@@ -70,6 +71,7 @@ class RawLeaf(DurableLeaf):
         """
         self.path = path
         self.read_only = read_only
+        self._map_path = map_path(path)
         self.fd = open_locked(path, read_only=read_only)
         self._syncs = Syncs(path)
         self.on_allocated: Callable[[int, int], None] = _nothing
@@ -90,8 +92,13 @@ class RawLeaf(DurableLeaf):
 
     def _open_map(self) -> None:
         try:
-            allocation = AllocationMap(self.path + MAP_SUFFIX, read_only=self.read_only)
+            allocation = AllocationMap(self._map_path, read_only=self.read_only)
         except FileNotFoundError:
+            if marks.needs_map(self.fd):
+                raise LeafFormatError(
+                    f"{self.path} is not complete, and what tells its data from the rest,"
+                    f" {self._map_path}, is missing: put that file back"
+                ) from None
             return
         if allocation.header.size != self.size:
             allocation.close()
@@ -100,6 +107,8 @@ class RawLeaf(DurableLeaf):
                 f" {allocation.header.size} bytes"
             )
         self._map = allocation
+        if not self.read_only:
+            marks.mark_map(self.fd)
 
     def _begin_redo(self) -> None:
         """Complete what a killed process had begun, and record what this one changes."""
@@ -194,7 +203,10 @@ class RawLeaf(DurableLeaf):
     def _drop_backing(self) -> None:
         allocation = self._map
         assert allocation is not None
-        names.remove(allocation.fd, self.path + MAP_SUFFIX, self._syncs)
+        # First the mark: an image that has it, and no map, is refused.
+        marks.unmark_map(self.fd)
+        self._syncs.sync_attributes(self.fd)
+        names.remove(allocation.fd, self._map_path, self._syncs)
         self._map = None
         allocation.close()
         self._redo.discard()
@@ -227,7 +239,7 @@ class RawLeaf(DurableLeaf):
 
     def describe(self) -> dict[str, object]:
         """See `Leaf.describe`: the name of the map, if there is one."""
-        return {"map": self.path + MAP_SUFFIX} if self._map is not None else {}
+        return {"map": self._map_path} if self._map is not None else {}
 
 
 def _nothing(_offset: int, _length: int) -> None:
