@@ -183,7 +183,6 @@ def control(tree: Path) -> None:
         "Suggests": ", ".join(SUGGESTS),
         "Section": "admin",
         "Priority": "optional",
-        "Homepage": "https://github.com/nbdstream/nbdstream",
         "Description": "boot virtual machines at once from remote disk images\n"
         + textwrap.indent(textwrap.fill(" ".join(description.split()), 76), " "),
     }
