@@ -10,6 +10,7 @@ to take new writes, and to keep all the rest while it does.
 """
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from nbdstream.leaf.base import Leaf, State, SyncError
@@ -88,7 +89,7 @@ def _live_with_failure(
         for operation in journal.operations:
             disk.advance(operation)
         admissible.advance(len(journal.operations))
-        _restore(cut, disk.survivors(rng))
+        restore(cut, disk.survivors(rng))
         try:
             _judge(life, cut / "disk", admissible.sets(), rng, number * variants + variant)
         except Exception as error:
@@ -165,7 +166,7 @@ def cut_everywhere(life: Life, directory: Path, *, seed: int, variants: int, eve
         for variant in range(variants):
             left = disk.survivors(rng)
             try:
-                _restore(directory, left)
+                restore(directory, left)
                 _judge(life, directory / "disk", allowed, rng, judged)
                 if judged % CUT_AGAIN_EVERY == 0:
                     judged += _cut_again(life, directory, left, allowed, rng)
@@ -177,7 +178,8 @@ def cut_everywhere(life: Life, directory: Path, *, seed: int, variants: int, eve
     return judged
 
 
-def _restore(directory: Path, left: dict[str, bytearray]) -> None:
+def restore(directory: Path, left: Mapping[str, bytes | bytearray]) -> None:
+    """Have a directory hold these files, by name, and no others."""
     for old in directory.iterdir():
         old.unlink()
     for name, content in left.items():
@@ -199,13 +201,13 @@ def _cut_again(
 ) -> int:
     """The power goes once more while the leaf is opened, and perhaps repaired, and closed:
     nothing that was there may be lost by that."""
-    _restore(directory, left)
+    restore(directory, left)
     with recording(directory) as journal:
         life.kind.open(directory / "disk").close()
     disk = Disk(journal)
     for position, operation in enumerate(journal.operations):
         disk.advance(operation)
-        _restore(directory, disk.survivors(rng))
+        restore(directory, disk.survivors(rng))
         try:
             _judge(life, directory / "disk", allowed, rng, 1)
         except Exception as error:

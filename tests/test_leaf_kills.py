@@ -19,6 +19,7 @@ from nbdstream.leaf import files
 from nbdstream.leaf.redo import RedoLog
 from testbed.leaves import flush
 from tests.leaf_life import backing_of
+from tests.leaf_powercut import restore
 from tests.leaf_support import (
     SECTOR,
     ImageKind,
@@ -161,20 +162,26 @@ def killed_recovery(kind: ImageKind, path: Path, killer: Kill, _tell: object) ->
 
 def judge(kind: ImageKind, path: Path, steps: list[Step], acknowledged: int) -> None:
     """All acknowledged steps are there; of the next one, each sector may be there or not."""
-    before, after = bytearray(backing_of(SIZE)), bytearray(backing_of(SIZE))
+    backing = backing_of(SIZE)
+    before, after = (
+        {first: bytearray(backing[first : first + length]) for first, length in PLACES}
+        for _ in range(2)
+    )
     for number, step in enumerate(steps[: acknowledged + 1]):
         if step.kind in ("write", "zero", "unmap"):
-            after[step.offset : step.offset + len(step.data)] = step.data
+            place = max(first for first, _ in PLACES if first <= step.offset)
+            here = slice(step.offset - place, step.offset - place + len(step.data))
+            after[place][here] = step.data
             if number < acknowledged:
-                before[step.offset : step.offset + len(step.data)] = step.data
+                before[place][here] = step.data
     leaf = kind.open(path)
     try:
         for offset, length in PLACES:
-            found = read(leaf, offset, length, backing_of(SIZE))
+            found = read(leaf, offset, length, backing)
             for at in range(0, length, SECTOR):
-                here = slice(offset + at, offset + at + SECTOR)
-                sector = found[at : at + SECTOR]
-                assert sector in (before[here], after[here]), (
+                here = slice(at, at + SECTOR)
+                sector = found[here]
+                assert sector in (before[offset][here], after[offset][here]), (
                     f"offset {offset + at} after {steps[:acknowledged]} {sector[:16].hex()}"
                 )
         result = leaf.check(repair=False)
@@ -188,11 +195,13 @@ def judge(kind: ImageKind, path: Path, steps: list[Step], acknowledged: int) -> 
 def test_a_killed_process_loses_nothing(kind: ImageKind, tmp_path: Path) -> None:
     rng = random.Random(1)
     path = tmp_path / "disk"
+    leaf = kind.new(path, SIZE)
+    scripts = [script(leaf.block_size, seed) for seed in range(SCRIPTS)]
+    leaf.close()
+    fresh = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     for number in range(100_000):
-        leaf = kind.new(path, SIZE)
-        steps = script(leaf.block_size, seed=number % SCRIPTS)
-        leaf.close()
-
+        restore(tmp_path, fresh)
+        steps = scripts[number % SCRIPTS]
         kill = Kill(number // SCRIPTS, half=number % 3 == 1)
         acknowledged, killed = in_a_process(partial(killed_life, kind, path, steps, kill))
         if number % 4 < 2:
@@ -200,8 +209,6 @@ def test_a_killed_process_loses_nothing(kind: ImageKind, tmp_path: Path) -> None
         judge(kind, path, steps, acknowledged)
         if number % 50 == 0:
             qemu_check(path, kind.format)
-        for left in tmp_path.iterdir():
-            left.unlink()
         if not killed and number % SCRIPTS == SCRIPTS - 1:
             break
     assert number > SCRIPTS * 2 * STEPS
