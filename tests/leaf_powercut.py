@@ -45,10 +45,13 @@ def fail_each_sync(
     if finish:
         size = 64 * 1024
         windows = ((0, size),)
+    kind.make(directory / "disk", size, BACKING)
+    fresh = {file.name: file.read_bytes() for file in directory.iterdir()}
     failed = 0
     while _live_with_failure(
         kind, directory, cut, seed, size, windows, failed, finish=finish, variants=variants
     ):
+        restore(directory, fresh)
         failed += 1
     return failed
 
@@ -65,11 +68,9 @@ def _live_with_failure(
     finish: bool,
     variants: int,
 ) -> bool:
-    """One life with the ``number``-th sync failing; False if it has not that many."""
-    for old in directory.iterdir():
-        old.unlink()
+    """One life of the image in ``directory`` with the ``number``-th sync failing; False if it
+    has not that many."""
     path = directory / "disk"
-    kind.make(path, size, BACKING)
     with recording(directory) as journal:
         life = Life(kind, size, windows, journal)
         journal.fail_sync = number
