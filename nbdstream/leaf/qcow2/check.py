@@ -20,7 +20,7 @@ from nbdstream.leaf.base import CheckResult, write_exactly
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qcow2.damage import Damage, describe, find_damage, mend
 from nbdstream.leaf.qcow2.header import REMEDY, Header
-from nbdstream.leaf.qcow2.header_file import store_fields
+from nbdstream.leaf.qcow2.header_file import store_features
 from nbdstream.leaf.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -69,7 +69,7 @@ def check_image(
     if repair and check.header.corrupt and _ended_clean(fd, check.header, syncs):
         # Repaired refcounts and tables are durable: only then does the mark go.
         check.header = check.header.marked(dirty=True, corrupt=False)
-        store_fields(fd, check.header)
+        store_features(fd, check.header)
         syncs.sync(fd)
     lines = (*describe(damaged, check.header, repair=repair), *result.messages)
     return replace(result, messages=lines), check.header
@@ -201,7 +201,7 @@ class _Check:
             return
         if self.header.version >= 3 and not self.header.dirty:
             self.header = self.header.marked(dirty=True)
-            store_fields(self._fd, self.header)
+            store_features(self._fd, self.header)
             self._syncs.sync(self._fd)
         for index, _ in self._bad:
             write_exactly(

@@ -213,6 +213,25 @@ def store_fields(fd: int, header: Header) -> None:
     write_exactly(fd, memoryview(header.encode_fields()), 0)
 
 
+def store_features(fd: int, header: Header) -> None:
+    """Write the feature bits of a version 3 header, and nothing else (not synced): a change of
+    the extensions or of the backing's name that is under way, or has failed half-way, is not
+    touched."""
+    features = struct.pack(
+        ">QQQ",
+        header.incompatible_features,
+        header.compatible_features,
+        header.autoclear_features,
+    )
+    write_exactly(fd, memoryview(features), STRUCT_V2.size)
+
+
+def reread_header(fd: int) -> Header:
+    """The header as it is in the file, after it could not be replaced. Raises LeafFormatError,
+    OSError."""
+    return _parse(os.pread(fd, 1 << MAX_CLUSTER_BITS, 0))
+
+
 def install(fd: int, old: Header, new: Header, syncs: Syncs) -> Header:
     """Replace an image's header, durably; return the new one as it is in the file.
 

@@ -49,7 +49,7 @@ from nbdstream.leaf.qcow2.check import check_image
 from nbdstream.leaf.qcow2.compressed import unpack
 from nbdstream.leaf.qcow2.gaps import first_unallocated
 from nbdstream.leaf.qcow2.header import LAZY_REFCOUNTS, Header
-from nbdstream.leaf.qcow2.header_file import install, store_fields
+from nbdstream.leaf.qcow2.header_file import install, reread_header, store_features
 from nbdstream.leaf.qcow2.layout import COMPRESSED, OFFSET, ZERO, store_words
 from nbdstream.leaf.qcow2.refcounts import RefcountPlan, Refcounts, free_runs
 from nbdstream.leaf.qcow2.slices import slice_extents
@@ -254,7 +254,7 @@ class Qcow2Leaf(DurableLeaf):
         """Worker: the flush proper."""
         header = self._header.marked(dirty=True, corrupt=bool(tables.damage) or None)
         if header != self._header:
-            store_fields(self.fd, header)
+            store_features(self.fd, header)
         for place, entry in tables.pins:
             write_exactly(self.fd, memoryview(store_words([entry])), place)
         self._syncs.sync(self.fd)
@@ -317,12 +317,18 @@ class Qcow2Leaf(DurableLeaf):
     def _set_stamp(self, stamp: int) -> None:
         """Write a stamp, or 0, to the header, not synced. Raises OSError."""
         self._header = self._header.stamped(stamp)
-        store_fields(self.fd, self._header)
+        store_features(self.fd, self._header)
 
     def replace_header(self, header: Header) -> None:
         """Worker: install another header, durably. Raises LeafUnsupportedError, OSError."""
-        if header != self._header:
+        if header == self._header:
+            return
+        try:
             self._header = install(self.fd, self._header, header, self._syncs)
+        except OSError:
+            # How far it came, the file says. A refcount table that moves rewrites all fields.
+            self._header = reread_header(self.fd)
+            raise
 
     def _first_unallocated(self) -> int | None:
         return first_unallocated(self.fd, self._header, self._tables)

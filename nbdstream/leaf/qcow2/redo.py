@@ -12,7 +12,7 @@ from nbdstream.errors import LeafFormatError
 from nbdstream.leaf.base import read_range
 from nbdstream.leaf.durability import Syncs
 from nbdstream.leaf.qcow2.header import Header
-from nbdstream.leaf.qcow2.header_file import store_fields
+from nbdstream.leaf.qcow2.header_file import store_features
 from nbdstream.leaf.qcow2.layout import OFFSET, Geometry, load_words
 from nbdstream.leaf.qcow2.table_file import TableSnapshot, write_tables
 from nbdstream.leaf.redo import TABLE, Record, RedoLog, new_tables
@@ -42,7 +42,7 @@ def recover(fd: int, header: Header, records: list[Record], syncs: Syncs) -> Hea
     """
     snapshot = _snapshot(fd, header, records)
     header = header.marked(dirty=True)
-    store_fields(fd, header)
+    store_features(fd, header)
     syncs.sync(fd)
     write_tables(fd, snapshot, header.geometry, header.l1_table_offset, syncs)
     return header
