@@ -32,9 +32,11 @@ try:
 except ImportError:
     # From a checkout: nbdkit embeds the system's Python, which knows no virtual environment.
     _top = Path(__file__).resolve().parent.parent
+    _system = sys.path[:]
     for _directory in (_top / ".venv/lib").glob("python3*/site-packages"):
         site.addsitedir(str(_directory))
-    sys.path.insert(0, str(_top))
+    # Before the system's packages, which may be too old for those of the environment.
+    sys.path[:] = [str(_top), *(path for path in sys.path if path not in _system), *_system]
     import nbdstream.service
 
 import trio

@@ -33,7 +33,7 @@ COMMANDS = [
     "block-job-resume", "block-job-cancel", "block-job-complete", "job-pause", "job-resume",
     "job-cancel", "job-complete", "query-block", "query-version", "query-commands", "quit",
     "x-nbdstream-stats", "x-nbdstream-map", "x-nbdstream-stream", "x-nbdstream-copy-on-read",
-    "x-nbdstream-finish-by", "x-nbdstream-finish-in",
+    "x-nbdstream-finish-by", "x-nbdstream-finish-in", "query-named-block-nodes",
 ]  # fmt: skip
 REQUESTS = st.lists(
     st.builds(

@@ -117,8 +117,8 @@ async def test_an_image_that_shows_another_header_the_second_time(
     image = tmp_path / "image"
     image.write_bytes(qcow2())
 
-    async def inspect_and_swap(*arguments: Any) -> None:
-        await formats.inspect(*arguments)
+    async def inspect_and_swap(*arguments: Any, **named: Any) -> None:
+        await formats.inspect(*arguments, **named)
         image.write_bytes(HOSTILE[name](os.fsencode(canary))[1])
 
     monkeypatch.setattr("nbdstream.backing.sources.inspect", inspect_and_swap)

@@ -172,7 +172,7 @@ def test_the_report_is_one_file_that_shows_the_disk(
     expect(tab.locator("#tiles")).to_contain_text("2misses")
     expect(tab.locator("#tiles")).to_contain_text("1client")
     expect(tab.locator("#facts")).to_contain_text(far.uri)
-    expect(tab.locator("#quantiles tr").nth(1)).to_contain_text("demand2")
+    expect(tab.locator("#quantiles tr").nth(1)).to_contain_text("demand20")  # 18 of the fingerprint
     expect(tab.locator("#proftext")).to_contain_text("4,001 ranges, 13 s")
     assert tab.locator("#profile path").count() == 1
     assert colour_at(tab, 0.001, 0.01) == "local" and colour_at(tab, 0.5, 0.3) == "remote"

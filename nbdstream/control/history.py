@@ -50,18 +50,21 @@ class Sample:
 
 
 class History:
-    """Attributes:
-    latency: of the backing's reads, by class, as they were last known.
-    """
+    """The record of one disk, from the start of its server on."""
 
     def __init__(self, disk: StreamedDisk, job: StreamJob | None) -> None:
-        self.latency: dict[str, Counts] = {}
+        self._backing = disk.backing  # also when the disk has let go of it
         self._disk = disk
         self._job = job
         self._began = time.time()
         self._samples: list[Sample] = []
         self._last = self._totals(statistics(disk, job))
         self._at = trio.current_time()
+
+    @property
+    def latency(self) -> dict[str, Counts]:
+        """The latency of all reads of the backing so far, by class."""
+        return self._backing.statistics().latency if self._backing is not None else {}
 
     async def run(self) -> None:
         """The task that takes samples; it ends when everything is local."""
@@ -114,7 +117,6 @@ class History:
         waits = waited = 0.0
         if backing is not None:
             read = [backing["bytes"].get(name, 0) for name in CLASSES]
-            self.latency = backing["latency"]
-            if demand := self.latency.get("demand"):
+            if demand := backing["latency"].get("demand"):
                 waits, waited = demand["count"], demand["sum"]
         return (*read, waits, waited, report["disk"]["demand-misses"])
