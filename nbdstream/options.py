@@ -30,7 +30,7 @@ class ServeOptions:
     TLS is offered to clients, None for not at all;
     ``thin``: the leaf stays an overlay, and nothing is copied into it;
     ``opener`` opens the backing, as `open_backing` does; ``shared``: many guests read the disk,
-    each with a server of its own that reads ahead, so here nothing is read ahead or recorded.
+    each with a server of its own that records its boot profile, so here none is recorded.
     """
 
     leaf: str

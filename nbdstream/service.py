@@ -138,7 +138,6 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
             health=health,
         ) as disk:
             disk.name = options.export
-            disk.reads_ahead = not options.shared
             if options.standby:
                 disk.stand_by()
             if seal is not None:

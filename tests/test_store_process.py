@@ -111,6 +111,18 @@ async def test_a_full_disk_stops_background_reads_and_no_guest(
         assert await read(found["stream"], 5 * MIB, 4096) == content[5 * MIB :][:4096]
 
 
+@pytest.mark.parametrize("tight", [False, True])
+async def test_the_process_reads_ahead_for_all_guests_while_there_is_space(
+    store: Store, far: Peer, monkeypatch: pytest.MonkeyPatch, tight: bool
+) -> None:
+    async with exports(store, far) as found:
+        demand: Any = found["demand"]
+        monkeypatch.setattr(Space, "tight", tight)
+        for offset in range(0, MIB, 128 << 10):
+            await demand.cache(offset, 128 << 10)
+        assert (demand._streamed.statistics()["readahead_bytes"] > 0) is not tight
+
+
 async def connected(image: Image) -> None:
     sock = await open_socket(UnixAddress(str(image.socket)))
     sock.close()

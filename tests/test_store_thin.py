@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from testbed.hosts import Host, client, host_of_random_data, image, wait_until
-from testbed.peers import PeerError, assert_same, binary
+from testbed.peers import Peer, PeerError, assert_same, binary, run
 
 MIB = 1 << 20
 SIZE = 16 * MIB + 4096
@@ -28,6 +28,13 @@ def place(tmp_path: Path) -> Iterator[Host]:
 
 def pull(place: Host) -> None:
     image("pull", place.uri, "--store", place.store, "--wait")
+
+
+def local_ranges(server: Peer) -> list[tuple[int, int]]:
+    """The (offset, length) of what the leaf has itself."""
+    found = run([binary("NBDINFO"), "--map=nbdstream:local", server.uri])
+    parts = [line.split() for line in found.splitlines()]
+    return [(int(offset), int(length)) for offset, length, flags, *_ in parts if flags == "1"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,8 @@ def test_a_store_without_space_passes_data_on(place: Host, thin: tuple[str, ...]
 
 
 def test_a_leaf_that_is_not_thin_is_filled_from_the_images_file(place: Host) -> None:
-    """The guest is answered at once, and what it read is copied afterwards."""
+    """The guest is answered without the image's process, and what it read is copied: whole blocks
+    at once, and of others the cluster that they are in."""
     pull(place)
     content = place.source.read_bytes()
     leaf = place.leaves / "leaf.qcow2"
@@ -96,9 +104,11 @@ def test_a_leaf_that_is_not_thin_is_filled_from_the_images_file(place: Host) -> 
         os.kill(process, signal.SIGSTOP)
         try:
             assert handle.pread(4096, 4 * MIB) == content[4 * MIB : 4 * MIB + 4096]
+            assert handle.pread(100, 9 * MIB + 50) == content[9 * MIB + 50 : 9 * MIB + 150]
         finally:
             os.kill(process, signal.SIGCONT)
-        wait_until(lambda: leaf.stat().st_blocks * 512 > 64 << 10, "a copy in the leaf")
+        wanted = [(4 * MIB, 4096), (9 * MIB, 128 << 10)]
+        wait_until(lambda: local_ranges(server) == wanted, "copies in the leaf")
 
 
 def test_a_thin_leaf_has_the_store_stream(place: Host) -> None:

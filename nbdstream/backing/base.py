@@ -101,6 +101,11 @@ class Backing(abc.ABC):
             BackingMismatchError: what came back after a reconnect is another image.
         """
 
+    async def bring(self, offset: int, length: int) -> bool:
+        """Have the local copy get a range that a guest waits for, by one request; False if it did
+        not: then `read` it, which says why not, or tries again."""
+        return False
+
     @abc.abstractmethod
     def promote(self, offset: int, length: int) -> None:
         """A guest now waits for reads that were sent with a lower priority."""

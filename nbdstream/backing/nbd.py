@@ -26,6 +26,7 @@ from nbdstream.backing.latency import Latency
 from nbdstream.backing.pool import Pool, jittered
 from nbdstream.backing.scheduler import Scheduler
 from nbdstream.errors import (
+    BackingError,
     BackingGoneError,
     BackingMismatchError,
     BackingReadError,
@@ -108,6 +109,24 @@ class NbdBacking(Backing):
         finally:
             # A time with trouble in it says nothing about the link.
             self.scheduler.end(flight, timing if self._retries == retries else None)
+
+    async def bring(self, offset: int, length: int) -> bool:
+        """See `Backing.bring`."""
+        if self.local is None or self._full_until > monotonic():
+            return False
+        timing: Timing | None = None
+        flight = self.scheduler.begin(offset, length, Priority.DEMAND)
+        try:
+            connection = await self._pool.acquire(lambda: Priority.DEMAND)
+            if connection.takes_hints:
+                self.scheduler.send(flight)
+                timing = await connection.cache(offset, length)
+                self._latency[Priority.DEMAND].add(trio.current_time() - flight.began)
+        except BackingError:
+            pass
+        finally:
+            self.scheduler.end(flight, timing)
+        return timing is not None
 
     async def _by_file(
         self, connection: Connection, view: memoryview, offset: int, priority: Priority

@@ -59,7 +59,7 @@ class StreamedDisk:
     Attributes:
         copy_on_read: whether what a guest reads is kept; may be set at any time.
         thin: nothing is copied into the leaf but what a guest's writes need.
-        reads_ahead: whether more is fetched for guests that read sequentially; likewise.
+        reads_ahead: whether more is fetched than guests ask for; likewise.
         detect_zeroes: what becomes of guest writes of zeroes.
         backing: None once everything is local, or if there never was one.
         gate: whether guests may change the disk now.
@@ -139,14 +139,17 @@ class StreamedDisk:
         fetcher = Fetcher(leaf, backing, self._nursery, self._atomically, report, stored)
         self._fetcher = fetcher
         if backing.local is not None:
-            self._beneath = Beneath(leaf, backing.local, fetcher, self._hot, lambda: self._keeps)
+            self._beneath = Beneath(
+                leaf, backing, backing.local, fetcher, self._hot, lambda: self._keeps
+            )
         if not leaf.read_only:
             store = not self.thin
             self._populator = Populator(
                 leaf, backing, self._lookup, fetcher, self._atomically, self.writeback, store=store
             )
+        if not leaf.read_only and backing.local is None:  # else the store reads ahead
             self._readahead = Readahead(
-                leaf, backing, fetcher, self._nursery, self.leaf_extents, report, store=store
+                leaf, backing, fetcher, self._nursery, self.leaf_extents, report
             )
 
     @property
@@ -220,18 +223,21 @@ class StreamedDisk:
         """See `Export.read`. Raises OSError, BackingError, LeafError."""
         if self.on_read is not None:
             self.on_read(offset, len(view))
+        if self._beneath is not None and (brought := await self._beneath.read(view, offset)):
+            self.demand_misses += 1
+            self.demand_bytes += brought
+            return []
         return await self._reader.read(view, offset)
 
     def _demand(self, missing: list[LeafExtent]) -> list[Fetch]:
         """Fetch what a guest waits for."""
         self.demand_misses += 1
-        keep = self._keeps
-        readahead = self._readahead if (keep or self.thin) and self.reads_ahead else None
+        readahead = self._readahead if self._keeps and self.reads_ahead else None
         fetches: list[Fetch] = []
         for extent in missing:
             self.demand_bytes += extent.length
             wanted = readahead.widened(extent) if readahead is not None else extent
-            fetches += self._start_fetch(wanted, Priority.DEMAND, store=keep)
+            fetches += self._start_fetch(wanted, Priority.DEMAND, store=self._keeps)
         if readahead is not None:
             readahead.missed(fetches)
         return fetches
@@ -263,7 +269,7 @@ class StreamedDisk:
             OSError, LeafError: the leaf could not be left clean; it is closed all the same.
         """
         self.gate.close(GateState.LET_GO, reason)
-        self._locate = _nowhere
+        self._locate = lambda _offset, _length: SCATTERED
         try:
             await self._flusher.flush_then(lambda: None)
         finally:
@@ -312,6 +318,10 @@ class StreamedDisk:
         LeafError."""
         if self._populator is not None:
             await self.populate(offset, length, Priority.PREFETCH)
+
+    async def bring(self, offset: int, length: int) -> None:
+        """Make a range allocated that a guest waits for; see `Populator.bring`."""
+        await self._population().bring(offset, length, self._demand)
 
     async def populate(self, offset: int, length: int, priority: Priority) -> int:
         """Make everything in a range allocated; see `Populator.populate`."""
@@ -388,8 +398,3 @@ class StreamedDisk:
             "readahead_bytes": self._readahead.bytes if self._readahead else 0,
         }
         return {name: count + self._earlier.get(name, 0) for name, count in counts.items()}
-
-
-def _nowhere(_offset: int, _length: int) -> int:
-    """`Leaf.locate` of a leaf that was let go of."""
-    return SCATTERED

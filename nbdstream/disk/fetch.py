@@ -32,7 +32,7 @@ from nbdstream.disk.buffers import Buffers
 from nbdstream.disk.zeroes import zero_runs
 from nbdstream.errors import TROUBLE, BackingError, BackingGoneError, NbdstreamError
 from nbdstream.extents import align_up
-from nbdstream.leaf.base import Leaf, State, joined
+from nbdstream.leaf.base import ColdMetadata, FlushNeeded, Leaf, State, joined
 from nbdstream.tasks import Report, start_contained
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,12 @@ class Fetch:
         await self.done.wait()
         if self.error is not None:
             raise self.error
+
+    async def wait_stored(self) -> None:
+        """Wait until the leaf has the data. Raises BackingError, and what the leaf raised."""
+        await self.wait()
+        if self.store_error is not None:
+            raise self.store_error
 
 
 class Fetcher:
@@ -273,19 +279,34 @@ class Fetcher:
 
     def _store(self, fetch: Fetch) -> None:
         """Put into the leaf what it still lacks. One step: no await, a guest write wins."""
+        for extent in list(joined(self._leaf.extents(fetch.offset, fetch.length))):
+            if extent.state is State.UNALLOCATED:
+                self._put(extent.offset, fetch.view(extent.offset, extent.length))
+
+    def put_nowait(self, offset: int, data: memoryview) -> bool:
+        """Put into the leaf what came without a fetch. In the step that found the range
+        unallocated, and no fetch of it under way. False: not possible without waiting, or only
+        with more data. Raises OSError, LeafError."""
+        block, end = self._leaf.block_size, offset + len(data)
+        if offset % block or (end % block and end != self._leaf.size):
+            return False
+        try:
+            self._put(offset, data)
+        except (ColdMetadata, FlushNeeded):
+            return False
+        return True
+
+    def _put(self, offset: int, data: memoryview) -> None:
+        """Put data where the leaf has none."""
         leaf = self._leaf
-        for extent in list(joined(leaf.extents(fetch.offset, fetch.length))):
-            if extent.state is not State.UNALLOCATED:
-                continue
-            data = fetch.view(extent.offset, extent.length)
-            for start, length, zero in zero_runs(data, leaf.cluster_size):
-                if zero:
-                    leaf.zero(extent.offset + start, length, unmap=True)
-                    self.zero_bytes += length
-                else:
-                    leaf.write(extent.offset + start, data[start : start + length])
-                    self.stored_bytes += length
-                    self._stored(length)
+        for start, length, zero in zero_runs(data, leaf.cluster_size):
+            if zero:
+                leaf.zero(offset + start, length, unmap=True)
+                self.zero_bytes += length
+            else:
+                leaf.write(offset + start, data[start : start + length])
+                self.stored_bytes += length
+                self._stored(length)
 
 
 def _runs(clusters: Iterable[int], limit: int) -> Iterable[tuple[int, int]]:

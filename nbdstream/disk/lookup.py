@@ -43,6 +43,10 @@ class Lookup:
         """Those that only the backing has."""
         return list(filter(is_remote, self.extents(offset, length)))
 
+    def missing(self, offset: int, length: int) -> list[LeafExtent]:
+        """Those of them that have to be fetched: the backing may have data there."""
+        return [part for part in self.unallocated(offset, length) if not self.known_zero(part)]
+
     def first_unallocated(self, offset: int, length: int) -> LeafExtent | None:
         """The first of those."""
         return next(filter(is_remote, joined(self._leaf.extents(offset, length))), None)

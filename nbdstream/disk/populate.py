@@ -9,6 +9,7 @@ grant is given back at once. A range is walked once from its start to its end, s
 always gets on, whatever happens to the blocks behind it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,9 +57,7 @@ class Unit:
             OSError, LeafError: the leaf would not take the data.
         """
         if self.fetch is not None:
-            await self.fetch.wait()
-            if self.fetch.store_error is not None:
-                raise self.fetch.store_error
+            await self.fetch.wait_stored()
 
 
 async def first_gap(
@@ -131,6 +130,17 @@ class Populator:
             with await self._backing.wait_for_room(priority) as grant:
                 unit = await self._atomically(self._begin, gap.offset, end, priority, grant)
         return unit
+
+    async def bring(
+        self, offset: int, length: int, demand: Callable[[list[LeafExtent]], list[Fetch]]
+    ) -> None:
+        """Make a range allocated that a guest waits for: by ``demand``, which fetches what it is
+        told as a guest's read does, readahead included. Raises as `populate` does."""
+        first = min(length, MAX_FETCH)
+        if missing := await self._atomically(self._lookup.missing, offset, first):
+            for fetch in demand(missing):
+                await fetch.wait_stored()
+        await self.populate(offset, length, Priority.DEMAND)
 
     async def populate(self, offset: int, length: int, priority: Priority) -> int:
         """Make every block that the range touches local; returns how many bytes were not.

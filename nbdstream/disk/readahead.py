@@ -89,12 +89,9 @@ class Readahead:
         nursery: trio.Nursery,
         look: Look,
         report: Report,
-        *,
-        store: bool = True,
     ) -> None:
         """``look(offset, length, limit)`` returns the first extents of the leaf in a range;
-        ``report`` is told when readahead fails in a way that nothing accounts for; ``store``:
-        put into the leaf what is fetched."""
+        ``report`` is told when readahead fails in a way that nothing accounts for."""
         self.bytes = 0
         self._leaf = leaf
         self._backing = backing
@@ -102,7 +99,6 @@ class Readahead:
         self._nursery = nursery
         self._look = look
         self._report = report
-        self._store = store
         self._streams: list[_Stream] = []  # the last one used is the last
 
     # -- sequential reads --------------------------------------------------------------
@@ -174,7 +170,7 @@ class Readahead:
             start,
             end - start,
             Priority.READAHEAD,
-            store=self._store,
+            store=True,
             park=start == stream.mark,
             grant=grant,
         )

@@ -31,7 +31,7 @@ def export_name(identity: str, priority: Priority) -> str:
 def image_exports(disk: StreamedDisk, identity: str, space: Space) -> list[Export]:
     """All exports of an image, whose leaf is where ``space`` is."""
     return [
-        DemandExport(disk, identity),
+        DemandExport(disk, identity, space),
         *(BackgroundExport(disk, identity, priority, space) for priority in BACKGROUND),
     ]
 
@@ -39,16 +39,18 @@ def image_exports(disk: StreamedDisk, identity: str, space: Space) -> list[Expor
 class DemandExport(ReadOnlyExport):
     """For reads that a guest waits for."""
 
-    def __init__(self, disk: StreamedDisk, identity: str) -> None:
+    def __init__(self, disk: StreamedDisk, identity: str, space: Space) -> None:
         name = export_name(identity, Priority.DEMAND)
         super().__init__(disk, name, "reads that a guest waits for")
         self._streamed = disk
+        self._space = space
         self.cache = self._cache_now
 
     async def _cache_now(self, offset: int, length: int) -> None:
         """A guest waits for the range. Raises as `StreamedDisk.populate` does."""
         if self._streamed.backing is not None:
-            await self._streamed.populate(offset, length, Priority.DEMAND)
+            self._streamed.reads_ahead = not self._space.tight
+            await self._streamed.bring(offset, length)
 
 
 class BackgroundExport(ReadOnlyExport):
