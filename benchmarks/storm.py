@@ -5,7 +5,8 @@ Guests are clients that replay a boot-like trace: bursts of sequential reads all
 with pauses in which a guest would compute. Each has a leaf and a server of its own: each for
 itself, by way of the host's image store, and thin on the store's image. Streams are off, so that
 what is counted is what guests touch. Bytes are counted by the far server's own log. The link has a
-delay and no rate, so that it is the limit for neither. Then eight hosts with four guests each.
+delay and no rate, so that it is the limit for neither. Then eight hosts in two racks with four
+guests each, streams on (`benchmarks.racks`).
 
 At the end the image is made wholly local, and misses that the store's image answers are compared
 with hits of a guest's own leaf.
@@ -20,8 +21,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.racks import GUESTS_EACH, HOSTS_EACH, RACKS, local_everywhere
 from benchmarks.report import Cell, Options, Report, judged, median, progress, ratio
 from testbed.far import memory_directory
+from testbed.fleet import network
 from testbed.hosts import Host, client, image, store_host
 from testbed.link.model import Shape
 from testbed.peers import Peer, make_image, nbdstream_serve
@@ -31,7 +34,6 @@ MIB = 1 << 20
 SIZE = 256 * MIB
 LINK = Shape(delay=0.005)
 GUESTS = (1, 4, 16, 32)
-HOSTS, GUESTS_EACH = 8, 4
 BURSTS = 150
 # Only what guests ask for: a profile that the first run records would help all others.
 ALONE = ("--stream", "off", "--prefetch", "off")
@@ -101,26 +103,20 @@ def _guest(host: Host, name: str, way: Way) -> Iterator[Peer]:
         yield server
 
 
-def _storm(source: Path, count: int, way: Way, hosts: int = 1) -> Storm:
-    """Start so many guests together on each of so many hosts that have nothing."""
+def _storm(source: Path, count: int, way: Way) -> Storm:
+    """Start so many guests together on a host that has nothing."""
     with memory_directory() as directory, ExitStack() as stack:
-        places = []
-        for number in range(hosts):
-            (directory / f"{number}").mkdir()
-            place = store_host(source, directory / f"{number}", shape=LINK)
-            places.append(stack.enter_context(place))
-        guests = [(place, f"leaf{number}.qcow2") for place in places for number in range(count)]
-        with ThreadPoolExecutor(len(guests)) as pool:
+        place = stack.enter_context(store_host(source, directory, shape=LINK))
+        names = [f"leaf{number}.qcow2" for number in range(count)]
+        with ThreadPoolExecutor(count) as pool:
             servers = list(
-                pool.map(lambda guest: stack.enter_context(_guest(guest[0], guest[1], way)), guests)
+                pool.map(lambda name: stack.enter_context(_guest(place, name, way)), names)
             )
             bursts = trace()
             times = list(pool.map(lambda server: replay(server.uri, bursts), servers))
         memory = median(resident_bytes(server.pid, peak=True) for server in servers)
-        processes = [
-            resident_bytes(pid, peak=True) for place in places for pid in place.processes()
-        ]
-        fetched = sum(length for place in places for _, length in place.fetched())
+        processes = [resident_bytes(pid, peak=True) for pid in place.processes()]
+        fetched = sum(length for _, length in place.fetched())
         mean = sum(times) / len(times)
         return Storm(fetched, max(times), mean, memory or 0.0, max(processes, default=0))
 
@@ -168,12 +164,8 @@ def run(options: Options) -> Report:
                 found = _storm(source, count, way)
                 lone, first = lone or found, first or found
                 report.rows.append(_row(f"{count}, {way.value}", found, lone, first, way))
-            if way is Way.THIN:
-                progress("hosts")
-                found = _storm(source, GUESTS_EACH, way, HOSTS)
-                assert lone is not None and first is not None
-                name = f"{HOSTS} hosts, {GUESTS_EACH} each, {way.value}"
-                report.rows.append(_row(name, found, lone, first, None))
+        progress("racks")
+        _racks(source, report)
         progress("latency")
         thin, miss, hit = _latency(source, options.rounds)
     for name, value in (("thin leaf", thin), ("leaf that is filled", miss)):
@@ -187,15 +179,29 @@ def run(options: Options) -> Report:
     return report
 
 
+def _racks(source: Path, report: Report) -> None:
+    """Add what racks.py measures."""
+    if network.missing():
+        report.notes.append(f"racks: {network.missing()}")
+        return
+    found = local_everywhere(source, lambda uri: replay(uri, trace()))
+    hosts = f"{RACKS * HOSTS_EACH} hosts in {RACKS} racks"
+    words = f"{hosts}, all local: over the origin's link / image data"
+    report.ratios.append([words, judged(ratio(found.sent, SIZE), most=2.05)])
+    report.notes.append(
+        f"{hosts}, {GUESTS_EACH} thin guests each: last guest {found.last:.1f} s, all local after "
+        f"{found.local:.1f} s, {found.asked} requests to the origin."
+    )
+
+
 def _touched() -> int:
     return sum(length for burst in trace() for _, length in burst)
 
 
-def _row(name: str, found: Storm, lone: Storm, first: Storm, way: Way | None) -> list[Cell]:
-    """``way`` None: nothing to be judged by the targets of one host."""
+def _row(name: str, found: Storm, lone: Storm, first: Storm, way: Way) -> list[Cell]:
     part, slower = ratio(found.fetched, first.fetched), ratio(found.last, lone.last)
     memory = found.server_memory / MIB
-    shared = way in (Way.STORE, Way.THIN)
+    shared = way is not Way.ALONE
     return [
         name,
         found.fetched / MIB,

@@ -74,12 +74,7 @@ class Host:
 
     def processes(self) -> set[int]:
         """The pids of images' processes."""
-        ids = [path.name.encode() for path in (self.store / "images").iterdir()]
-        return {
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and _serves_one_of(entry, ids)
-        }
+        return image_processes(self.store)
 
     def wait_for_process(self, other_than: set[int]) -> int:
         """The pid of an image's process that is none of these, as soon as there is one."""
@@ -100,9 +95,7 @@ class Host:
 
     def kill_process(self) -> None:
         """End the processes of all images, as a crash would."""
-        for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not self.processes(), "the end of the images' processes")
+        end_images(self.store)
 
     def restart_far(self) -> None:
         """Serve what `source` is now, at the same address."""
@@ -119,14 +112,30 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) 
         time.sleep(0.01)
 
 
-def _serves_one_of(entry: Path, ids: list[bytes]) -> bool:
+def image_processes(store: Path) -> set[int]:
+    """The pids of the processes of a store's images."""
+    return {
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and _serves_an_image(entry, str(store).encode())
+    }
+
+
+def end_images(store: Path) -> None:
+    """End these processes, as a crash would."""
+    for pid in image_processes(store):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not image_processes(store), "the end of the images' processes")
+
+
+def _serves_an_image(entry: Path, store: bytes) -> bool:
     """Whether a process of /proc serves an image, and has left the one that started it."""
     try:
         words = (entry / "cmdline").read_bytes().split(b"\0")
         parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return False
-    return b"serve" in words and not set(ids).isdisjoint(words) and parent == 1
+    return parent == 1 and {b"image", b"serve", store} <= set(words)
 
 
 @contextlib.contextmanager
