@@ -96,6 +96,18 @@ class Show:
             self._printed = trio.current_time()
             self._console.print(line)
 
+    def watch(self, table: Table, line: str) -> None:
+        """How things are now, as a table; where there is no terminal, as a line."""
+        if self._live is not None:
+            self._live.update(table, refresh=True)
+        else:
+            self.status(line)
+
+    def print(self, table: Table) -> None:
+        """Print any table."""
+        self._console.print()
+        self._console.print(table)
+
     def table(self, title: str, results: Sequence[Result]) -> None:
         """Print the results side by side, each time also as a multiple of the first's."""
         table = Table(title=title, title_justify="left")

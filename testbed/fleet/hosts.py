@@ -12,7 +12,7 @@ from testbed.fleet.network import Machine
 from testbed.hosts import end_images
 from testbed.peers import Peer, nbdstream_serve
 
-IMAGE = "debian-12.raw"
+IMAGE = "golden.raw"
 URL = f"http://images.rack/images/{IMAGE}"
 
 

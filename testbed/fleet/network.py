@@ -82,8 +82,8 @@ def network(
     racks: int,
     hosts: int,
     *,
-    origin_rate: int | None = None,
-    rack_rate: int | None = None,
+    origin_rate: float | None = None,
+    rack_rate: float | None = None,
 ) -> Iterator[Network]:
     """So many racks with so many hosts each; rates in bits per second. A rack's machines know
     its cache as ``images.rack``, and caches know the origin as ``images.example`` and
@@ -138,7 +138,7 @@ class _Builder:
     def address(self, machine: Machine, device: str) -> None:
         _ip("-n", machine.namespace, "address", "add", f"{machine.address}/24", "dev", device)
 
-    def join(self, machine: Machine, upper: Machine, rate: int | None) -> None:
+    def join(self, machine: Machine, upper: Machine, rate: float | None) -> None:
         """A link from a machine to a bridge above it."""
         port = f"port{next(self._ports)}"
         ends = ["peer", "name", port, "netns", upper.namespace]
@@ -148,7 +148,7 @@ class _Builder:
             if rate is not None:
                 burst = ["burst", str(_BURST), "latency", f"{_QUEUE_SECONDS}s"]
                 command = ["tc", "-n", namespace, "qdisc", "add", "dev", device, "root"]
-                subprocess.run([*command, "tbf", "rate", str(rate), *burst], check=True)
+                subprocess.run([*command, "tbf", "rate", f"{rate:.0f}", *burst], check=True)
         _ip("-n", upper.namespace, "link", "set", port, "master", _BRIDGE)
         bridges = _output("ip", "-n", machine.namespace, "-o", "link", "show", "type", "bridge")
         if bridges:
