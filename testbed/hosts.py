@@ -81,10 +81,11 @@ class Host:
         wait_until(lambda: self.processes() - other_than, "an image's process")
         return min(self.processes() - other_than)
 
-    def wait_for_reads(self, count: int) -> None:
-        """Return when the far end was asked for so many more reads."""
-        wanted = len(self.fetched()) + count
-        wait_until(lambda: len(self.fetched()) >= wanted, "reads of the far end")
+    def wait_for_bytes(self, count: int) -> None:
+        """Return when the far end was asked for so many bytes in all."""
+        wait_until(
+            lambda: sum(length for _, length in self.fetched()) >= count, "reads of the far end"
+        )
 
     def wait_for_read(self, offset: int, after: int) -> None:
         """Return when the far end was asked for this offset, in a read after so many others."""

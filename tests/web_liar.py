@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ from typing import Literal
 
 @dataclass
 class Liar:
-    """How it behaves; all of it can be changed while it runs.
+    """How it behaves; all of it can be changed while it runs. It ignores conditions.
 
-    ``cut_after``: bytes of a body after which the connection ends. ``busy``: statuses of the next
-    answers, with ``retry_after``. ``content_range``: what the next answers say. ``most``: bytes of
-    an answer. ``asked``: the heads of the requests so far. ``asked_while_quiet``: how many came
+    ``etag``: the version that it names. ``cut_after``: bytes of a body after which the connection
+    ends. ``busy``: statuses of the next answers, with ``retry_after``. ``content_range``: what the
+    next answers say. ``most``: bytes of an answer. ``asked``: the heads of the requests so far. ``asked_while_quiet``: how many came
     sooner than the server had asked for.
     """
 
@@ -27,6 +28,7 @@ class Liar:
     content: bytes = b""
     target: str = ""
     url: str = ""
+    etag: str = '"one"'
     cut_after: int | None = None
     busy: list[int] = field(default_factory=list)
     retry_after: str = ""
@@ -78,10 +80,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         said = f"bytes {first}-{last}/{len(liar.content)}"
         if liar.content_range:
             said = liar.content_range.pop(0)
-        headers = {"Content-Length": str(len(body)), "ETag": '"one"'}
+        headers = {"Content-Length": str(len(body)), "ETag": liar.etag}
         self._head(206, headers | ({"Content-Range": said} if said else {}))
         self.wfile.write(body[: liar.cut_after])
-        self.close_connection = len(body) > (liar.cut_after or len(body))
+        self.close_connection = liar.cut_after is not None and liar.cut_after < len(body)
 
     def do_CONNECT(self) -> None:
         self.liar.asked.append(self.requestline)
@@ -104,6 +106,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients may go away at any point of a lie."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
 def _carry(source: socket.socket, target: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(65536):
@@ -115,9 +126,8 @@ def _carry(source: socket.socket, target: socket.socket) -> None:
 def liar(behaviour: Liar) -> Iterator[Liar]:
     """The server; its address is in ``url``."""
     handler = type("Handler", (_Handler,), {"liar": behaviour})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever)
+    with _Server(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         behaviour.url = f"http://127.0.0.1:{server.server_port}/image"
         yield behaviour
