@@ -150,7 +150,9 @@ def store_host(
 
     def serve_far(socket_path: Path | None = None) -> contextlib.AbstractContextManager[Peer]:
         plugin = ["file", str(source), f"logfile={log}", "logappend=true", *args]
-        return nbdkit(*plugin, filters=["log"], readonly=True, socket_path=socket_path)
+        # One thread for a connection: nbdkit 1.32 may abort when a client dies while several of
+        # its threads answer it ("raw_send_socket: Assertion `sock >= 0' failed").
+        return nbdkit(*plugin, filters=["log"], threads=1, readonly=True, socket_path=socket_path)
 
     with temporary_directory() as short, contextlib.ExitStack() as exits:
         far = exits.enter_context(serve_far())

@@ -14,14 +14,15 @@ from pathlib import Path
 import nbd
 import pytest
 
-from testbed.hosts import Host, client, image, store_host
+from testbed.hosts import Host, client, store_host, wait_until
 from testbed.link.model import Shape
 from testbed.peers import PeerError, assert_same, binary, make_image, run, unix_uri
+from tests.store_support import image
 
 MIB = 1 << 20
 SIZE = 16 * MIB
 SLOW = Shape(rate=64e6, delay=0.01)
-SLOWER = Shape(rate=8e6, delay=0.01)
+SLOWER = Shape(rate=24e6, delay=0.01)
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -43,14 +44,18 @@ def test_guests_outlive_the_images_process(tmp_path: Path, thin: tuple[str, ...]
         with ThreadPoolExecutor() as pool:
             work = [pool.submit(assert_same, server.uri, place.source) for server in guests]
             killed: set[int] = set()
-            # Far from the end, so that a process is wanted after each of these.
             for share in (1, 2, 3):
                 place.wait_for_bytes(share * SIZE // 8)
-                pid = place.wait_for_process(other_than=killed)
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
+                # The guests may have all of it by now if this process was held up.
+                wait_until(
+                    lambda: all(each.done() for each in work) or place.processes() - killed, ""
+                )
+                for pid in place.processes() - killed:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
             for each in work:
                 each.result(120)
+        assert killed
         for server in guests:
             assert server.terminate() == 0
         for number in range(3):

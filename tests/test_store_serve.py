@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from testbed.hosts import Host, client, image, store_host
+from testbed.hosts import Host, client, store_host
 from testbed.peers import PeerError, assert_same, make_image
+from tests.store_support import image
 
 MIB = 1 << 20
 SIZE = 16 * MIB + 4096

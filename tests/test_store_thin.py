@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from testbed.hosts import Host, client, host_of_random_data, image, wait_until
+from testbed.hosts import Host, client, host_of_random_data, wait_until
 from testbed.peers import Peer, PeerError, assert_same, binary, run
+from tests.store_support import image
 
 MIB = 1 << 20
 SIZE = 16 * MIB + 4096

@@ -215,7 +215,7 @@ def test_a_server_that_wants_a_long_rest_fails_the_read(
     with liar(Liar.serving(CONTENT)) as server:
         image = opened(server.url, transfers, keeper())
         server.busy, server.retry_after = [503], "3600"
-        with pytest.raises(WebError, match="wants to be left alone for 3[56]"):
+        with pytest.raises(WebError, match="wants to be left alone"):
             read(image, 0, 512)
         assert len(server.asked) == 2
 

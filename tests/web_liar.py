@@ -20,8 +20,8 @@ class Liar:
 
     ``etag``: the version that it names. ``cut_after``: bytes of a body after which the connection
     ends. ``busy``: statuses of the next answers, with ``retry_after``. ``content_range``: what the
-    next answers say. ``most``: bytes of an answer. ``asked``: the heads of the requests so far. ``asked_while_quiet``: how many came
-    sooner than the server had asked for.
+    next answers say. ``most``: bytes of an answer. ``asked``: the heads of the requests so far.
+    ``asked_while_quiet``: how many came sooner than the server had asked for.
     """
 
     role: Literal["serving", "redirecting", "proxy"]
