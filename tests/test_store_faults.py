@@ -48,7 +48,8 @@ def test_guests_outlive_the_images_process(tmp_path: Path, thin: tuple[str, ...]
                 place.wait_for_bytes(share * SIZE // 8)
                 # The guests may have all of it by now if this process was held up.
                 wait_until(
-                    lambda: all(each.done() for each in work) or place.processes() - killed, ""
+                    lambda: all(each.done() for each in work) or place.processes() - killed,
+                    "a process",
                 )
                 for pid in place.processes() - killed:
                     os.kill(pid, signal.SIGKILL)
