@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nbdstream.web import image as web_image
 from nbdstream.web.answers import Answer, Validator
 from nbdstream.web.errors import LinkError, ReplacedError, WebError
+from nbdstream.web.exchange import Exchange
 from nbdstream.web.image import REDIRECTS_MOST, Keeper, RemoteImage
 from nbdstream.web.settings import Settings
 from nbdstream.web.transfers import Transfers
@@ -231,7 +232,7 @@ def test_a_server_that_is_not_there_is_an_error_of_the_link(
 
 def test_a_url_that_is_none_is_not_tried_again(transfers: Transfers) -> None:
     view = memoryview(bytearray(1))
-    exchange = web_image.Exchange("http://[::1", "", 0, view)
+    exchange = Exchange("http://[::1", "", 0, view)
     with pytest.raises(WebError) as caught:
         exchange.perform(transfers, Settings(), "", "")
     assert not isinstance(caught.value, LinkError)
