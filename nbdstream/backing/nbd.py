@@ -122,8 +122,8 @@ class NbdBacking(Backing):
                 self.scheduler.send(flight)
                 timing = await connection.cache(offset, length)
                 self._latency[Priority.DEMAND].add(trio.current_time() - flight.began)
-        except BackingError:
-            pass
+        except (ConnectionLostError, BackingError) as error:
+            log.debug("%s: not brought by one request: %s", self.uri, error)
         finally:
             self.scheduler.end(flight, timing)
         return timing is not None
