@@ -43,12 +43,24 @@ def qemu_process(
 ) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     """As `qemu`, with its process."""
     path = directory / "vm.qmp"
-    command = [qemu_binary(), "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "32"]
+    command = [
+        "stdbuf",
+        "-oL",
+        qemu_binary(),
+        "-nodefaults",
+        "-display",
+        "none",
+        "-accel",
+        "tcg",
+        "-m",
+        "32",
+    ]
     command += ["-qmp", f"unix:{path},server=on,wait=off", *arguments]
     for number, disk in enumerate(disks):
         command += ["-blockdev", disk.named(f"d{number}")]
         command += ["-device", f"virtio-blk-pci,drive=d{number},share-rw=on"]
-    process = subprocess.Popen(command)
+    with _printed(path).open("wb") as printed:
+        process = subprocess.Popen(command, stdout=printed)
     try:
         while not listens(path):
             assert process.poll() is None
@@ -73,10 +85,25 @@ async def ask(path: str, name: str, **arguments: Any) -> Any:
 
 
 async def qemu_io(path: str, node: str, text: str) -> str:
+    """Carry out a command of qemu-io on a node (or ``-d QOM-PATH``, a device); what it printed.
+
+    Raises:
+        AssertionError: it failed, or what was read is not what the command expects.
+    """
+    printed = _printed(Path(path))
+    before = printed.stat().st_size
     line = f'qemu-io {node} "{text}"'
-    answer: str = await ask(path, "human-monitor-command", command_line=line)
-    assert "rror" not in answer and "attern" not in answer, answer
-    return answer
+    # The answer says why the command was not carried out; QEMU itself prints how it went.
+    refused: str = await ask(path, "human-monitor-command", command_line=line)
+    assert not refused, refused
+    said = printed.read_bytes()[before:].decode()
+    assert "rror" not in said and "failed" not in said, said
+    return said
+
+
+def _printed(path: Path) -> Path:
+    """What the QEMU with this QMP socket prints on stdout."""
+    return path.with_suffix(".out")
 
 
 async def wait_local(peer: Peer) -> None:

@@ -62,7 +62,9 @@ async def test_a_refusal_is_said_once_and_the_guest_goes_on_until_it_is_over(
                 await ask(str(server.control), "job-resume", id="disk0")
                 server.wait_until(lambda: "no pivot yet" in server.stderr(), "a refusal", 20)
                 run(["nbdinfo", "--size", server.uri])  # a client comes and goes: it tries again
-                await qemu_io(vm, "d0", "write -P 0x11 0 64k")
+                # Through the device: the job lets no other program write to the node.
+                (device,) = await ask(vm, "query-block")
+                await qemu_io(vm, f"-d {device['qdev']}", "write -P 0x11 0 64k")
                 assert server.process.poll() is None
                 await ask(vm, "job-cancel", id="j")
                 with trio.fail_after(30):

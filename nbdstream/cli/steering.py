@@ -132,6 +132,7 @@ def _start_control(
         seal=service.opened.seal,
         custody=service.custody,
         uris=service.uris,
+        clients=lambda: service.server.clients,
     )
     if control is not None:
         more = (

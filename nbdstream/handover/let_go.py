@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands by which a leaf is let go of, so that the guest's QEMU opens it itself."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from nbdstream.control.table import command
@@ -10,11 +11,13 @@ from nbdstream.qmp.protocol import JSONObject
 
 
 class LetGo:
-    """Commands of the leaf that a `Custody` has; ``uris`` are where its clients find it."""
+    """Commands of the leaf that a `Custody` has; ``uris`` are where its clients find it,
+    ``clients`` returns how many are connected."""
 
-    def __init__(self, custody: Custody, uris: list[str]) -> None:
+    def __init__(self, custody: Custody, uris: list[str], clients: Callable[[], int]) -> None:
         self._custody = custody
         self._uris = uris
+        self._clients = clients
         self._path = str(Path(custody.disk.leaf.path).absolute())
 
     @command("x-nbdstream-pivot-query")
@@ -25,6 +28,7 @@ class LetGo:
         leaf = self._custody.disk.leaf
         answer: JSONObject = {
             "uris": self._uris,
+            "clients": self._clients(),
             "leaf": self._path,
             "format": leaf.format,
             "size": leaf.size,

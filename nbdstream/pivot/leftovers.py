@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from nbdstream.pivot.nodes import Graph
-from nbdstream.pivot.servers import DiskServer
+from nbdstream.pivot.servers import DiskServer, wait_connected
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import CommandError, QMPConnectionError
 
@@ -75,6 +75,8 @@ async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDis
         if facts["let-go"]:
             await disk.server.take_back()
     if graph.has(STOPPED):
+        for disk in rest:
+            await wait_connected(disk.server)
         await go_on(qemu)
         await forget_stop(qemu)
     for disk in pivoted:

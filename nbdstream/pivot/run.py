@@ -25,7 +25,7 @@ from nbdstream.pivot.leftovers import (
     remember_stop,
 )
 from nbdstream.pivot.nodes import Graph
-from nbdstream.pivot.servers import Monitor, PivotError
+from nbdstream.pivot.servers import RECONNECT_SECONDS, Monitor, PivotError, wait_connected
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import CommandError, QMPError
 
@@ -57,9 +57,10 @@ async def pivot(monitor: Monitor, disks: Sequence[PivotDisk], *, now: bool = Fal
     """
     async with monitor.turn():
         async with monitor.open() as qemu:
-            with _in_time(CHECK_SECONDS):
+            with _in_time(CHECK_SECONDS + RECONNECT_SECONDS):
                 rest = await clear_up(qemu, disks)
                 prepared = await _prepare(qemu, rest, now=now)
+                await _for_each(prepared, lambda disk: wait_connected(disk.server))
                 running = (await qemu.execute("query-status"))["running"]
             if not prepared:
                 return 0.0
@@ -210,7 +211,7 @@ async def _settle(
     """
     why = str(failure) or "no answer in time"
     try:
-        with trio.fail_after(STEP_SECONDS):
+        with trio.fail_after(STEP_SECONDS + RECONNECT_SECONDS):
             async with monitor.open() as qemu:
                 back = await _go_on(qemu, disks, why, running=running)
     except (QMPError, trio.TooSlowError) as error:
@@ -247,6 +248,7 @@ async def _go_on(
             " the same socket, then continue the guest (QMP 'cont')"
         )
     if running:
+        await _for_each(back, lambda disk: wait_connected(disk.server))
         await go_on(qemu)
     await _leave(qemu, forth)
     return back
