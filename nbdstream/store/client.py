@@ -5,6 +5,7 @@ The leaf records the far end, as it does without a store. So it can be served wi
 later, and which store a host has is no property of its leaves.
 """
 
+import errno
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -14,7 +15,7 @@ from nbdstream.backing.base import Priority
 from nbdstream.backing.connect import Endpoint, OwnServer, connect
 from nbdstream.backing.connection import Connection
 from nbdstream.backing.nbd import NbdBacking, open_nbd
-from nbdstream.errors import BackingGoneError, ImageGoneError
+from nbdstream.errors import BackingGoneError, ImageGoneError, StoreError
 from nbdstream.net.address import NbdUri, UnixAddress
 from nbdstream.store.exports import BACKGROUND, export_name
 from nbdstream.store.launch import waker
@@ -61,7 +62,15 @@ class StoreOpener:
         size: int,
     ) -> AsyncIterator[NbdBacking]:
         uri = whole_uri(await in_worker(self._source, uri))
-        image, membership = await self._join(uri, identity, size)
+        try:
+            image, membership = await self._join(uri, identity, size)
+        except OSError as error:
+            raise StoreError(
+                f"the image store {self.store.root}: {error.strerror or error}; make room "
+                "('nbdstream image prune'), or start without --store"
+                if error.errno == errno.ENOSPC
+                else f"the image store {self.store.root}: {error}"
+            ) from error
         try:
             endpoint = image_endpoint(image, uri)
             first: Connection | None = None

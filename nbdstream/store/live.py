@@ -54,7 +54,8 @@ class LiveMap:
             self._bits = bytearray(read_range(self._fd, 0, length))
             for start, end in local_runs(f"{leaf.path}{MAP_SUFFIX}"):
                 self._set(start, end - start)
-            os.pwrite(self._fd, self._bits, 0)
+            with suppress(OSError):  # a full disk: readers ask the process
+                os.pwrite(self._fd, self._bits, 0)
         except BaseException:
             os.close(self._fd)
             raise

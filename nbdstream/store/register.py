@@ -18,6 +18,7 @@ All functions may block: they are for worker threads.
 """
 
 import enum
+import errno
 import os
 import secrets
 import time
@@ -99,7 +100,14 @@ def join(image: Image, leaf: str, *, temporary: bool) -> Membership:
     token = secrets.token_hex(8)
     entry, new = image.users / f"{token}{_SUFFIX}", image.users / f".{token}"
     with image.lock():
-        write_record(new, values)
+        try:
+            write_record(new, values)
+        except OSError as error:
+            # On a full file system, a guest that is known can be started again.
+            known = _known(image, path) if error.errno == errno.ENOSPC else None
+            if known is None:
+                raise
+            return known
         # Locked under a name that does not count yet: it is never seen without its lock.
         lock = FileLock(os.open(new, os.O_RDWR | os.O_CLOEXEC))
         try:
@@ -113,6 +121,14 @@ def join(image: Image, leaf: str, *, temporary: bool) -> Membership:
             entry.unlink(missing_ok=True)
             raise
     return Membership(entry, lock, Path(path))
+
+
+def _known(image: Image, leaf: str) -> Membership | None:
+    """The entry that a leaf has from before, taken over. Raises OSError."""
+    for path, user in _entries(image):
+        if user.leaf == leaf and user.state is UserState.WAITING:
+            return Membership(path, FileLock(os.open(path, os.O_RDWR | os.O_CLOEXEC)), Path(leaf))
+    return None
 
 
 def users(image: Image) -> list[User]:

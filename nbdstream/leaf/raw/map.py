@@ -19,6 +19,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from nbdstream.errors import LeafError, LeafFormatError
@@ -133,6 +134,9 @@ def create_map(path: str, header: MapHeader) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(fd, _file_length(header.size))
+        # So that a full file system does not refuse a bit of data that it has taken.
+        with suppress(OSError):
+            os.posix_fallocate(fd, 0, _file_length(header.size))
         write_exactly(fd, memoryview(page), 0)
         Syncs(path).sync(fd)
     finally:
