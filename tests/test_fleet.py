@@ -19,6 +19,7 @@ from testbed.fleet import network as net
 from testbed.fleet.servers import (
     RACK,
     SNIPPET,
+    WEED,
     check,
     https_origin,
     printed,
@@ -154,6 +155,7 @@ def test_nginx_accepts_what_the_page_prints(
     assert "test is successful" in words
 
 
+@pytest.mark.skipif(not WEED.exists(), reason="SeaweedFS has no package for this machine")
 def test_hosts_share_a_cache_in_front_of_seaweedfs(
     fleet: net.Network, image: Path, tmp_path: Path
 ) -> None:

@@ -31,7 +31,7 @@ _PRINTED = re.compile(
 # Places that a server has for itself.
 _PRIVATE = ("/etc/nginx", "/var/lib/nginx", "/var/log/nginx", "/run", "/srv")
 S3_PORT = 8333
-_WEED = Path(sys.executable).with_name("weed")
+WEED = Path(sys.executable).with_name("weed")
 _PUBLISHER = "publisher:change-this"
 
 
@@ -153,7 +153,7 @@ def seaweed(machine: Machine, directory: Path) -> Iterator[Seaweed]:
     """SeaweedFS with the page's identities, and the bucket `images` in it."""
     root = tree(directory, {S3: printed(S3)})
     (root / "srv/weed").mkdir()
-    command = [*machine.enter([(root / "srv", "/srv")]), str(_WEED), "server"]
+    command = [*machine.enter([(root / "srv", "/srv")]), str(WEED), "server"]
     command += [f"-ip={machine.address}", "-dir=/srv/weed", "-s3", f"-s3.config={root}{S3}"]
     (root / "output").mkdir()
     with started(command, root / "output") as peer:
