@@ -155,6 +155,24 @@ def test_nginx_accepts_what_the_page_prints(
     assert "test is successful" in words
 
 
+def test_the_printed_configuration_of_a_guest_is_valid(tmp_path: Path) -> None:
+    path = tmp_path / "guest1.toml"
+    path.write_text(printed("/etc/nbdstream/guest1.toml"))
+    run([binary("NBDSTREAM"), "serve", "--check", "--config", path])
+
+
+def test_a_host_takes_the_second_address_of_its_cache(
+    fleet: net.Network, authority: Authority, image: Path, tmp_path: Path
+) -> None:
+    (rack,) = fleet.racks
+    host = rack.hosts[0]
+    host.names.write_text(f"{rack.hosts[1].address} images.rack\n{host.names.read_text()}")
+    with https_origin(fleet.origin, tmp_path / "origin", authority) as origin:
+        shutil.copy(image, origin.root / "srv/images/debian-12.raw")
+        with rack_cache(rack.cache, tmp_path / "rack", authority.certificate):
+            assert_same(pull(host, tmp_path / "store"), image)
+
+
 @pytest.mark.skipif(not WEED.exists(), reason="SeaweedFS has no package for this machine")
 def test_hosts_share_a_cache_in_front_of_seaweedfs(
     fleet: net.Network, image: Path, tmp_path: Path
