@@ -141,18 +141,21 @@ def _serves_an_image(entry: Path, store: bytes) -> bool:
 
 @contextlib.contextmanager
 def store_host(
-    source: Path, directory: Path, *args: str, shape: Shape | None = None
+    source: Path, directory: Path, *args: str, shape: Shape | None = None, threads: int = 1
 ) -> Iterator[Host]:
     """A host without images, whose leaves are in `directory`, and nbdkit with `source`, behind a
-    link of this shape if there is one; `args` are nbdkit's.
+    link of this shape if there is one; `args` and `threads` are nbdkit's.
+
+    With one thread for a connection clients may be killed: nbdkit 1.32 may abort when one dies
+    while several threads answer it ("raw_send_socket: Assertion `sock >= 0' failed").
     """
     log = directory / "far.log"
 
     def serve_far(socket_path: Path | None = None) -> contextlib.AbstractContextManager[Peer]:
         plugin = ["file", str(source), f"logfile={log}", "logappend=true", *args]
-        # One thread for a connection: nbdkit 1.32 may abort when a client dies while several of
-        # its threads answer it ("raw_send_socket: Assertion `sock >= 0' failed").
-        return nbdkit(*plugin, filters=["log"], threads=1, readonly=True, socket_path=socket_path)
+        return nbdkit(
+            *plugin, filters=["log"], threads=threads, readonly=True, socket_path=socket_path
+        )
 
     with temporary_directory() as short, contextlib.ExitStack() as exits:
         far = exits.enter_context(serve_far())

@@ -28,7 +28,16 @@ from testbed.fleet.servers import (
     tree,
 )
 from testbed.hosts import client
-from testbed.peers import Peer, PeerError, assert_same, binary, make_image, nbdstream_serve, run
+from testbed.peers import (
+    Peer,
+    PeerError,
+    assert_same,
+    binary,
+    make_image,
+    nbdstream_serve,
+    run,
+    temporary_directory,
+)
 
 MIB = 1 << 20
 SIZE = 12 * MIB + 4096
@@ -92,21 +101,27 @@ def pull(host: net.Machine, store: Path) -> Path:
     return found
 
 
-def pull_everywhere(fleet: net.Network, directory: Path) -> list[Path]:
+@pytest.fixture
+def stores() -> Iterator[Path]:
+    """A place for stores: a short path, as there are sockets in them."""
+    with temporary_directory() as directory:
+        yield directory
+
+
+def pull_everywhere(fleet: net.Network, stores: Path) -> list[Path]:
     """All hosts at a time."""
     with ThreadPoolExecutor() as pool:
-        stores = [directory / f"store-{host.name}" for host in fleet.hosts]
-        return list(pool.map(pull, fleet.hosts, stores))
+        return list(pool.map(pull, fleet.hosts, [stores / host.name for host in fleet.hosts]))
 
 
 def test_two_hosts_share_a_cache_that_asks_an_https_origin_once_for_each_slice(
-    fleet: net.Network, authority: Authority, image: Path, tmp_path: Path
+    fleet: net.Network, authority: Authority, image: Path, tmp_path: Path, stores: Path
 ) -> None:
     (rack,) = fleet.racks
     with https_origin(fleet.origin, tmp_path / "origin", authority) as origin:
         shutil.copy(image, origin.root / "srv/images/debian-12.raw")
         with rack_cache(rack.cache, tmp_path / "rack", authority.certificate) as cache:
-            for copy in pull_everywhere(fleet, tmp_path):
+            for copy in pull_everywhere(fleet, stores):
                 assert_same(copy, image)
             asked = origin.log("images.log")
             assert {client for client, *_ in asked} == {rack.cache.address}
@@ -175,7 +190,7 @@ def test_a_host_takes_the_second_address_of_its_cache(
 
 @pytest.mark.skipif(not WEED.exists(), reason="SeaweedFS has no package for this machine")
 def test_hosts_share_a_cache_in_front_of_seaweedfs(
-    fleet: net.Network, image: Path, tmp_path: Path
+    fleet: net.Network, image: Path, tmp_path: Path, stores: Path
 ) -> None:
     """An S3-compatible store that anybody in the rack's network reads and the publisher writes."""
     with seaweed(fleet.origin, tmp_path / "origin") as store:
@@ -184,7 +199,7 @@ def test_hosts_share_a_cache_in_front_of_seaweedfs(
             store.put("images/debian-12.raw", image, keys=False)
         before = fleet.origin.sent()
         with rack_cache(fleet.racks[0].cache, tmp_path / "rack"):
-            for copy in pull_everywhere(fleet, tmp_path):
+            for copy in pull_everywhere(fleet, stores):
                 assert_same(copy, image)
         assert fleet.origin.sent() - before < 1.1 * SIZE
 

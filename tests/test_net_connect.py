@@ -2,6 +2,7 @@
 """Connecting: several addresses, full backlogs, and resolvers that take their time while
 guests are served."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -237,3 +238,9 @@ def test_a_name_server_that_never_answers_stops_no_guest() -> None:
     assert len(ended) == 4
     assert all("no answer in 0.3 s" in line for line in ended[:2])
     assert all("resolution" in line for line in ended[2:]), ended
+
+
+async def test_a_path_that_is_too_long_has_an_error_with_words(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="longer than 107 bytes") as failed:
+        await open_socket(UnixAddress(str(tmp_path / ("long" * 30))))
+    assert failed.value.errno == errno.ENAMETOOLONG

@@ -152,15 +152,20 @@ async def test_of_two_disks_one_cannot_be_left_clean(
         disks = [Disk.nbd(server.uri) for server in servers]
         vm, _ = stack.enter_context(qemu_process(tmp_path, *disks))
 
+        limit = partial(resource.prlimit, servers[1].pid, resource.RLIMIT_FSIZE)
+        letting_go: list[None] = []
+
         async def full(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
             if name != "x-nbdstream-let-go":
                 return await execute(self, name, *args, **more)
-            limit = partial(resource.prlimit, servers[1].pid, resource.RLIMIT_FSIZE)
+            letting_go.append(None)
             limit((0, resource.RLIM_INFINITY))
             try:
                 return await execute(self, name, *args, **more)
             finally:
-                limit((resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                letting_go.pop()
+                if not letting_go:  # the other server may not be at it yet, or still
+                    limit((resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
         for number in range(2):
             await qemu_io(vm, f"d{number}", f"write {PATTERN}")

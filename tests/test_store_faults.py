@@ -16,7 +16,15 @@ import pytest
 
 from testbed.hosts import Host, client, store_host, wait_until
 from testbed.link.model import Shape
-from testbed.peers import PeerError, assert_same, binary, make_image, run, unix_uri
+from testbed.peers import (
+    PeerError,
+    assert_same,
+    binary,
+    make_image,
+    run,
+    temporary_directory,
+    unix_uri,
+)
 from tests.store_support import image
 
 MIB = 1 << 20
@@ -153,12 +161,18 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
         assert not (tmp_path / "leaf.qcow2").exists()
 
 
-def test_a_store_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
-    open_to_all = tmp_path / "store"
-    open_to_all.mkdir()
-    open_to_all.chmod(0o777)
-    with pytest.raises(PeerError, match="other users can write to the image store"):
-        image("ls", "--store", open_to_all)
+def test_a_store_whose_path_is_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
+    store = tmp_path / ("long" * 20)
+    with pytest.raises(PeerError, match=r"too long for the sockets in it.*--store"):
+        image("ls", "--store", store)
+    assert not store.exists()
+
+
+def test_a_store_that_others_can_write_to_is_refused() -> None:
+    with temporary_directory() as open_to_all:
+        open_to_all.chmod(0o777)
+        with pytest.raises(PeerError, match="other users can write to the image store"):
+            image("ls", "--store", open_to_all)
 
 
 def test_a_leaf_is_served_while_source_and_image_are_gone(tmp_path: Path) -> None:
@@ -187,9 +201,7 @@ def test_other_programs_can_read_an_image(tmp_path: Path) -> None:
 
 
 def test_a_store_on_a_read_only_file_system_is_one_line(tmp_path: Path) -> None:
-    with host(tmp_path) as place:
-        directory = tmp_path / "small"
-        directory.mkdir()
+    with host(tmp_path) as place, temporary_directory() as directory:
         run(["mount", "-t", "tmpfs", "-o", "size=1M,mode=700", "tmpfs", directory])
         try:
             run(["mount", "-o", "remount,ro", directory])

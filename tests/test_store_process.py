@@ -244,7 +244,7 @@ async def test_a_leafs_own_stream_leaves_room_for_guests(
 def test_a_guest_that_waits_for_a_streamed_range_is_demand_at_the_far_end(
     source: Path, tmp_path: Path
 ) -> None:
-    with store_host(source, tmp_path, "--filter=delay", "rdelay=1") as place:
+    with store_host(source, tmp_path, "--filter=delay", "rdelay=1", threads=16) as place:
         with place.guest("leaf.qcow2", "--stream", "off") as server:
             assert server.control
 

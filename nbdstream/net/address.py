@@ -47,6 +47,10 @@ class TcpAddress:
         return f"[{self.host}]" if ":" in self.host else self.host
 
 
+# Bytes of a Unix socket's path at the most; see unix(7), sun_path.
+UNIX_PATH_MOST = 107
+
+
 @dataclass(frozen=True)
 class UnixAddress:
     """``path`` in the file system, or in the abstract namespace if it begins with NUL."""

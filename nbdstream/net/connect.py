@@ -6,12 +6,20 @@ resolver pleases, which may be minutes. These threads have a limiter of their ow
 look-ups that hang take no thread from those that read a guest's data.
 """
 
+import errno
+import os
 import socket
 from typing import Any
 
 import trio
 
-from nbdstream.net.address import SocketAddress, TcpAddress, UnixAddress, VsockAddress
+from nbdstream.net.address import (
+    UNIX_PATH_MOST,
+    SocketAddress,
+    TcpAddress,
+    UnixAddress,
+    VsockAddress,
+)
 from nbdstream.tasks import in_worker
 
 # Look-ups at a time. One that was given up still counts until the resolver lets go of it.
@@ -99,6 +107,9 @@ async def _open(family: int, target: Any) -> socket.socket:
 
 
 async def _open_unix(path: str) -> socket.socket:
+    if len(os.fsencode(path)) > UNIX_PATH_MOST:  # Python's error has no number and no words
+        words = f"the path of the Unix socket is longer than {UNIX_PATH_MOST} bytes"
+        raise OSError(errno.ENAMETOOLONG, words)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         await trio.lowlevel.checkpoint()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
 from nbdstream.errors import UsageError
-from nbdstream.net.address import NbdUri, SocketAddress, TcpAddress, UnixAddress
+from nbdstream.net.address import UNIX_PATH_MOST, NbdUri, SocketAddress, TcpAddress, UnixAddress
 
 # Clients that wait to be accepted; the system's net.core.somaxconn may make it less.
 BACKLOG = 4096
@@ -23,7 +23,6 @@ KEEPALIVE_IDLE = 60
 KEEPALIVE_INTERVAL = 30
 KEEPALIVE_PROBES = 8
 
-_MAX_PATH = 107  # unix(7): sun_path
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _FIRST_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
 # What a Unix socket may hold of replies that the client has not read yet; the system's
@@ -138,8 +137,10 @@ def listen_unix(path: Path, *, mode: int | None = None) -> Listener:
         UsageError: the path is too long, is no socket, or another server listens there.
         OSError: the system refuses for another reason.
     """
-    if len(os.fsencode(path)) > _MAX_PATH:
-        raise UsageError(f"the path of the Unix socket '{path}' is longer than {_MAX_PATH} bytes")
+    if len(os.fsencode(path)) > UNIX_PATH_MOST:
+        raise UsageError(
+            f"the path of the Unix socket '{path}' is longer than {UNIX_PATH_MOST} bytes"
+        )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if mode is not None:

@@ -153,7 +153,8 @@ class QMPClient:
                 await stream.aclose()
                 await trio.sleep(_BUSY)
         except OSError as error:
-            raise QMPConnectionError(f"no QMP server at {path}: {error.strerror}") from error
+            why = error.strerror or error  # a path that is too long has no number
+            raise QMPConnectionError(f"no QMP server at {path}: {why}") from error
         async with cls.over(stream, oob=oob) as client:
             yield client
 

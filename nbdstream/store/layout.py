@@ -31,6 +31,7 @@ from nbdstream.errors import ImageGoneError, StoreError, UsageError
 from nbdstream.leaf import MAP_SUFFIX, create_leaf
 from nbdstream.leaf.base import BackingReference
 from nbdstream.leaf.files import sync_directory
+from nbdstream.net.address import UNIX_PATH_MOST
 from nbdstream.store.files import read_record, touch, write_record
 from nbdstream.store.locks import FileLock, acquire, is_held
 
@@ -157,6 +158,7 @@ class Store:
             StoreError: the directory cannot be a store, in one line.
         """
         self.root = root.absolute()
+        self._require_short()
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in ("images", "names", "building", "trash"):
@@ -167,6 +169,15 @@ class Store:
                 "choose another place with --store"
             ) from error
         self._require_private()
+
+    def _require_short(self) -> None:
+        """The images' sockets are in the store. Raises StoreError."""
+        longest = self.root / "images" / ("0" * ID_LENGTH) / "control"
+        if (excess := len(os.fsencode(longest)) - UNIX_PATH_MOST) > 0:
+            raise StoreError(
+                f"the path of the image store {self.root} is {excess} bytes too long for the "
+                "sockets in it: choose another place with --store"
+            )
 
     def _require_private(self) -> None:
         """A user who can write to a store chooses what guests see. Raises StoreError."""
