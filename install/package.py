@@ -176,7 +176,7 @@ def control(tree: Path) -> None:
         "Package": "nbdstream",
         "Version": __version__,
         "Architecture": "all",
-        "Maintainer": "nbdstream <nbdstream@users.noreply.github.com>",
+        "Maintainer": "the nbdstream developers <root@localhost>",
         "Installed-Size": str(size // 1024),
         "Depends": ", ".join(DEPENDS),
         "Recommends": ", ".join(RECOMMENDS),

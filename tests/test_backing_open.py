@@ -12,7 +12,7 @@ from tests.backing_support import image_file, opens_with
 image = pytest.fixture(image_file, scope="module")
 
 
-async def test_nobody_there(tmp_path: Path) -> None:
+async def test_no_server_there(tmp_path: Path) -> None:
     assert "no server listens" in await opens_with("nbd://127.0.0.1:1/")
     assert "no server listens" in await opens_with(peers.unix_uri(tmp_path / "none"))
 

@@ -144,7 +144,7 @@ async def test_room_is_spent_by_the_class_that_holds_it_alone() -> None:
     assert scheduler._reserved == 0
 
 
-async def test_a_cancelled_wait_holds_nobody_up(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_cancelled_wait_holds_up_no_other(autojump_clock: trio.testing.MockClock) -> None:
     scheduler = Scheduler(UNIT_LEAST)
     full = begin(scheduler, WINDOW_FIRST, Priority.STREAM)
     with trio.move_on_after(1):

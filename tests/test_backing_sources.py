@@ -232,7 +232,7 @@ async def test_a_web_server(content: bytes) -> None:
             assert got == [content]
 
 
-async def test_a_password_reaches_the_server_and_nobody_else(
+async def test_a_password_reaches_the_server_only(
     content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is in no command line, no environment, no log, no message, and not in the leaf."""
@@ -280,7 +280,7 @@ async def test_what_a_uri_lacks_is_said(uri: str) -> None:
     assert "wanted" in await opens_with(uri)
 
 
-async def test_nobody_answers_ssh() -> None:
+async def test_no_answer_by_ssh() -> None:
     assert "onnect" in await opens_with("ssh://127.0.0.1:1/image")
 
 

@@ -278,7 +278,7 @@ def plain_file(path: Path) -> None:
         (plain_file, "is not being served"),
     ],
 )
-async def test_nobody_at_the_socket_is_one_clear_line(
+async def test_no_server_at_the_socket_is_one_clear_line(
     tmp_path: Path, prepare: Callable[[Path], None], complaint: str
 ) -> None:
     path = tmp_path / "control.sock"

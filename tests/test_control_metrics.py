@@ -187,7 +187,7 @@ async def test_a_silent_client_is_hung_up_on(
             assert await stream.receive_some() == b""
 
 
-async def test_nobody_but_this_host_gets_in_by_default() -> None:
+async def test_only_this_host_gets_in_by_default() -> None:
     listeners = listen_web(":0")
     try:
         addresses = {listener.socket.getsockname()[0] for listener in listeners}

@@ -47,7 +47,7 @@ async def test_a_socket_that_a_dead_server_left_is_replaced(
         await connect(room)
 
 
-async def test_a_socket_where_somebody_listens_is_left_alone(
+async def test_a_socket_where_a_server_listens_is_left_alone(
     tmp_path: Path, connect: Connect
 ) -> None:
     async with control_room(tmp_path) as room:

@@ -124,7 +124,7 @@ async def test_a_leaf_that_was_taken_back_is_the_same_disk_with_its_hot_path(
     open_leaf(str(tmp_path / "leaf.raw"), format="raw").close()  # it is not locked
 
 
-async def test_a_leaf_that_nobody_took_over_is_taken_back_unasked(
+async def test_a_leaf_that_was_not_taken_over_is_taken_back_unasked(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """The tool that asked for it may have died: the guest's requests must not be held for ever."""

@@ -16,7 +16,7 @@ REFERENCE = BackingReference("nbd://far/image", "raw", SIZE, f"s1:{1:064x}")
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2", "qed"])
-def test_a_look_is_in_nobodys_way_and_sees_the_end_of_the_need(
+def test_a_look_is_in_no_ones_way_and_sees_the_end_of_the_need(
     tmp_path: Path, image_format: str
 ) -> None:
     path = str(tmp_path / f"leaf.{image_format}")

@@ -68,7 +68,7 @@ def test_wrong_refcounts_are_counted_at_the_open(
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_free_space_that_nobody_has_looked_at_is_not_used(
+def test_free_space_that_was_not_looked_at_is_not_used(
     kind: ImageKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tables of a large image are not all read at the open."""

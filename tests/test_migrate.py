@@ -129,7 +129,7 @@ def test_a_copy_that_may_be_the_only_complete_one_is_kept(
         assert kept == (postcopy or there in (There.COMPLETE, There.SILENT))
 
 
-def test_what_nobody_asked_for_is_not_set_back() -> None:
+def test_what_was_not_asked_for_is_not_set_back() -> None:
     """By a tool that does not know how it was before."""
     asked = replace(plan(), max_bandwidth=1 << 20)
     assert default_settings(asked).parameters == {"max-bandwidth": 128 << 20}
@@ -363,7 +363,7 @@ async def test_a_sealed_leaf_is_not_changed_by_the_next_process_before_it_is_uns
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-async def test_an_image_that_qemu_has_left_is_offered_again_as_long_as_nobody_wrote_it(
+async def test_an_image_that_qemu_has_left_is_offered_again_as_long_as_it_was_not_written(
     tmp_path: Path, image: Path, image_format: str
 ) -> None:
     """The name says nothing about the format, and neither does what a guest may have written."""

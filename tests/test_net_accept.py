@@ -110,7 +110,7 @@ async def test_a_newcomer_gets_the_place_of_the_one_that_was_silent_the_longest(
     ]
 
 
-async def test_a_newcomer_waits_until_somebody_was_silent_for_long_enough(
+async def test_a_newcomer_waits_until_a_client_was_silent_for_long_enough(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with accepting() as path:

@@ -189,7 +189,7 @@ async def test_a_complete_profile_is_left_alone_and_one_cut_short_is_improved(
         await boot(disk)
     assert read_profile(name) == mine
 
-    async def boot_anew() -> Profile:
+    async def boot_again() -> Profile:
         async with booting(leaf) as disk:
             while disk.on_read is None:
                 await trio.lowlevel.checkpoint()
@@ -198,10 +198,10 @@ async def test_a_complete_profile_is_left_alone_and_one_cut_short_is_improved(
 
     shorter = replace(mine, complete=False)
     write_profile(name, shorter)
-    assert units(await boot_anew()) == ORDER
+    assert units(await boot_again()) == ORDER
     longer = replace(shorter, ranges=(Range(0, SIZE),))
     write_profile(name, longer)
-    assert await boot_anew() == longer
+    assert await boot_again() == longer
 
 
 async def test_a_damaged_profile_is_left_alone(

@@ -228,7 +228,7 @@ async def test_a_guest_write_ahead_of_the_reader_wins(
         assert data == written
 
 
-async def test_the_mark_is_stored_even_if_nobody_reads_on(
+async def test_the_mark_is_stored_even_if_no_client_reads_on(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with far_disk() as (disk, leaf, backing):
@@ -242,7 +242,7 @@ async def test_the_mark_is_stored_even_if_nobody_reads_on(
         assert State.UNALLOCATED not in blocks
 
 
-async def test_whoever_wants_the_mark_gets_it_without_another_fetch(
+async def test_who_wants_the_mark_gets_it_without_another_fetch(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with far_disk() as (disk, leaf, backing):

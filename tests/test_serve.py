@@ -194,7 +194,7 @@ def sample_ranges_read(log: Path) -> list[tuple[int, int]]:
 
 
 def test_a_killed_server_loses_nothing(leaf: Path, image: Path) -> None:
-    """Each of several servers is killed after writes and zeroes that nobody flushed, over what
+    """Each of several servers is killed after writes and zeroes that were not flushed, over what
     is local and what is not. The stream goes on where it was."""
     expected = bytearray(image.read_bytes())
     rng = random.Random(4)

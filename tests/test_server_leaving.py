@@ -69,7 +69,7 @@ async def test_disconnect_waits_for_everything_in_flight() -> None:
         await polite.aclose()
 
 
-async def test_a_killed_client_is_noticed_by_nobody_else() -> None:
+async def test_a_killed_client_is_not_noticed_by_others() -> None:
     disk = MemoryExport(SIZE)
     async with attended(disk) as (server, path, bystander):
         command = [

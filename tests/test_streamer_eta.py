@@ -85,7 +85,7 @@ def test_large_units_on_a_slow_link() -> None:
         link.run(1, 0.7 * MIB)
 
 
-def test_a_stall_only_ever_makes_it_later_until_nobody_knows() -> None:
+def test_a_stall_only_ever_makes_it_later_until_it_is_not_known() -> None:
     link = streaming()
     link.run(10, 8 * MIB)
     last = link.progress.eta(link.now)

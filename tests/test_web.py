@@ -48,7 +48,7 @@ def signature(directory: Path, valid_for: float) -> str:
 
 
 async def test_a_signed_url_that_expires_is_asked_for_again(content: bytes) -> None:
-    """nginx's secure_link; the redirect leads to a URL that is signed anew each time."""
+    """nginx's secure_link; the redirect leads to a URL with a fresh signature each time."""
     with temporary_directory() as root:
         (root / "image").write_bytes(content)
         with nginx(root, served(root, signature(root, 3))) as server:

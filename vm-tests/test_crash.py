@@ -79,7 +79,7 @@ async def test_a_guest_outlives_the_servers_crashes(
 async def test_a_guest_goes_on_after_the_server_was_killed(
     leaf_format: str, busybox_image: Path, tmp_path: Path
 ) -> None:
-    """What the guest has written past its page cache, and nobody flushed, is there after each
+    """What the guest has written past its page cache, and did not flush, is there after each
     kill; its file system is whole."""
     leaf = tmp_path / f"leaf.{leaf_format}"
     socket = tmp_path / "nbd.sock"

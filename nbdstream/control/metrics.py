@@ -30,7 +30,7 @@ _BACKING_GAUGES = {
     "in-flight": "Bytes asked of the backing and not here yet.",
     "window": "Bytes that background reads may have in flight.",
     "rate": "Bytes per second that the backing delivers.",
-    "base-rtt": "Seconds that a small read of the backing takes when nothing else is under way.",
+    "base-rtt": "Mean seconds from a read of the backing to its reply, without a queue of background reads.",
 }
 _BACKING_COUNTERS = {
     "reconnects": "Connections made again after a loss.",

@@ -68,7 +68,7 @@ class Beneath:
 
     async def read(self, view: memoryview, offset: int) -> int:
         """Answer a read once the local copy has got what both lack. No fetch is needed for that:
-        whoever keeps the copy fetches nothing twice.
+        the process that keeps the copy fetches nothing twice.
 
         Returns how many bytes it had to get; 0 if the read cannot be answered in this way, and
         then the view's content is undefined.

@@ -161,7 +161,7 @@ class _Process:
         self._server.stop()
 
     async def _keep_space(self) -> None:
-        """Remove images that nobody uses while there is little space. A pause of what is pulled
+        """Remove images that have no user while there is little space. A pause of what is pulled
         comes later, and a guest that cannot write comes last."""
         while True:
             await trio.sleep(EVICTION_INTERVAL)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # whichever is less.
 RESERVE = 1 << 30
 RESERVE_PART = 0.05
-# Below this many times as much, what nobody uses should make room.
+# Below this many times as much, images that have no user should make room.
 LOW_TIMES = 2
 # Seconds for which a look at the free space holds.
 LOOK_INTERVAL = 1.0

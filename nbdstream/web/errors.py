@@ -7,7 +7,7 @@ REFUSES, WARNS = "refused: ", "warning: "
 
 
 class WebError(Exception):
-    """The server's answer is of no use, or there is none. It may be another one later."""
+    """The server's answer cannot be used, or there is none. A later one may be better."""
 
 
 class ReplacedError(WebError):
