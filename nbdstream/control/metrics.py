@@ -30,7 +30,7 @@ _BACKING_GAUGES = {
     "in-flight": "Bytes asked of the backing and not here yet.",
     "window": "Bytes that background reads may have in flight.",
     "rate": "Bytes per second that the backing delivers.",
-    "base-rtt": "Mean seconds from a read of the backing to its reply, without a queue of background reads.",
+    "base-rtt": "Mean seconds of a read of the backing without a queue of background reads.",
 }
 _BACKING_COUNTERS = {
     "reconnects": "Connections made again after a loss.",
