@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from testbed.hosts import Host, client, host_of_random_data, image, wait_until
-from testbed.peers import PeerError, assert_same, nbdstream_serve, run
+from testbed.peers import PeerError, assert_same, nbdstream_serve, run, temporary_directory
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -78,14 +78,14 @@ def test_one_store_by_two_names_is_one_store(place: Host) -> None:
 
 
 @contextmanager
-def small_file_system(directory: Path, size: int) -> Iterator[Path]:
+def small_file_system(size: int) -> Iterator[Path]:
     """A file system of so many bytes. Needs root."""
-    directory.mkdir()
-    run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", directory])
-    try:
-        yield directory
-    finally:
-        run(["umount", "--lazy", directory])
+    with temporary_directory() as directory:
+        run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", directory])
+        try:
+            yield directory
+        finally:
+            run(["umount", "--lazy", directory])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
@@ -94,7 +94,7 @@ def test_a_store_on_a_full_file_system_serves_its_guests_and_goes_on_with_more_s
 ) -> None:
     """Also those that are started again, and by a process that is started again. A new guest
     cannot be entered as a user, and is told so in one line."""
-    with small_file_system(place.leaves / "small", 6 * MIB) as directory:
+    with small_file_system(6 * MIB) as directory:
         place.store = directory / "store"
         (place.store / "images").mkdir(mode=0o700, parents=True)
         place.store.chmod(0o700)
