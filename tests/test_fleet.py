@@ -177,7 +177,7 @@ def test_the_printed_configuration_of_a_guest_is_valid(tmp_path: Path) -> None:
 
 
 def test_a_host_takes_the_second_address_of_its_cache(
-    fleet: net.Network, authority: Authority, image: Path, tmp_path: Path
+    fleet: net.Network, authority: Authority, image: Path, tmp_path: Path, stores: Path
 ) -> None:
     (rack,) = fleet.racks
     host = rack.hosts[0]
@@ -185,7 +185,7 @@ def test_a_host_takes_the_second_address_of_its_cache(
     with https_origin(fleet.origin, tmp_path / "origin", authority) as origin:
         shutil.copy(image, origin.root / "srv/images/debian-12.raw")
         with rack_cache(rack.cache, tmp_path / "rack", authority.certificate):
-            assert_same(pull(host, tmp_path / "store"), image)
+            assert_same(pull(host, stores / "s"), image)
 
 
 @pytest.mark.skipif(not WEED.exists(), reason="SeaweedFS has no package for this machine")

@@ -59,7 +59,7 @@ def test_sixteen_guests_wait_while_the_images_process_is_killed(place: Host) -> 
 
 def test_one_store_by_two_names_is_one_store(place: Host) -> None:
     """One image, one process, each byte once, and both guests are in the register."""
-    other = place.leaves / "other"
+    other = place.store.with_name("o")
     other.symlink_to(place.store)
     content = place.source.read_bytes()
     leaf = place.leaves / "other.qcow2"
