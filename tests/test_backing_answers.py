@@ -5,11 +5,13 @@ import errno
 
 import pytest
 import trio
+import trio.testing
 
 from nbdstream.backing import Priority, fingerprint, open_backing
 from nbdstream.backing import connect as connect_module
 from nbdstream.backing import pool as pool_module
 from nbdstream.backing.identity import sample_ranges
+from nbdstream.backing.pool import BULK_LEAST
 from nbdstream.errors import (
     BackingGoneError,
 )
@@ -81,14 +83,15 @@ async def test_the_timeout_ends_reads_of_a_server_that_never_answers(
 
 
 async def test_nothing_waits_for_connections_in_the_making() -> None:
-    samples = sample_ranges(MIB)
+    size = 2 * BULK_LEAST
+    samples = sample_ranges(size)
 
     async def script(number: int, cookie: bytes, offset: int, length: int, send: Reply) -> None:
         # The second connection, and all after it, never gets to show what it serves.
         if number <= 2 * len(samples) or (offset, length) not in samples:
             await _good(cookie, offset, length, send)
 
-    async with fake_server(MIB, script) as uri:
+    async with fake_server(size, script) as uri:
         async with open_backing(uri) as backing:
             identity = await fingerprint(backing)
         async with open_backing(uri, identity=identity) as backing:
@@ -96,3 +99,25 @@ async def test_nothing_waits_for_connections_in_the_making() -> None:
                 await read(backing, 8192, 4096, Priority.STREAM)
                 await read(backing, 8192, 4096, Priority.DEMAND)
             assert backing.statistics().connections == 1
+
+
+async def connections_for(size: int, priority: Priority) -> int:
+    """How many connections a backing of ``size`` bytes makes for two reads."""
+
+    async def script(number: int, cookie: bytes, offset: int, length: int, send: Reply) -> None:
+        await _good(cookie, offset, length, send)
+
+    async with fake_server(size, script) as uri, open_backing(uri) as backing:
+        for _ in range(2):
+            await read(backing, 8192, 4096, priority)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        return backing.statistics().connections
+
+
+async def test_bulk_connections_are_made_for_the_first_background_read() -> None:
+    assert await connections_for(2 * BULK_LEAST, Priority.DEMAND) == 1
+    assert await connections_for(2 * BULK_LEAST, Priority.STREAM) > 1
+
+
+async def test_a_small_image_is_read_on_one_connection() -> None:
+    assert await connections_for(BULK_LEAST, Priority.STREAM) == 1

@@ -3,12 +3,13 @@
 
 The first connection is for demand: bulk data does not fill it, so a demand read waits
 for nothing but the link itself. If the server allows several connections
-(NBD_FLAG_CAN_MULTI_CONN), a few more carry background reads, as soon as they are there.
-Otherwise, and until then, the one carries everything, which is correct, only less prompt.
+(NBD_FLAG_CAN_MULTI_CONN), a few more carry background reads; they are made for the first such
+read. Otherwise, and until then, the one carries everything, which is correct, only less prompt.
 
 Each connection has a slot and a task that replaces it for as long as the pool lives,
 with backoff and jitter. A new connection goes into service only after ``verify`` has
-looked at what is served there.
+looked at what is served there. An image of no more than `BULK_LEAST` bytes would be complete
+before they are of use: it has the one.
 
 A server of our own (`OwnServer`) has an export for each class of background reads, and a
 connection for each class is made when such a read first needs one. It is on this host, where
@@ -44,6 +45,8 @@ GOOD_LIFE = 1.0
 PATIENCE_FIRST = 5.0
 PATIENCE_MOST = 120.0
 WATCH_INTERVAL = 0.5
+# An image that is smaller is read on one connection.
+BULK_LEAST = 4 << 20
 
 _BACKGROUND = frozenset(Priority) - {Priority.DEMAND}
 
@@ -283,11 +286,9 @@ class Pool:
             for priority, uri in own.classes.items():
                 endpoint = replace(self._endpoint, uri=uri)
                 self._slots.append(_Slot(endpoint, frozenset({priority})))
-        elif connection.multi_conn:
+        elif connection.multi_conn and connection.size > BULK_LEAST:
             for _ in range(self._endpoint.bulk_connections):
-                slot = _Slot(self._endpoint, _BACKGROUND)
-                slot.needed.set()
-                self._slots.append(slot)
+                self._slots.append(_Slot(self._endpoint, _BACKGROUND))
         for slot in self._slots[1:]:
             nursery.start_soon(self._keep, slot, None, nursery)
 
