@@ -32,6 +32,7 @@ from nbdstream.store.layout import Image, Store
 from nbdstream.store.register import UserState, join, users
 from nbdstream.store.upkeep import prune, remove
 from testbed.leaves import drive, flush
+from testbed.peers import temporary_directory
 
 MIB = 1 << 20
 SIZE = MIB
@@ -299,10 +300,11 @@ test_images_that_are_needed_survive_kills_at_any_system_call = pytest.mark.timeo
 
 
 def test_a_user_that_comes_while_an_image_is_removed_is_told(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    image = store.create(reference(0))
-    trio.run(remove, store, image)
-    with pytest.raises(ImageGoneError):
-        join(image, str(tmp_path / "leaf.raw"), temporary=False)
-    with suppress(FileNotFoundError):
-        assert list(image.directory.iterdir()) == []
+    with temporary_directory() as directory:
+        store = Store(directory / "store")
+        image = store.create(reference(0))
+        trio.run(remove, store, image)
+        with pytest.raises(ImageGoneError):
+            join(image, str(tmp_path / "leaf.raw"), temporary=False)
+        with suppress(FileNotFoundError):
+            assert list(image.directory.iterdir()) == []

@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -15,15 +14,17 @@ from nbdstream.store.layout import Image, Store
 from nbdstream.store.live import LiveMap, live_path
 from nbdstream.store.local import LocalImage
 from testbed.leaves import flush
+from testbed.peers import temporary_directory
 
 BLOCK = 4096
 SIZE = 40 * BLOCK + 512
 
 
 @pytest.fixture
-def found(tmp_path: Path) -> Image:
+def found() -> Iterator[Image]:
     reference = BackingReference("nbd://far/image", "raw", SIZE, f"s1:{0:064x}")
-    return Store(tmp_path / "store").create(reference)
+    with temporary_directory() as directory:
+        yield Store(directory / "store").create(reference)
 
 
 @contextmanager
