@@ -132,7 +132,6 @@ def _start_control(
         seal=service.opened.seal,
         custody=service.custody,
         uris=service.uris,
-        clients=lambda: service.server.clients,
     )
     if control is not None:
         more = (

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hand-over commands of a disk that is served, for its control socket."""
 
-from collections.abc import Callable
-
 import trio
 
 from nbdstream.disk import StreamedDisk
@@ -24,7 +22,6 @@ def hand_over_commands(
     seal: Seal | None,
     custody: Custody,
     uris: list[str],
-    clients: Callable[[], int],
 ) -> tuple[object, ...]:
     """The groups of commands (see `nbdstream.control.table`) by which a disk changes hands.
 
@@ -36,7 +33,6 @@ def hand_over_commands(
             whether or not there is a control socket.
         custody: what clients are served.
         uris: where they are.
-        clients: returns how many of them are connected.
 
     Raises:
         UsageError, OSError: the address that the seal names cannot be listened at.
@@ -44,4 +40,4 @@ def hand_over_commands(
     offering = Offering(disk, device, nursery)
     if seal is not None:
         offering.resume(seal)
-    return offering, Standby(disk, job, stream), LetGo(custody, uris, clients)
+    return offering, Standby(disk, job, stream), LetGo(custody, uris)

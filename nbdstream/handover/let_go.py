@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands by which a leaf is let go of, so that the guest's QEMU opens it itself."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from nbdstream.control.table import command
@@ -11,13 +10,11 @@ from nbdstream.qmp.protocol import JSONObject
 
 
 class LetGo:
-    """Commands of the leaf that a `Custody` has; ``uris`` are where its clients find it,
-    ``clients`` returns how many are connected."""
+    """Commands of the leaf that a `Custody` has; ``uris`` are where its clients find it."""
 
-    def __init__(self, custody: Custody, uris: list[str], clients: Callable[[], int]) -> None:
+    def __init__(self, custody: Custody, uris: list[str]) -> None:
         self._custody = custody
         self._uris = uris
-        self._clients = clients
         self._path = str(Path(custody.disk.leaf.path).absolute())
 
     @command("x-nbdstream-pivot-query")
@@ -28,7 +25,6 @@ class LetGo:
         leaf = self._custody.disk.leaf
         answer: JSONObject = {
             "uris": self._uris,
-            "clients": self._clients(),
             "leaf": self._path,
             "format": leaf.format,
             "size": leaf.size,

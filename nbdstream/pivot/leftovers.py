@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from nbdstream.pivot.connected import wait_connected
 from nbdstream.pivot.nodes import Graph
-from nbdstream.pivot.servers import DiskServer, wait_connected
+from nbdstream.pivot.servers import DiskServer, PivotError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import CommandError, QMPConnectionError
 
@@ -38,8 +39,23 @@ async def forget_stop(qemu: QMPClient) -> None:
         await qemu.execute("blockdev-del", {"node-name": STOPPED})
 
 
-async def go_on(qemu: QMPClient) -> None:
-    """Continue the guest. Raises QMPError."""
+async def go_on(qemu: QMPClient, served: Sequence[tuple[str, list[str]]]) -> None:
+    """Continue the guest, once QEMU reaches the servers that it has: else it sees I/O errors.
+
+    Args:
+        served: leaves that are served, and the devices that are on them.
+
+    Raises:
+        PivotError: QEMU does not reach one of them. The guest stays stopped.
+        QMPError: QEMU does not answer.
+    """
+    try:
+        for leaf, devices in served:
+            await wait_connected(qemu, devices, leaf)
+    except PivotError as error:
+        raise PivotError(
+            f"{error}; the guest stays stopped until it does: 'nbdstream pivot' tries again"
+        ) from error
     if not (await qemu.execute("query-status"))["running"]:
         await qemu.execute("cont")
 
@@ -51,15 +67,15 @@ async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDis
         The disks that are not on their leaves.
 
     Raises:
-        QMPError, NbdstreamError, OSError: something does not answer, or a leaf cannot be taken
-            back.
+        QMPError, NbdstreamError, OSError: something does not answer, a leaf cannot be taken back,
+            or QEMU does not reach the server that the guest would go on with.
     """
     graph = await Graph.of(qemu)
     while unused := [*graph.unused(PROBE), *graph.unused(LEAF)]:  # and then those below them
         for node in unused:
             await qemu.execute("blockdev-del", {"node-name": node})
         graph = await Graph.of(qemu)
-    rest, pivoted = [], []
+    rest, pivoted, served = [], [], []
     for disk in disks:
         try:
             facts = await disk.server.facts()
@@ -74,10 +90,10 @@ async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDis
         rest.append(disk)
         if facts["let-go"]:
             await disk.server.take_back()
+        for node in graph.exports(facts["uris"]):
+            served.append((facts["leaf"], graph.devices_over(node)))
     if graph.has(STOPPED):
-        for disk in rest:
-            await wait_connected(disk.server)
-        await go_on(qemu)
+        await go_on(qemu, served)
         await forget_stop(qemu)
     for disk in pivoted:
         await disk.server.end()

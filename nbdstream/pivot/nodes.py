@@ -84,20 +84,35 @@ class Graph:
         """Whether there is a node of that name."""
         return name in self._nodes
 
+    def exports(self, uris: list[str]) -> list[str]:
+        """Nodes that are connected to one of these exports, and that something uses (one that a
+        killed pivot left is not)."""
+        wanted = [_place(uri) for uri in uris]
+        return [
+            name
+            for name, node in self._nodes.items()
+            if node["drv"] == "nbd" and _place(node["file"]) in wanted and self.in_use(name)
+        ]
+
+    def devices_over(self, name: str) -> list[str]:
+        """Ids, or QOM paths, of the guest's devices that use a node or what stands on it."""
+        devices = [str(one["qdev"]) for one in self._users(name) if one.get("qdev")]
+        for kind, user in self._parents(name):
+            if kind == "block-driver":
+                devices += self.devices_over(user)
+        return devices
+
+    def _users(self, name: str) -> list[JSONObject]:
+        """The entries of query-block that have this node inserted."""
+        return [one for one in self._devices if one.get("inserted", {}).get("node-name") == name]
+
     def find(self, uris: list[str]) -> Attached:
         """The disk that is connected to one of these exports.
 
         Raises:
             PivotError: there is none, or it cannot be replaced; the message says why.
         """
-        wanted = [_place(uri) for uri in uris]
-        ours = [
-            node["node-name"]
-            for node in self._nodes.values()
-            if node["drv"] == "nbd"
-            and _place(node["file"]) in wanted
-            and self.in_use(node["node-name"])  # one that a killed pivot left is not
-        ]
+        ours = self.exports(uris)
         if not ours:
             raise PivotError(f"this QEMU has no disk on {' or '.join(uris)}: not this guest's")
         if len(ours) > 1:
@@ -136,11 +151,7 @@ class Graph:
 
     def _device_of(self, name: str) -> str:
         """The QOM path of the device that uses a node, if nothing else uses it."""
-        paths = [
-            str(device["qdev"])
-            for device in self._devices
-            if device.get("qdev") and device.get("inserted", {}).get("node-name") == name
-        ]
+        paths = [str(one["qdev"]) for one in self._users(name) if one.get("qdev")]
         if len(paths) != 1 or len(self._parents(name)) != 1:
             raise PivotError(
                 f"the node {name} has other users than one device of the guest: it cannot be"

@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, contextmanager, suppress
 import trio
 
 from nbdstream.errors import NbdstreamError
+from nbdstream.pivot.connected import RECONNECT_SECONDS, wait_connected
 from nbdstream.pivot.leaf import PivotLeaf, backing_node
 from nbdstream.pivot.leftovers import (
     LEAF,
@@ -25,7 +26,7 @@ from nbdstream.pivot.leftovers import (
     remember_stop,
 )
 from nbdstream.pivot.nodes import Graph
-from nbdstream.pivot.servers import RECONNECT_SECONDS, Monitor, PivotError, wait_connected
+from nbdstream.pivot.servers import Monitor, PivotError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import CommandError, QMPError
 
@@ -57,10 +58,10 @@ async def pivot(monitor: Monitor, disks: Sequence[PivotDisk], *, now: bool = Fal
     """
     async with monitor.turn():
         async with monitor.open() as qemu:
-            with _in_time(CHECK_SECONDS + RECONNECT_SECONDS):
+            with _in_time(CHECK_SECONDS):
                 rest = await clear_up(qemu, disks)
+            with _in_time(CHECK_SECONDS):
                 prepared = await _prepare(qemu, rest, now=now)
-                await _for_each(prepared, lambda disk: wait_connected(disk.server))
                 running = (await qemu.execute("query-status"))["running"]
             if not prepared:
                 return 0.0
@@ -111,6 +112,7 @@ async def _prepare(qemu: QMPClient, disks: Sequence[PivotDisk], *, now: bool) ->
         if reason := facts.get("refused"):
             raise PivotError(f"{facts['leaf']}: {reason}")
         attached = graph.find(facts["uris"])
+        await wait_connected(qemu, graph.devices_over(attached.nbd), facts["leaf"])
         leaf, node = disk.leaf_path or facts["leaf"], LEAF + secrets.token_hex(4)
         prepared.append(
             PivotLeaf(
@@ -248,8 +250,10 @@ async def _go_on(
             " the same socket, then continue the guest (QMP 'cont')"
         )
     if running:
-        await _for_each(back, lambda disk: wait_connected(disk.server))
-        await go_on(qemu)
+        try:
+            await go_on(qemu, [(disk.leaf, graph.devices_over(disk.attached.nbd)) for disk in back])
+        except PivotError as error:
+            raise PivotError(f"{why}; {error}") from error
     await _leave(qemu, forth)
     return back
 

@@ -19,8 +19,6 @@ from nbdstream.service import Service
 CONNECT_SECONDS = 20.0
 END_SECONDS = 20.0
 TURN_SECONDS = 60.0
-# QEMU tries every 16 s at most to connect to an NBD server that was away.
-RECONNECT_SECONDS = 20.0
 _POLL = 0.05
 
 
@@ -51,23 +49,6 @@ class DiskServer(Protocol):
     async def end(self) -> None:
         """It is not needed any more. Best effort: one that stays does no harm."""
         ...
-
-
-async def wait_connected(server: DiskServer) -> None:
-    """Wait until QEMU has connected to a server that was away.
-
-    QEMU fails requests once the disk's ``reconnect-delay`` has passed, until it has connected
-    again. A guest that goes on too early sees I/O errors. One that has not used the disk since
-    the server came back has no connection either, and that does no harm: so this ends after
-    `RECONNECT_SECONDS` in any case.
-
-    Raises:
-        NbdstreamError, OSError: the server does not answer.
-    """
-    with trio.move_on_after(RECONNECT_SECONDS):
-        # Polled: no event tells of a client. An older server does not say how many it has.
-        while not (await server.facts()).get("clients", 1):  # noqa: ASYNC110
-            await trio.sleep(_POLL)
 
 
 class ControlledServer:
@@ -120,7 +101,7 @@ class OwnServer:
     """The server that runs in this process."""
 
     def __init__(self, service: Service) -> None:
-        self._commands = LetGo(service.custody, service.uris, lambda: service.server.clients)
+        self._commands = LetGo(service.custody, service.uris)
 
     @asynccontextmanager
     async def line(self) -> AsyncIterator[None]:

@@ -65,7 +65,7 @@ def main() -> None:
 async def demo(shape: Shape, leaf_format: str, data: int, brief: bool) -> None:
     """Run all parts; temporary files are gone afterwards."""
     show = Show()
-    with tempfile.TemporaryDirectory(dir=images.CACHE.parent, prefix="demo-") as name:
+    with tempfile.TemporaryDirectory(dir=images.beside(), prefix="demo-") as name:
         directory = Path(name)
         image = images.copy_image(images.debian() / "disk.raw", directory / "remote.raw")
         status = image.stat()

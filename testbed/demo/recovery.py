@@ -68,7 +68,7 @@ async def demo(shape: Shape, size: int, data: int) -> None:
         with host("here", Path(short) / "h") as here:
             await ready(here)
             # Large files do not belong into /tmp; a socket's path has to be short.
-            with tempfile.TemporaryDirectory(dir=images.CACHE.parent, prefix="demo-") as name:
+            with tempfile.TemporaryDirectory(dir=images.beside(), prefix="demo-") as name:
                 directory = Path(name)
                 backup = await lose_a_guest(show, here, directory, Path(short), size, data)
                 results = [

@@ -23,6 +23,12 @@ from testbed.processes import TOP
 CACHE = TOP / ".cache" / "images"
 
 
+def beside() -> Path:
+    """Return the directory that has the cache, for large files that are not kept."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE.parent
+
+
 def busybox() -> Path:
     """Return the directory of the small guest: ``disk.raw``, ``vmlinuz``, ``initrd``."""
     return _cached("busybox", busybox_image)
