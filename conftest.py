@@ -3,12 +3,16 @@
 property tests that draw the same examples in each run."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 pytest_plugins = ["testbed.strict", "testbed.guests.fixtures"]
+
+# A shell that starts the tests in the background has them ignore SIGINT, and what they start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A change is judged by itself, not by the luck of the draw. NBDSTREAM_FRESH=1 draws others.
 settings.register_profile("fixed", derandomize=True)
