@@ -276,6 +276,7 @@ def plain_file(path: Path) -> None:
         (no_socket, "No such file or directory"),
         (dead_socket, "Connection refused"),
         (plain_file, "is not being served"),
+        (Path.mkdir, "is a directory: name the control socket, or the leaf"),
     ],
 )
 async def test_no_server_at_the_socket_is_one_clear_line(

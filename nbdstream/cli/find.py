@@ -44,8 +44,10 @@ def findable(leaf: Leaf, control: Listener | None) -> Iterator[None]:
 def control_socket(name: str) -> str:
     """The control socket that a user means who names it, or the leaf that is being served.
 
-    Raises NbdstreamError if ``name`` is a file and no server of it can be found.
+    Raises NbdstreamError if ``name`` is a file and no server of it can be found, or a directory.
     """
+    if Path(name).is_dir():
+        raise NbdstreamError(f"{name} is a directory: name the control socket, or the leaf")
     if not _is_file(name):
         return name
     socket = control_of(name)

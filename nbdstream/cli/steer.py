@@ -140,6 +140,9 @@ def _backing_fact(backing: JSONObject | None) -> str:
 def watch(control: str) -> None:
     """Show progress until the stream job ends.
 
+    On a terminal it fills the screen. Keys: space pauses and resumes the job, + and - double and
+    halve its limit, 0 lifts the limit, q leaves; the job continues then.
+
     The exit status is 0 if the whole disk is local, and 1 if the job was cancelled or
     failed, or if the server ended before the job did.
     """
