@@ -112,7 +112,7 @@ async def test_the_destination_dies_before_it_runs(
             move = Migration(plan, kill)
             with pytest.raises(MigrationError, match="the guest stays at the source"):
                 await move.run()
-            assert before.parameters == odd
+            assert before.parameters.items() >= odd.items()
             assert await Settings.of(guest.guest.qmp) == before
             seen = last_acknowledged(guest.console.transcript)
             await guest.console.wait_for(rf"ACK {seen + 3}\b", 60)
