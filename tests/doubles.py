@@ -109,7 +109,7 @@ class MemoryLeaf(Leaf):
         write_exactly(self.fd, view, offset)
         self._mark(offset, length, State.DATA)
 
-    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, *, unmap: bool, as_backing: bool = False) -> None:
         self.signal()
         if self.store_error is not None:
             raise self.store_error

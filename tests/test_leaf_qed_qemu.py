@@ -2,13 +2,16 @@
 """QED and QEMU on the same image, taking turns."""
 
 import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from nbdstream.extents import align_down, align_up
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference, State
-from testbed.leaves import flush
+from testbed.leaves import drive, flush
 from testbed.peers import run
 from tests.leaf_support import (
     BACKING,
@@ -51,30 +54,40 @@ def test_we_read_what_qemu_wrote(path: Path, tmp_path: Path) -> None:
     qemu_check(path, "qed")
 
 
-def test_taking_turns_with_qemu(tmp_path: Path) -> None:
-    path = tmp_path / "disk.qed"
-    SMALL.make(path, SIZE, BACKING)
-    model = bytearray(SIZE)
-    rng = random.Random(5)
+@pytest.mark.parametrize("seed", range(6))
+def test_taking_turns_with_qemu(tmp_path: Path, seed: int) -> None:
+    """Over a backing that has data nearly everywhere. What we zero or fetch as zeroes reads as
+    zeroes also after QEMU has written a part of the cluster."""
+    path, rng = tmp_path / "disk.qed", random.Random(seed)
+    model = bytearray(rng.randbytes(SIZE))
+    model[4 << 20 : 5 << 20] = bytes(1 << 20)
+    backing = bytes(model)
+    (tmp_path / "base.raw").write_bytes(backing)
+    SMALL.make(path, SIZE, replace(BACKING, uri=str(tmp_path / "base.raw")))
     for turn in range(12):
         commands = []
         leaf = open_leaf(str(path)) if turn % 2 else None
         for _ in range(10):
             offset = rng.randrange(SIZE // 512 - 300) * 512
             length = rng.randrange(1, 300) * 512
-            byte = rng.randrange(256)
-            if leaf is None:
-                commands.append(f"write -P {byte} {offset} {length}")
+            byte = rng.choice((0, rng.randrange(256)))
+            if leaf is not None and byte == 0:
+                offset, length = align_down(offset, CLUSTER), align_up(length, CLUSTER)
+                fetched = not any(backing[offset : offset + length])
+                unmap = rng.random() < 0.7
+                drive(leaf, partial(leaf.zero, offset, length, unmap=unmap, as_backing=fetched))
+            elif leaf is not None:
+                guest_write(leaf, offset, bytes([byte]) * length, backing)
             else:
-                guest_write(leaf, offset, bytes([byte]) * length, b"")
+                commands.append(f"write -P {byte} {offset} {length}")
             model[offset : offset + length] = bytes([byte]) * length
         if leaf is None:
-            qemu_io(path, *commands)
+            run(["qemu-io", *(word for line in commands for word in ("-c", line)), path])
         else:
             leaf.close()
         qemu_check(path, "qed")
         reader = open_leaf(str(path), read_only=True)
-        assert read(reader, 0, SIZE, b"") == model
+        assert read(reader, 0, SIZE, backing) == model
         reader.close()
 
 

@@ -32,13 +32,10 @@ async def pivot_now(vm: str, server: Peer) -> float:
     return await pivot_run.pivot(Monitor.at(vm), [disk_of(server)], now=True)
 
 
-@pytest.mark.parametrize("suffix", ["qcow2", "qed"])
-async def test_qemu_goes_on_with_its_own_copy_on_read(
-    tmp_path: Path, image: Path, suffix: str
-) -> None:
+async def test_qemu_goes_on_with_its_own_copy_on_read(tmp_path: Path, image: Path) -> None:
     """Small writes leave clusters that are local in part; they are made whole first. Then QEMU's
     own job streams the rest, and the backing is not needed any more."""
-    leaf, expected = tmp_path / f"leaf.{suffix}", tmp_path / "expected"
+    leaf, expected = tmp_path / "leaf.qcow2", tmp_path / "expected"
     run(["cp", image, expected])
     changes = ["write -P 0x11 512 512", "write -P 0x22 1M 4k", "write -P 0x33 1500k 6k"]
     run(["qemu-io", "-f", "raw", *(word for text in changes for word in ("-c", text)), expected])
@@ -67,7 +64,7 @@ async def test_qemu_goes_on_with_its_own_copy_on_read(
                     while Path(vm).exists():  # noqa: ASYNC110, ASYNC240
                         await trio.sleep(0.01)
     raw = tmp_path / "raw"
-    run(["qemu-img", "convert", "-f", suffix, "-O", "raw", leaf, raw])
+    run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", leaf, raw])
     assert_same(raw, expected)
 
 
@@ -99,6 +96,7 @@ async def test_an_early_pivot_that_fails_is_taken_back_and_the_stream_goes_on(
     ("suffix", "scheme", "words"),
     [
         ("raw", "", "only nbdstream can tell what a raw leaf lacks"),
+        ("qed", "", "QEMU's driver of QED would show the backing's data"),
         ("qcow2", "file", "QEMU cannot read its backing itself"),
     ],
 )

@@ -42,11 +42,10 @@ async def pull(place: Host) -> None:
     await trio.to_thread.run_sync(work)
 
 
-@pytest.mark.parametrize("suffix", ["qcow2", "qed"])
 async def test_qemu_opens_leaf_and_image_and_nothing_of_ours_is_left(
-    tmp_path: Path, place: Host, suffix: str
+    tmp_path: Path, place: Host
 ) -> None:
-    leaf, expected = place.leaves / f"leaf.{suffix}", tmp_path / "expected"
+    leaf, expected = place.leaves / "leaf.qcow2", tmp_path / "expected"
     run(["cp", place.source, expected])
     run(["qemu-io", "-f", "raw", *(word for text in CHANGES for word in ("-c", text)), expected])
     with place.guest(leaf.name, *THIN) as server, qemu(tmp_path, Disk.nbd(server.uri)) as vm:
@@ -77,10 +76,23 @@ async def test_qemu_opens_leaf_and_image_and_nothing_of_ours_is_left(
         moved.rename(leaf)
     assert leaf.stat().st_blocks * 512 < SIZE
     raw = tmp_path / "raw"
-    run(["qemu-img", "convert", "-f", suffix, "-O", "raw", leaf, raw])  # QEMU alone can read it
+    run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", leaf, raw])  # QEMU alone can read it
     assert_same(raw, expected)
     with place.guest(leaf.name, *THIN) as server:  # the far end is away, and not needed
         assert_same(server.uri, expected)
+
+
+@pytest.mark.parametrize("suffix", ["qed", "raw"])
+async def test_a_leaf_that_qemu_cannot_use_over_an_image_is_refused(
+    tmp_path: Path, place: Host, suffix: str
+) -> None:
+    await pull(place)
+    with place.guest(f"leaf.{suffix}", *THIN) as server, qemu(tmp_path, Disk.nbd(server.uri)) as vm:
+        await qemu_io(vm, "d0", CHANGES[0])
+        with pytest.raises(PivotError, match="the leaf is thin, and "):
+            await pivot(vm, [disk_of(server)])
+        assert await is_running(vm)
+        await qemu_io(vm, "d0", CHANGES[0].replace("write", "read"))
 
 
 async def test_a_pivot_that_fails_is_taken_back(

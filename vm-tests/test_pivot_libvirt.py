@@ -45,24 +45,24 @@ def failing_virsh(ends: Ends, command: str) -> Path:
 
 async def pivot_domain(at: Host, ends: Ends, control: str, fails: str = "") -> tuple[int, str]:
     """Run the documented script; its status, and what it says. ``fails``: a command of virsh that
-    does not succeed."""
+    does not succeed. Its commands are shown with their times: one that hangs is the last."""
     (script,) = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.S | re.M)
     program = write(ends.path("pivot-domain"), script)
     first = failing_virsh(ends, fails)
     settings = {
         "VIRSH_DEFAULT_CONNECT_URI": at.uri,
         "PATH": f"{first}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PS4": r"+ \t ",
     }
-    with trio.fail_after(120):
-        done = await trio.run_process(
-            ["bash", program, DOMAIN, "vda", control],
-            env=os.environ | settings,
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-        )
-    print(done.stdout.decode(), done.stderr.decode())
-    return done.returncode, done.stderr.decode()
+    said = ends.path("said")
+    command = ["bash", "-c", 'exec bash -x "$@" >"$0" 2>&1', said, program, DOMAIN, "vda", control]
+    try:
+        with trio.fail_after(120):
+            done = await trio.run_process(command, env=os.environ | settings, check=False)
+    finally:
+        words = await trio.Path(said).read_text()
+        print(words)
+    return done.returncode, words
 
 
 @pytest.mark.parametrize("suffix", ["qcow2", "qed", "raw"])

@@ -29,7 +29,7 @@ from nbdstream.service import Service
 @click.option(
     "--now",
     is_flag=True,
-    help="Do not wait for a qcow2 or QED leaf to be complete: QEMU reads the rest by itself.",
+    help="Do not wait for a qcow2 leaf to be complete: QEMU reads the rest by itself.",
 )
 def pivot(controls: tuple[str, ...], qmp: str, leaf_paths: tuple[str, ...], now: bool) -> None:
     """Let a running guest go on from its leaf, without nbdstream.

@@ -301,7 +301,7 @@ class Fetcher:
         leaf = self._leaf
         for start, length, zero in zero_runs(data, leaf.cluster_size):
             if zero:
-                leaf.zero(offset + start, length, unmap=True)
+                leaf.zero(offset + start, length, unmap=True, as_backing=True)
                 self.zero_bytes += length
             else:
                 leaf.write(offset + start, data[start : start + length])

@@ -170,7 +170,7 @@ class Populator:
 
         def fill(at: int, size: int) -> None:
             for extent in self._lookup.unallocated(at, size):
-                self._leaf.zero(extent.offset, extent.length, unmap=True)
+                self._leaf.zero(extent.offset, extent.length, unmap=True, as_backing=True)
 
         for at in range(start, end, ZERO_PIECE):
             await self._atomically(fill, at, min(ZERO_PIECE, end - at))

@@ -36,6 +36,11 @@ from nbdstream.tasks import in_worker, start_contained
 
 log = logging.getLogger(__name__)
 
+# Why QEMU cannot go on with a leaf of this format as long as it has a backing.
+_NOT_OVER_A_BACKING = {
+    "raw": "only nbdstream can tell what a raw leaf lacks",
+    "qed": "QEMU's driver of QED would show the backing's data where the guest writes zeroes",
+}
 _REASON = "the leaf was let go of: another process may have it"
 # Seconds that requests under way get to end before the leaf is closed.
 DRAIN_SECONDS = 5.0
@@ -143,15 +148,15 @@ class Custody:
             return disk.gate.reason
         if not incomplete:
             return "the leaf is not complete: it still depends on its backing"
-        if disk.leaf.format == "raw":
-            return "the leaf is not complete, and only nbdstream can tell what a raw leaf lacks"
+        if reason := _NOT_OVER_A_BACKING.get(disk.leaf.format):
+            return f"the leaf is not complete, and {reason}"
         return disk.gate.reason
 
     def _refusal_of_thin(self, backing: Backing) -> str:
         if backing.local is None or not backing.local.complete.is_set():
             return "the leaf is thin, and the store's image below it is not wholly local yet"
-        if self.disk.leaf.format == "raw":
-            return "the leaf is thin, and only nbdstream can tell what a raw leaf lacks"
+        if reason := _NOT_OVER_A_BACKING.get(self.disk.leaf.format):
+            return f"the leaf is thin, and {reason}"
         return self.disk.gate.reason
 
     async def release(self, *, incomplete: bool = False) -> None:

@@ -232,12 +232,12 @@ class Leaf(abc.ABC):
         """
 
     @abc.abstractmethod
-    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, *, unmap: bool, as_backing: bool = False) -> None:
         """Make whole blocks read as zeroes, allocated as far as the backing is concerned.
 
         ``unmap`` lets the format give the space back; without it the space is kept or
-        reserved where the format can (NBD_CMD_FLAG_NO_HOLE). The caller bounds the
-        length (tens of MiB).
+        reserved where the format can (NBD_CMD_FLAG_NO_HOLE). ``as_backing``: the backing
+        reads as zeroes there, too. The caller bounds the length (tens of MiB).
 
         Raises ColdMetadata, FlushNeeded, OSError, LeafFormatError (damage under the range).
         """

@@ -213,7 +213,7 @@ class Qcow2Leaf(DurableLeaf):
         else:
             self._changes.write(offset, view)
 
-    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, *, unmap: bool, as_backing: bool = False) -> None:
         """See `Leaf.zero`. Raises LeafFormatError where an L2 table is damaged.
 
         With ``unmap`` whole clusters are freed; without it space is kept and reserved.

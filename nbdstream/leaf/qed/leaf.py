@@ -20,7 +20,9 @@ image that is opened for writing with the bit set is checked and repaired first
 (`nbdstream.leaf.qed.check`), as the specification demands.
 
 Clusters never change hands (see `nbdstream.leaf.qed.tables`). Zeroing a data cluster punches
-a hole in place; zeroing an unallocated one only marks it.
+a hole in place. Zeroing an unallocated one marks it as a zero cluster only where the backing has
+zeroes, too: QEMU's driver fills up a zero cluster of which it writes a part with what the backing
+has there. Elsewhere it gets a data cluster that is a hole.
 """
 
 import logging
@@ -199,7 +201,7 @@ class QedLeaf(DurableLeaf):
                 tables.store(claim, cluster, tables.end)
                 tables.end += count << bits
 
-    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, *, unmap: bool, as_backing: bool = False) -> None:
         """See `Leaf.zero`. A data cluster stays where it is, and is zeroed or punched."""
         tables = self._tables
         bits = tables.cluster_bits
@@ -216,8 +218,24 @@ class QedLeaf(DurableLeaf):
                 size = min((cluster + count) << bits, end) - start
                 host = entry + start - (cluster << bits)
                 files.zero_range(self.fd, host, size, unmap=unmap)
-        for cluster, claim in claims:
-            tables.store(claim, cluster, ZERO)
+        if as_backing:
+            for cluster, claim in claims:
+                tables.store(claim, cluster, ZERO)
+            return
+        counts = [count for _, count, _ in marks]
+        self._add_holes(sum(counts) << bits, unmap=unmap)
+        for (cluster, claim), count in zip(claims, counts, strict=True):
+            tables.store(claim, cluster, tables.end)
+            tables.end += count << bits
+
+    def _add_holes(self, length: int, *, unmap: bool) -> None:
+        """Have zeroes at the end of the clusters in use, whatever a failed write left there."""
+        if length:
+            end = self._tables.end
+            os.ftruncate(self.fd, end)
+            os.ftruncate(self.fd, end + length)
+            if not unmap:
+                files.zero_range(self.fd, end, length, unmap=False)
 
     def _prepare(self, runs: list[tuple[int, int, int]]) -> None:
         """Have NEED_CHECK set, and an L2 table, for every run whose entries will change.

@@ -163,7 +163,7 @@ class RawLeaf(DurableLeaf):
         allocation.mark(claims)
         self.on_allocated(offset, len(view))
 
-    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, *, unmap: bool, as_backing: bool = False) -> None:
         """See `Leaf.zero`. With ``unmap`` a hole is punched."""
         allocation = self._map
         claims = None
