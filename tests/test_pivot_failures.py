@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nbdstream.guest.disks import Disk
+from nbdstream.guest.disks import Disk, nbd_options
 from nbdstream.pivot.leaf import PivotLeaf
 from nbdstream.pivot.servers import PivotError
 from nbdstream.qmp.client import QMPClient
@@ -69,38 +69,44 @@ async def test_a_step_that_fails_has_its_way_back(
             await qemu_io(vm, "d0", "read -P 0x22 64k 64k")
 
 
-@pytest.mark.parametrize("step", ["blockdev-add", "blockdev-reopen", "cont", "quit"])
+@pytest.mark.parametrize("step", ["blockdev-add", "blockdev-reopen", "cont", "closing", "quit"])
 async def test_a_tool_that_is_killed_leaves_what_the_next_one_can_mend(
     tmp_path: Path, image: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guest is stopped then; the next one knows by whom, and has it go on."""
+    """The guest is stopped then; the next one knows by whom, and has it go on. In the end nothing
+    in QEMU is connected to the server, which ends: the next 'stop' would wait for it."""
     execute = QMPClient.execute
 
     class Killed(BaseException):
         pass
 
     async def die(self: QMPClient, name: str, *args: Any, **more: Any) -> Any:
-        if name == step and "stopped" not in str(args):
+        killed = name == step and "stopped" not in str(args)
+        if killed or (step == "closing" and "export" in str(args)):
             raise Killed
         return await execute(self, name, *args, **more)
 
     leaf = tmp_path / "leaf.qcow2"
     with nbdkit("file", image, readonly=True) as far, nbdstream_serve(leaf, far.uri) as server:
         await wait_local(server)
-        with qemu(tmp_path, Disk.nbd(server.uri)) as vm:
+        export = Disk({**nbd_options(server.uri), "reconnect-delay": 60}).named("export")
+        disk = Disk({"driver": "raw", "discard": "unmap", "file": "export"})
+        with qemu(tmp_path, disk, arguments=("-blockdev", export)) as vm:
             await qemu_io(vm, "d0", "write -P 0x11 0 64k")
             monkeypatch.setattr(QMPClient, "execute", die)
             monkeypatch.setattr(PivotLeaf, "probe", _no_probe)
             with pytest.raises((Killed, BaseExceptionGroup)):
                 await pivot(vm, [disk_of(server)])
             monkeypatch.undo()
-            assert await is_running(vm) is (step == "quit")
+            assert await is_running(vm) is (step in ("closing", "quit"))
             assert (await ask(str(server.control), "x-nbdstream-pivot-query"))["let-go"]
             await pivot(vm, [disk_of(server)])
             assert await is_running(vm)
             server.process.wait(20)
             await qemu_io(vm, "d0", "read -P 0x11 0 64k")
-            names = [node["node-name"] for node in await ask(vm, "query-named-block-nodes")]
+            nodes = await ask(vm, "query-named-block-nodes")
+            assert "nbd" not in {node["drv"] for node in nodes}
+            names = [node["node-name"] for node in nodes]
             assert [name.startswith("nbdstream-leaf") for name in names].count(True) == 1
             assert "nbdstream-stopped" not in names
 

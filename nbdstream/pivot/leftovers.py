@@ -75,7 +75,7 @@ async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDis
         for node in unused:
             await qemu.execute("blockdev-del", {"node-name": node})
         graph = await Graph.of(qemu)
-    rest, pivoted, served = [], [], []
+    rest, pivoted, served, connected = [], [], [], []
     for disk in disks:
         try:
             facts = await disk.server.facts()
@@ -86,6 +86,7 @@ async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDis
         nodes = graph.leaves(LEAF, disk.leaf_path or facts["leaf"])
         if facts["let-go"] and any(graph.in_use(node) for node in nodes):
             pivoted.append(disk)
+            connected += graph.exports(facts["uris"], used=False)
             continue
         rest.append(disk)
         if facts["let-go"]:
@@ -95,6 +96,8 @@ async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDis
     if graph.has(STOPPED):
         await go_on(qemu, served)
         await forget_stop(qemu)
+    for node in connected:  # else QEMU would wait for the server when it next flushes all nodes
+        await qemu.execute("blockdev-del", {"node-name": node})
     for disk in pivoted:
         await disk.server.end()
     return rest

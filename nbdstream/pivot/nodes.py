@@ -84,14 +84,14 @@ class Graph:
         """Whether there is a node of that name."""
         return name in self._nodes
 
-    def exports(self, uris: list[str]) -> list[str]:
-        """Nodes that are connected to one of these exports, and that something uses (one that a
-        killed pivot left is not)."""
+    def exports(self, uris: list[str], *, used: bool = True) -> list[str]:
+        """Nodes that are connected to one of these exports, and that something uses; or those
+        that nothing uses, as a killed pivot leaves one."""
         wanted = [_place(uri) for uri in uris]
         return [
             name
             for name, node in self._nodes.items()
-            if node["drv"] == "nbd" and _place(node["file"]) in wanted and self.in_use(name)
+            if node["drv"] == "nbd" and _place(node["file"]) in wanted and self.in_use(name) is used
         ]
 
     def devices_over(self, name: str) -> list[str]:
