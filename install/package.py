@@ -34,15 +34,17 @@ DEPENDS = (
     "python3-zstandard (>= 0.20)",
     "passwd",
 )
-# What backings other than NBD need, and what the manual's commands use.
+# What backings other than NBD need, and what the manual's commands use: with the package alone,
+# 'nbdstream boot https://...' boots a guest.
 RECOMMENDS = (
     "nbdkit",
     "nbdkit-plugin-python",
     "python3-pycurl",
+    "qemu-system-x86",
     "qemu-utils",
     "ca-certificates",
 )
-SUGGESTS = ("qemu-system-x86", "python3-boto3", "libnbd-bin")
+SUGGESTS = ("python3-boto3", "libnbd-bin")
 HOME = "usr/lib/nbdstream"
 LAUNCHER = f"""\
 #!/usr/bin/python3 -I

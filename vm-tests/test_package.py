@@ -14,13 +14,17 @@ from install import man, package
 from nbdstream import __version__
 from testbed.guests.debian_image import SUITE, mirror
 from testbed.peers import run, temporary_directory
+from testbed.web import nginx
 
 # In the clean root: install the package as users do, and use it. A step that fails ends it.
 CHECK = f"""
 set -eux
 export DEBIAN_FRONTEND=noninteractive
-tools="nbdkit qemu-utils libnbd-bin"
-apt-get install -q -y /srv/nbdstream_{__version__}_all.deb $tools </dev/null
+# As apt does by default, and mmdebstrap does not.
+deb=/srv/nbdstream_{__version__}_all.deb
+apt-get install -o APT::Install-Recommends=true -q -y $deb </dev/null
+qemu-system-x86_64 --version
+apt-get install -q -y libnbd-bin </dev/null
 cd /srv
 test "$(nbdstream --version)" = "nbdstream, version {__version__}"
 head -c 8M /dev/urandom >base.raw
@@ -49,9 +53,31 @@ echo all is well
 apt-get install -q -y systemd systemd-sysv dbus </dev/null
 """
 # What is done when systemd has started in the root; it ends with the machine's end.
-SCRIPT = """
+SCRIPT = r"""
 set -ux
 cd /srv
+soon() { for i in $(seq 1200); do "$@" && return; sleep 0.1; done; }
+
+update-ca-certificates
+nbdstream boot $(cat image.url) -m 128M </dev/null >boot.out 2>&1 &
+soon grep -q 'GUEST READY' boot.out && echo a guest boots from HTTPS
+kill $!
+wait $!
+
+systemctl start nbdstream@vm2.socket
+qemu-system-x86_64 -nodefaults -display none -accel tcg -m 32 \
+    -qmp unix:/run/vm2.qmp,server=on,wait=off \
+    -blockdev driver=raw,node-name=disk0,file.driver=nbd,\
+file.server.type=unix,file.server.path=/run/nbdstream/vm2.sock \
+    -device virtio-blk-pci,drive=disk0 &
+soon chmod 666 /run/vm2.qmp
+soon sh -c 'ls -l /proc/'$!'/fd | grep vm2.qcow2' && echo the guest has its leaf
+soon sh -c '! systemctl is-active -q nbdstream@vm2.service'
+sleep 2  # past RestartSec
+systemctl show -p ActiveState,Result,NRestarts nbdstream@vm2.service
+journalctl --no-pager -u nbdstream@vm2.service
+kill $!
+
 uri='nbd+unix:///?socket=/run/nbdstream/vm1.sock'
 systemctl start nbdstream@vm1.socket
 nbdinfo --size "$uri"
@@ -68,6 +94,12 @@ journalctl --no-pager -u nbdstream@vm1.service
 apt-get remove -q -y nbdstream
 test ! -e /usr/lib/nbdstream && echo removed
 systemctl poweroff
+"""
+# Its guest goes on from the leaf when that is complete.
+PIVOTED = """
+leaf = "vm2.qcow2"
+backing = "qcow2+/srv/leaf.qcow2"
+pivot = "/run/vm2.qmp"
 """
 PROBE = """
 [Unit]
@@ -104,7 +136,7 @@ def root(built: Path) -> Iterator[tuple[Path, str]]:
         try:
             yield place, as_root(*command, SUITE, str(place), mirror(), seconds=540)
         finally:
-            as_root("rm", "-rf", "--one-file-system", str(place), seconds=60)
+            as_root("rm", "-rf", "--one-file-system", str(place), seconds=300)
 
 
 def as_root(*command: str, seconds: float) -> str:
@@ -126,28 +158,21 @@ def test_the_debian_package_on_a_clean_system(root: tuple[Path, str]) -> None:
     assert "all is well" in root[1]
 
 
-@pytest.mark.timeout(300)
-def test_the_service_under_systemd(root: tuple[Path, str], tmp_path: Path) -> None:
-    """A container that is booted: the unit with all of its hardening, and systemd's watchdog."""
+@pytest.mark.timeout(400)
+def test_the_service_under_systemd(
+    root: tuple[Path, str], tmp_path: Path, busybox_image: Path
+) -> None:
+    """A container that is booted: the unit with all of its hardening, and systemd's watchdog. And
+    what needs no more than the package: a guest from HTTPS, and one that goes on from its leaf."""
     place = root[0]
-    wants = "etc/systemd/system/multi-user.target.wants"
-    files = {
-        "srv/probe.sh": SCRIPT,
-        "etc/systemd/system/probe.service": PROBE,
-        "etc/nbdstream/vm1.toml": CONFIG,
-        # Not half a minute of waiting.
-        "etc/systemd/system/nbdstream@.service.d/test.conf": "[Service]\nWatchdogSec=3\n",
-    }
-    for name, text in files.items():
-        (tmp_path / "file").write_text(text)
-        as_root("install", "-D", "-m644", str(tmp_path / "file"), str(place / name), seconds=10)
-    as_root("mkdir", "-p", str(place / wants), seconds=10)
-    as_root("ln", "-s", "../probe.service", str(place / wants / "probe.service"), seconds=10)
-    as_root(
-        "systemd-nspawn", "--register=no", "--keep-unit", "-q", "-D", str(place), "-b", seconds=240
-    )
-    said = as_root("cat", str(place / "srv/probe.out"), seconds=10)
+    with nginx(busybox_image) as web:
+        trusted = place / "usr/local/share/ca-certificates/tests.crt"
+        as_root("install", "-D", "-m644", str(web.authority), str(trusted), seconds=10)
+        said = in_container(place, tmp_path, web.tls_url("disk.raw"))
     for words in (
+        "a guest boots from HTTPS",
+        "the guest has its leaf",
+        "Result=success\nNRestarts=0\nActiveState=inactive\n",
         "started by a client",
         "StatusText=",
         "paused",
@@ -159,6 +184,30 @@ def test_the_service_under_systemd(root: tuple[Path, str], tmp_path: Path) -> No
     ):
         assert words in said, said
     assert "status=1/FAILURE" not in said
+    assert "disconnected" not in said  # the backing's helper is there until the server ends
+
+
+def in_container(place: Path, tmp_path: Path, image: str) -> str:
+    """Boot it, and carry out `SCRIPT` in it: what that says."""
+    wants = "etc/systemd/system/multi-user.target.wants"
+    files = {
+        "srv/probe.sh": SCRIPT,
+        "etc/systemd/system/probe.service": PROBE,
+        "srv/image.url": image,
+        "etc/nbdstream/vm1.toml": CONFIG,
+        "etc/nbdstream/vm2.toml": PIVOTED,
+        # Not half a minute of waiting.
+        "etc/systemd/system/nbdstream@.service.d/test.conf": "[Service]\nWatchdogSec=3\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "file").write_text(text)
+        as_root("install", "-D", "-m644", str(tmp_path / "file"), str(place / name), seconds=10)
+    as_root("mkdir", "-p", str(place / wants), seconds=10)
+    as_root("ln", "-s", "../probe.service", str(place / wants / "probe.service"), seconds=10)
+    as_root(
+        "systemd-nspawn", "--register=no", "--keep-unit", "-q", "-D", str(place), "-b", seconds=300
+    )
+    return as_root("cat", str(place / "srv/probe.out"), seconds=10)
 
 
 def test_the_wheel_in_a_virtual_environment(built: Path, tmp_path: Path) -> None:

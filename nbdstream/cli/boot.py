@@ -2,6 +2,7 @@
 """boot: from an NBD URI (or a leaf) to a guest on this terminal, in one command."""
 
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from nbdstream.cli.options import (
     stream_option,
     thin_option,
 )
-from nbdstream.cli.output import say
+from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import (
     FORMAT,
     FORMAT_HELP,
@@ -39,7 +40,9 @@ from nbdstream.cli.progress import REDRAW_INTERVAL, Snapshot
 from nbdstream.cli.run import SIGNALLED, end_on_signals
 from nbdstream.control.report import statistics
 from nbdstream.errors import UsageError
+from nbdstream.guest.accelerator import probe_accelerator
 from nbdstream.guest.disks import Disk
+from nbdstream.guest.domain import domain_xml
 from nbdstream.guest.qemu import Guest, Machine, run_qemu
 from nbdstream.net.listeners import Listener, close_all, listen_unix
 from nbdstream.pivot.auto import pivot_when_complete
@@ -70,6 +73,11 @@ TEMPORARY_LEAF = "temporary-leaf.qcow2"
     default=True,
     help="Have QEMU use the leaf itself once the disk is local.  [default: pivot]",
 )
+@click.option(
+    "--print-xml",
+    is_flag=True,
+    help="Start nothing: print the guest as a domain of libvirt, and how to serve its disk.",
+)
 @click.argument("qemu_arguments", nargs=-1, metavar="[-- QEMU ARGUMENTS]")
 def boot(
     image: str,
@@ -82,6 +90,7 @@ def boot(
     speed: int,
     prefetch: str,
     pivot: bool,
+    print_xml: bool,
     qemu_arguments: tuple[str, ...],
 ) -> None:
     """Boot a guest from a remote image, or from a leaf, on this terminal.
@@ -91,6 +100,11 @@ def boot(
     leaf of a URI is temporary, and everything the guest writes is lost when it ends. KVM is
     used if a test shows that it runs guests. The exit status is QEMU's.
     """
+    if print_xml:
+        if qemu_arguments:
+            raise UsageError("--print-xml has no place for QEMU's arguments: add them to the XML")
+        _print_domain(image, leaf, image_format, memory)
+        return
     with _images(image, leaf) as (leaf_path, backing, socket), _terminal_restored():
         options = ServeOptions(
             leaf=leaf_path,
@@ -122,6 +136,22 @@ def boot(
         finally:
             close_all([listener])
     sys.exit(status)
+
+
+def _print_domain(image: str, leaf: str | None, image_format: str | None, memory: int) -> None:
+    """The domain on stdout, and on stderr the command that serves its disk."""
+    with _images(image, leaf) as (path, backing, _):
+        if Path(path).name == TEMPORARY_LEAF:
+            raise UsageError("--print-xml needs a leaf that stays: name it with --leaf")
+        place = Path(path).absolute()
+    socket = str(place.with_suffix(".nbd"))
+    emit(domain_xml(place.stem, socket, memory, trio.run(probe_accelerator)), nl=False)
+    serve = ["nbdstream", "serve", str(place), "-U", socket]
+    if backing is not None:
+        serve += ["-b", backing]
+    if image_format is not None:
+        serve += ["-f", image_format]
+    say(f"nbdstream: before the domain starts, serve its disk: {shlex.join(serve)}", err=True)
 
 
 @contextmanager
