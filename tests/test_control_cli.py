@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 
-from nbdstream.cli import steer
+from nbdstream.cli.watch import watch_job
 from nbdstream.leaf.base import State
 from nbdstream.qmp.client import QMPClient
 from nbdstream.streamer.job import JobStatus
@@ -194,7 +194,7 @@ async def test_watch_of_a_job_that_ends_at_the_first_look(tmp_path: Path) -> Non
 
         qmp.execute = late  # type: ignore[assignment,method-assign]
         with trio.fail_after(20):
-            await steer.watch_job(qmp)
+            await watch_job(qmp)
 
 
 async def test_watch_ends_quietly_on_control_c(tmp_path: Path) -> None:

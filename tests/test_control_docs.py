@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from nbdstream.backing.latency import Latency
 from nbdstream.cli.parameters import rebase, set_
 from nbdstream.cli.report import report as write_report
-from nbdstream.cli.steer import cancel, pause, resume, speed, status, stream, watch
+from nbdstream.cli.steer import cancel, pause, resume, speed, status, stream
+from nbdstream.cli.watch import watch
 from nbdstream.control.disks import DiskCommands
 from nbdstream.control.jobs import JobCommands
 from nbdstream.control.metrics import DiskCollector

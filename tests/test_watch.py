@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nbdstream watch` on a real terminal: what is on the screen of a tmux of a given size."""
 
+import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 
 from nbdstream.cli.cells import weigh
 from nbdstream.cli.dashboard import Dashboard, sparkline
+from nbdstream.cli.overview import Key, Overview
+from nbdstream.cli.watched import Watched
 from nbdstream.qmp.protocol import Event
 from testbed.peers import (
     Peer,
@@ -89,6 +93,46 @@ def test_the_rate_of_misses_and_a_lost_backing() -> None:
     assert "LOST: no route" in text
 
 
+def watched(name: str, **changes: Any) -> Watched:
+    disk = Watched(f"/run/{name}.qmp")
+    disk.name, disk.dashboard = name, Dashboard(f"disk0: {name}", SIZE)
+    disk.dashboard.look(report(**changes), 0)
+    return disk
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 60), (40, 10), (10, 3), (24, 1)])
+@pytest.mark.parametrize("count", [1, 2, 100])
+def test_many_disks_on_every_size_of_terminal(count: int, width: int, height: int) -> None:
+    disks = [watched(f"vm{number}.qcow2") for number in range(count)]
+    overview = Overview(disks, keys=True)
+    for key in [*[Key.DOWN] * 70, Key.ENTER, Key.UP, Key.BACK, *[Key.UP] * 5]:
+        overview.move(key)
+        lines = [line.plain for line in overview.lines(width, height)]
+        assert len(lines) <= height and max(map(len, lines)) <= width
+        if width >= 40 and height > 2:
+            assert overview.chosen.name in "\n".join(lines)
+    assert overview.chosen is disks[min(70, count - 1) - 6 if count > 6 else 0]
+
+
+def test_a_line_for_each_disk() -> None:
+    done, failed, new = watched("done"), watched("failed"), Watched("/run/\x1b[31mnew.qmp")
+    done.end("")
+    failed.end("no space\x1b[2J")
+    lost = {"uri": "nbd://far/", "connected": False, "since": 0, "last-error": "no route"}
+    cut = watched("cut", backing=report()["backing"] | lost)
+    paused = watched("paused", job={"status": "paused", "offset": SIZE // 2})
+    overview = Overview([watched("runs"), paused, done, failed, cut, new], keys=False)
+    head, _, *lines = [line.plain for line in overview.lines(100, 20)]
+    assert head.startswith(
+        "6 disks, 45.0 % of 320.0 MiB local, 4.0 MiB/s, 2 running, 1 paused, 1 c"
+    )
+    assert lines[0].startswith("▸ runs") and lines[0].endswith("25.0 %     2.0 MiB/s       24s")
+    assert "50.0 %        paused" in lines[1]
+    assert "█" * 30 in lines[2] and "100.0 %      complete" in lines[2]
+    assert "no space" in lines[3] and "backing lost" in lines[4] and "connecting" in lines[5]
+    assert not any("\x1b" in line for line in lines)
+
+
 # --- in tmux ----------------------------------------------------------------------------
 
 
@@ -139,8 +183,14 @@ class Terminal:
 
 @contextmanager
 def watching(server: Peer, width: int, height: int) -> Iterator[Terminal]:
+    with on_terminal(width, height, str(server.control)) as terminal:
+        yield terminal
+
+
+@contextmanager
+def on_terminal(width: int, height: int, *controls: str) -> Iterator[Terminal]:
     with temporary_directory() as directory:
-        command = [binary("NBDSTREAM"), "watch", str(server.control)]
+        command = [binary("NBDSTREAM"), "watch", *controls]
         terminal = Terminal(directory, command, width, height)
         try:
             yield terminal
@@ -233,3 +283,86 @@ def test_keys_steer_the_job_and_leave(server: Peer) -> None:
         text = terminal.wait_for(lambda text: "status 130" in text)
         assert "░" not in text
     assert server.process.poll() is None
+
+
+# --- several disks ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def guests(tmp_path: Path) -> Iterator[tuple[Path, list[Peer]]]:
+    """Three servers with paused jobs, and a directory with their control sockets, and with sockets
+    and files of others."""
+    make_image(tmp_path / "base.raw", SIZE, sparse=False)
+    with ExitStack() as stack:
+        run_ = stack.enter_context(temporary_directory())
+        far = stack.enter_context(nbdkit("file", tmp_path / "base.raw", readonly=True))
+        servers = [
+            stack.enter_context(
+                nbdstream_serve(
+                    tmp_path / f"vm{number}.qcow2",
+                    far.uri,
+                    *("--stream", "paused"),
+                    socket_path=run_ / f"vm{number}.nbd",
+                )
+            )
+            for number in range(3)
+        ]
+        for number, server in enumerate(servers):
+            assert server.control is not None
+            (run_ / f"vm{number}.qmp").symlink_to(server.control)
+        (run_ / "notes").write_text("no socket")
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(run_ / "dead.qmp"))
+        yield run_, servers
+
+
+def test_several_disks_of_which_one_is_steered(guests: tuple[Path, list[Peer]]) -> None:
+    place, _ = guests
+    with on_terminal(100, 24, str(place)) as terminal, Qmp(place / "vm1.qmp") as qmp:
+        text = terminal.wait_for(lambda text: text.count(" paused") >= 3 and text.count("░") > 90)
+        assert "3 disks, 0.0 % of 192.0 MiB local, 3 paused" in text
+        assert "▸ vm0.qcow2" in text and "  vm1.qcow2" in text and "  vm2.qcow2" in text
+        terminal.press("Down")
+        terminal.wait_for(lambda text: "▸ vm1.qcow2" in text)
+        terminal.press("-")
+        terminal.press("Enter")
+        text = terminal.wait_for(lambda text: "limit 64.0 KiB/s" in text)
+        assert "disk0: vm1.qcow2" in text and "vm0" not in text and "window" in text
+        terminal.press("0", "Space")
+        qmp.wait_event("BLOCK_JOB_COMPLETED")
+        terminal.press("Escape")
+        terminal.wait_for(lambda text: "33.3 % of 192.0 MiB local, 2 paused, 1 complete" in text)
+        terminal.press("Up", "Space", "Down", "Down", "Space")
+        text = terminal.wait_for(lambda text: "status 0" in text)
+        for number in range(3):
+            assert f"vm{number}.qcow2: complete: the whole disk is local" in text
+
+
+def test_several_disks_without_a_terminal(guests: tuple[Path, list[Peer]]) -> None:
+    """A line for each, and how each ended; a server that dies fails the command."""
+    servers = guests[1]
+    controls = [str(server.control) for server in servers]
+    command = [binary("NBDSTREAM"), "watch", *controls]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = sorted(process.stderr.readline() for _ in range(3))
+        assert [line.split(",")[0] for line in first] == [
+            f"vm{number}.qcow2: 0.0 % local" for number in range(3)
+        ]
+        for control in controls[:2]:
+            run(["nbdstream", "resume", control])
+        servers[2].kill()
+        said = process.stderr.read()
+        assert process.wait(PATIENCE) == 1
+    assert "vm0.qcow2: complete: the whole disk is local" in said
+    assert "vm1.qcow2: complete: the whole disk is local" in said
+    assert "vm2.qcow2: the QMP server closed the connection" in said
+    assert said.endswith("nbdstream: error: 1 of 3 disks are not wholly local\n")
+
+
+def test_a_directory_without_servers_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [binary("NBDSTREAM"), "watch", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "no control socket of a running server is in this directory" in done.stderr

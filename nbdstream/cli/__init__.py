@@ -32,7 +32,7 @@ _SECTIONS = {
     },
     "Control a running server": {
         "status": "nbdstream.cli.steer",
-        "watch": "nbdstream.cli.steer",
+        "watch": "nbdstream.cli.watch",
         "report": "nbdstream.cli.report",
         "pause": "nbdstream.cli.steer",
         "resume": "nbdstream.cli.steer",

@@ -44,6 +44,12 @@ def cell_kind(weights: list[float]) -> str:
     return "some" if weights[LOCAL] or weights[ZERO] else "remote"
 
 
+def _cell_run(kind: str, count: int) -> tuple[str, str]:
+    """Cells of one kind: characters and their style."""
+    character, style = _CELLS[kind]
+    return character * count, style
+
+
 def sparkline(values: Iterable[float], width: int) -> str:
     """The last ``width`` values as bars; the highest of them is the full height."""
     last = list(values)[-width:]
@@ -52,6 +58,21 @@ def sparkline(values: Iterable[float], width: int) -> str:
         return " " * (width - len(last)) + _BARS[0] * len(last)
     bars = (_BARS[min(int(value / top * len(_BARS)), len(_BARS) - 1)] for value in last)
     return " " * (width - len(last)) + "".join(bars)
+
+
+def title_line(title: str, right: str, width: int) -> Text:
+    """A title, and on the right, if there is room, something else."""
+    line = Text(shown(title), Style(bold=True))
+    gap = width - len(line) - len(right)
+    return line.append(" " * gap + right, Style(dim=True, bold=False)) if gap > 1 else line
+
+
+def render(lines: Iterable[Text], console: Console, options: ConsoleOptions) -> RenderResult:
+    """Lines, one below the other, for rich."""
+    for number, line in enumerate(lines):
+        if number:
+            yield Segment.line()
+        yield from console.render_lines(line, options.update(height=1))[0]
 
 
 class Dashboard:
@@ -103,12 +124,23 @@ class Dashboard:
         facts = ", ".join(f"{name} {value}" for name, value in event.data.items())
         self._events.append(shown(f"{clock} {event.name}: {facts}"))
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        height = options.height or console.size.height
-        for number, line in enumerate(self.lines(options.max_width, height)):
-            if number:
-                yield Segment.line()
-            yield from console.render_lines(line, options.update(height=1))[0]
+    @property
+    def known(self) -> bool:
+        """Whether there was a report."""
+        return bool(self._report)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The last report in short; only if `known`."""
+        return Snapshot.of(self._report)
+
+    def cells(self, count: int, *, filled: bool = False) -> Text:
+        """The disk as a row of so many cells, at the most one for each sector. ``filled``: all is
+        local, whatever the last map says."""
+        count = min(count, max(self.size // 512, 1))
+        if filled:
+            return Text(*_cell_run("local", count))
+        return self._cells(count, count)[0]
 
     def lines(self, width: int, height: int) -> list[Text]:
         """All lines for a terminal of that size, at the most ``height`` of them."""
@@ -129,12 +161,10 @@ class Dashboard:
 
     def _head(self, width: int) -> Text:
         """The title, and on the right, if there is room, the limit and what the keys do."""
-        title = Text(shown(self._title), Style(bold=True))
         speed = self._report.get("job", {}).get("speed")
         words = [f"limit {format_rate(speed)}"] if speed else []
         right = "   ".join(words + ([self.hint] if self.hint else []))
-        gap = width - len(title) - len(right)
-        return title.append(" " * gap + right, Style(dim=True, bold=False)) if gap > 1 else title
+        return title_line(self._title, right, width)
 
     def _state(self, width: int) -> Text:
         snapshot = Snapshot.of(self._report)
@@ -148,23 +178,26 @@ class Dashboard:
 
     def _map(self, width: int, rows: int) -> list[Text]:
         """The disk from the top left, and what the characters mean."""
-        columns = width
-        count = min(columns * rows, max(self.size // 512, 1))
-        cells = [cell_kind(each) for each in weigh(self._extents, self.size, count)]
-        lines = []
-        for start in range(0, count, columns):
-            line = Text()
-            # A piece of text for each run: one for each cell takes rich five times as long.
-            for kind, run in groupby(cells[start : start + columns]):
-                character, style = _CELLS[kind]
-                line.append(character * len(list(run)), style)
-            lines.append(line)
+        count = min(width * rows, max(self.size // 512, 1))
+        lines = self._cells(count, width)
         per_cell = format_size(self.size / count)
         legend = Text.assemble(
             *(part for name, look in _CELLS.items() for part in (look, f" {name}  ")),
             (f"one cell: {per_cell}", "dim"),
         )
         return [*lines, legend]
+
+    def _cells(self, count: int, columns: int) -> list[Text]:
+        """The disk in so many cells, in rows."""
+        cells = [cell_kind(each) for each in weigh(self._extents, self.size, count)]
+        lines = []
+        for start in range(0, count, columns):
+            line = Text()
+            # A piece of text for each run: one for each cell takes rich five times as long.
+            for kind, run in groupby(cells[start : start + columns]):
+                line.append(*_cell_run(kind, len(list(run))))
+            lines.append(line)
+        return lines
 
     def _graphs(self, width: int) -> list[Text]:
         backing = self._report.get("backing")

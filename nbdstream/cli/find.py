@@ -19,6 +19,8 @@ from nbdstream.net.listeners import Listener
 
 # Seconds for the server to say which leaf it serves.
 ANSWER_SECONDS = 10.0
+# Seconds for a program that listens somewhere in a directory to greet.
+GREET_SECONDS = 3.0
 
 
 @contextmanager
@@ -59,6 +61,47 @@ def control_socket(name: str) -> str:
     if not _serves(socket, name):
         raise NbdstreamError(f"{name} is not being served any more, or not at {socket}")
     return socket
+
+
+def control_sockets(directory: str) -> list[str]:
+    """The control sockets of servers of ours in a directory, by name. Sockets of other programs
+    are left out. Raises NbdstreamError if there is none; OSError."""
+    import trio
+
+    sockets = sorted(str(path) for path in Path(directory).iterdir() if path.is_socket())
+    found: list[str] = []
+
+    async def look(path: str) -> None:
+        if await _is_ours(path):
+            found.append(path)
+
+    async def look_at_all() -> None:
+        async with trio.open_nursery() as nursery:
+            for path in sockets:
+                nursery.start_soon(look, path)
+
+    trio.run(look_at_all)
+    if not found:
+        raise NbdstreamError(
+            f"{directory}: no control socket of a running server is in this directory"
+        )
+    return sorted(found)
+
+
+async def _is_ours(path: str) -> bool:
+    """Whether a server of ours has this control socket."""
+    import trio
+
+    from nbdstream.qmp.client import QMPClient
+    from nbdstream.qmp.protocol import QMPError
+
+    with trio.move_on_after(GREET_SECONDS), suppress(QMPError, OSError):
+        async with await trio.open_unix_socket(path) as stream:
+            if await stream.receive_some(1) != b"{":
+                return False  # an NBD server says something else, and no line
+        async with QMPClient.connect(path) as qmp:
+            return str(qmp.version.get("package", "")).startswith("nbdstream ")
+    return False
 
 
 def _is_file(name: str) -> bool:

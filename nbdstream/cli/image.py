@@ -16,7 +16,8 @@ from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import SIZE
 from nbdstream.cli.places import open_store
 from nbdstream.cli.run import end_on_signals
-from nbdstream.cli.steer import run_on, watch_job
+from nbdstream.cli.steer import run_on
+from nbdstream.cli.watch import watch_job
 from nbdstream.errors import StoreError
 from nbdstream.qmp.protocol import QMPConnectionError
 from nbdstream.store.layout import Image

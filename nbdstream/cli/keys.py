@@ -1,27 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys of the full-screen display of ``watch``: they steer the stream job.
+"""Keys of the full-screen display of ``watch``: they steer the stream job of a disk.
 
 space     pause the job, or let it go on
 ``-``     halve the limit; without one, half of the rate becomes the limit
 ``+``     double the limit
 ``0``     lift the limit
-``q``     leave, as Ctrl-C does; the job goes on
+``q``     leave, as Ctrl-C does; the jobs go on
+
+Of several disks the arrows (or ``j`` and ``k``) choose one, Enter shows it alone, and Esc all.
 """
 
 import os
+import re
 import sys
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import trio
 
+from nbdstream.cli.overview import Key, Overview
 from nbdstream.qmp.client import QMPClient
-from nbdstream.qmp.protocol import CommandError, JSONObject
+from nbdstream.qmp.protocol import JSONObject, QMPError
 
-HINT = "space pause  - + 0 limit  q quit"
 LIMIT_LEAST = 64 << 10
+# A key that a terminal sends as several characters comes in one piece.
+_KEY = re.compile(r"\x1b[\[O].|.", re.DOTALL)
+_MOVES = {
+    "\x1b[A": Key.UP,
+    "\x1bOA": Key.UP,
+    "k": Key.UP,
+    "\x1b[B": Key.DOWN,
+    "\x1bOB": Key.DOWN,
+    "j": Key.DOWN,
+    "\r": Key.ENTER,
+    "\n": Key.ENTER,
+    "\x1b": Key.BACK,
+    "\x7f": Key.BACK,
+}
 
 
 def has_keys() -> bool:
@@ -29,8 +46,8 @@ def has_keys() -> bool:
     return sys.stdin.isatty()
 
 
-async def follow_keys(qmp: QMPClient, job_id: str) -> None:
-    """A task: do what the keys say. Raises KeyboardInterrupt at ``q``, QMPConnectionError."""
+async def follow_keys(overview: Overview, draw: Callable[[], None]) -> None:
+    """A task: do what the keys say, and draw. Raises KeyboardInterrupt at ``q``."""
     fd = sys.stdin.fileno()
     with _each_key(fd):
         while True:
@@ -38,16 +55,20 @@ async def follow_keys(qmp: QMPClient, job_id: str) -> None:
             pressed = os.read(fd, 64).decode(errors="replace")
             if not pressed:
                 return  # the terminal is gone
-            for key in pressed:
+            for key in _KEY.findall(pressed):
                 if key == "q":
                     raise KeyboardInterrupt
-                try:
-                    await _press(qmp, job_id, key)
-                except CommandError:
-                    pass  # the job has ended or changed meanwhile: the display shows it
+                if key in _MOVES:
+                    overview.move(_MOVES[key])
+                elif (disk := overview.chosen).qmp is not None:
+                    try:
+                        await _steer(disk.qmp, disk.job_id, key)
+                    except QMPError:
+                        pass  # the job has ended or changed meanwhile: the display shows it
+            draw()
 
 
-async def _press(qmp: QMPClient, job_id: str, key: str) -> None:
+async def _steer(qmp: QMPClient, job_id: str, key: str) -> None:
     jobs = [job for job in await qmp.execute("query-block-jobs") if job["device"] == job_id]
     if not jobs:
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""status, watch, pause, resume, speed, cancel, stream: commands on a control socket.
+"""status, pause, resume, speed, cancel, stream: commands on a control socket.
 
 Nothing here that another QMP client could not do: docs/control.md describes what is said
 on the socket.
@@ -7,11 +7,8 @@ on the socket.
 
 import json
 import math
-import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
@@ -19,10 +16,10 @@ import trio
 
 from nbdstream.cli.output import emit, say
 from nbdstream.cli.params import CONTROL, RATE, SIZE
-from nbdstream.cli.progress import ProgressLine, Snapshot
+from nbdstream.cli.progress import Snapshot
 from nbdstream.errors import NbdstreamError
 from nbdstream.qmp.client import QMPClient
-from nbdstream.qmp.protocol import Event, JSONObject, QMPConnectionError
+from nbdstream.qmp.protocol import JSONObject
 from nbdstream.units import format_count, format_duration, format_rate, format_size
 
 T = TypeVar("T")
@@ -37,22 +34,25 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 def run_on(control: str, work: Callable[[QMPClient], Awaitable[T]]) -> T:
     """Do some work over a connection to the control socket. Raises QMPError, NbdstreamError."""
 
-    async def main() -> T:
-        with trio.CancelScope(deadline=trio.current_time() + CONNECT_SECONDS) as scope:
-            async with QMPClient.connect(control) as qmp:
-                scope.deadline = math.inf
-                return await work(qmp)
-        raise NbdstreamError(f"{control}: the program that listens there does not speak QMP")
+    return trio.run(work_on, control, work)
 
-    return trio.run(main)
+
+async def work_on(control: str, work: Callable[[QMPClient], Awaitable[T]]) -> T:
+    """As `run_on`, in a program that runs already. Raises QMPError, NbdstreamError."""
+    with trio.CancelScope(deadline=trio.current_time() + CONNECT_SECONDS) as scope:
+        async with QMPClient.connect(control) as qmp:
+            scope.deadline = math.inf
+            return await work(qmp)
+    raise NbdstreamError(f"{control}: the program that listens there does not speak QMP")
 
 
 async def _job_id(qmp: QMPClient) -> str:
     """The active job's name. Raises NbdstreamError if there is none."""
-    return _name_of(await qmp.execute("query-jobs"))
+    return name_of(await qmp.execute("query-jobs"))
 
 
-def _name_of(jobs: list[JSONObject]) -> str:
+def name_of(jobs: list[JSONObject]) -> str:
+    """The active job's name, from what query-jobs returns. Raises NbdstreamError."""
     if not jobs:
         raise NbdstreamError("no stream job is active ('resume' starts one)")
     return str(jobs[0]["id"])
@@ -63,7 +63,8 @@ async def device_of(qmp: QMPClient) -> str:
     return str((await qmp.execute("query-block"))[0]["device"])
 
 
-async def _report(qmp: QMPClient) -> JSONObject:
+async def report_of(qmp: QMPClient) -> JSONObject:
+    """What x-nbdstream-stats returns. Raises QMPError."""
     report: JSONObject = await qmp.execute("x-nbdstream-stats")
     return report
 
@@ -81,7 +82,7 @@ def status(control: str, as_json: bool) -> None:
     """
 
     async def look(qmp: QMPClient) -> tuple[JSONObject, JSONObject]:
-        return (await qmp.execute("query-block"))[0], await _report(qmp)
+        return (await qmp.execute("query-block"))[0], await report_of(qmp)
 
     block, report = run_on(control, look)
     if as_json:
@@ -133,71 +134,6 @@ def _backing_fact(backing: JSONObject | None) -> str:
         return f"{backing['uri']}, lost {since} ago: {backing['last-error']}"
     connections = format_count(backing["connections"], "connection")
     return f"{backing['uri']}, connected for {since} ({connections})"
-
-
-@click.command()
-@control_argument
-def watch(control: str) -> None:
-    """Show progress until the stream job ends.
-
-    On a terminal it fills the screen. Keys: space pauses and resumes the job, + and - double and
-    halve its limit, 0 lifts the limit, q leaves; the job continues then.
-
-    The exit status is 0 if the whole disk is local, and 1 if the job was cancelled or
-    failed, or if the server ended before the job did.
-    """
-    interrupted = False
-    try:
-        run_on(control, watch_job)
-    except* KeyboardInterrupt:
-        interrupted = True  # an exit from here would end up in a group
-    if interrupted:
-        sys.exit(128 + signal.SIGINT)
-
-
-async def watch_job(qmp: QMPClient) -> None:
-    """Show progress until the job ends. Raises NbdstreamError if the disk is not local then."""
-    # In this order: a job that ends after the first look has left its event, and one that had
-    # ended before it shows in the second.
-    jobs = await qmp.execute("query-jobs")
-    snapshot = Snapshot.of(await _report(qmp))
-    if snapshot.state == "complete":
-        say("complete: the whole disk is local")
-        return
-    job_id = _name_of(jobs)
-    if sys.stderr.isatty():
-        from nbdstream.cli.screen import watch_on_screen
-
-        event = await watch_on_screen(qmp, job_id)
-    else:
-        event = None
-    with ProgressLine() as line:
-        event = event or await _follow(qmp, job_id, line)
-        if event.name == "BLOCK_JOB_COMPLETED" and "error" not in event.data:
-            # The server may have gone already: the event says all that is left to say.
-            line.show(replace(snapshot, state="complete", local=snapshot.length))
-            return
-    raise NbdstreamError(event.data.get("error", "the stream job was cancelled"))
-
-
-async def _follow(qmp: QMPClient, job_id: str, line: ProgressLine) -> Event:
-    """Show progress until the event comes that ends the job; return that."""
-
-    async def refresh() -> None:
-        try:
-            while True:
-                line.show(Snapshot.of(await _report(qmp)))
-                await trio.sleep(line.interval)
-        except QMPConnectionError:
-            pass  # `wait_event` raises the same, after the event if there is one
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(refresh)
-        event = await qmp.wait_event(
-            "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", data={"device": job_id}
-        )
-        nursery.cancel_scope.cancel()
-    return event
 
 
 # -- steering --------------------------------------------------------------------------------
