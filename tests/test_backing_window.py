@@ -164,15 +164,16 @@ def percentile(values: list[float], part: float) -> float:
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("delay", [0.005, 0.05])
 def test_flows_share_fairly_also_those_that_come_late(count: int, delay: float) -> None:
-    rate = 100 * MBIT
-    link = Link(rate, delay, jitter=0.0005)
-    flows = [link.add(start=10.0 * number) for number in range(count)]
-    link.run(180)
-    rates = [flow.rate(60, 180) for flow in flows]
-    assert sum(rates) >= 0.93 * rate
-    # Jain's index: 1 is equal shares, 1 / count is one flow taking all.
-    fairness = sum(rates) ** 2 / (count * sum(one * one for one in rates))
-    assert fairness >= 0.9, [round(one / MBIT) for one in rates]
+    rate, indexes = 100 * MBIT, []
+    for seed in range(5):
+        link = Link(rate, delay, jitter=0.0005, seed=seed)
+        flows = [link.add(start=10.0 * number) for number in range(count)]
+        link.run(180)
+        rates = [flow.rate(60, 180) for flow in flows]
+        assert sum(rates) >= 0.93 * rate
+        # Jain's index: 1 is equal shares, 1 / count is one flow taking all.
+        indexes.append(sum(rates) ** 2 / (count * sum(one * one for one in rates)))
+    assert sorted(indexes)[2] >= 0.9, indexes
 
 
 @pytest.mark.parametrize(("before", "after"), [(20, 200), (200, 20)])

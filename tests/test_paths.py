@@ -123,7 +123,7 @@ def test_start_up_does_not_end_because_a_server_answers_at_random_times(guest: s
     for seed in range(5):
         scenario = replace(store, guest=guest, seed=seed, seconds=8.0)
         times.append(seconds_for(128 * MIB, Run(scenario, Window(rng=random.Random(seed)))))
-    assert max(times) <= 2.5 * seconds_for(128 * MIB, copy)
+    assert max(times) <= 2 * seconds_for(128 * MIB, copy)
 
 
 def seconds_for(length: int, run: Run) -> float:
@@ -143,29 +143,55 @@ def test_full_rate_within_five_round_trips(rate: float) -> None:
     assert sum(run.client.steps[:2]) >= 0.4 * rate * 0.5
 
 
+def test_start_up_comes_to_large_units_within_a_few_round_trips_of_a_fast_path() -> None:
+    """Each request costs processor time, and the rate is measured over more round trips."""
+    window = Window(rng=random.Random(1))
+    run = Run(Scenario(rate=5600 * MBIT, delay=0.005, seconds=0.05), window)
+    assert run.client.largest_unit == MIB
+    assert window.state is State.STARTING
+
+
+def test_start_up_on_a_slow_link_takes_no_unit_that_a_guest_would_wait_for() -> None:
+    run = Run(Scenario(rate=100 * MBIT, delay=0.02, seconds=0.2), Window(rng=random.Random(1)))
+    assert run.client.largest_unit == 64 << 10
+
+
+# What two leaves leave on a link differs from one draw of their random times to the next.
+DRAWS = 15
+
+
 @pytest.mark.parametrize("rate", [100 * MBIT, 1000 * MBIT])
 @pytest.mark.parametrize("delay", [0.005, 0.02, 0.05])
 def test_two_leaves_share_a_link_at_once_and_leave_no_long_queue(rate: float, delay: float) -> None:
-    fairness, queues = [], []
-    for seed in range(3):
-        events = Events()
-        link = Link(events, rate, delay)
-        clients = []
-        for number in range(2):
-            server = Server(events, Constant(0.0), random.Random(0))
-            client = Client(events, link, server, Window(rng=random.Random(10 * seed + number)))
-            events.at(3.0 * number, client.start)
-            clients.append(client)
-        events.run(13)
-        for step in range(200):
-            events.run(13 + step * 0.0503)
-            queues.append(link.backlog)
-        shares = [client.bytes_between(13, 23) for client in clients]
-        fairness.append(sum(shares) ** 2 / (2 * sum(share * share for share in shares)))
-        assert sum(shares) >= 0.9 * rate * 10
-    assert sorted(fairness)[1] >= 0.85, fairness
-    # Of the 30 ms, and a unit of each.
-    assert sorted(queues)[len(queues) // 2] <= 0.03 + 2 * (64 << 10) / rate
+    seeds = [random.randrange(1 << 32) for _ in range(DRAWS)]
+    draws = [_shared(rate, delay, seed) for seed in seeds]
+    shares = sorted(fairness for fairness, _ in draws)
+    queues = sorted(queue for _, queue in draws)
+    assert shares[0] >= 0.7 and shares[DRAWS // 2] >= 0.95, (seeds, draws)
+    # The 30 ms that are the longest target, as long again, and a unit of each.
+    assert queues[DRAWS // 2] <= 0.05 + 2 * (64 << 10) / rate, (seeds, draws)
+
+
+def _shared(rate: float, delay: float, seed: int) -> tuple[float, float]:
+    """Jain's index of two leaves' shares, from ten seconds after the second came, and the median
+    of the queue in seconds."""
+    rng = random.Random(seed)
+    events = Events()
+    link = Link(events, rate, delay)
+    clients = []
+    for number in range(2):
+        server = Server(events, Constant(0.0), random.Random(0))
+        client = Client(events, link, server, Window(rng=random.Random(rng.random())))
+        events.at(3.0 * number, client.start)
+        clients.append(client)
+    queues = []
+    for step in range(200):
+        events.run(13 + step * 0.0503)
+        queues.append(link.backlog)
+    shares = [client.bytes_between(13, 23) for client in clients]
+    assert sum(shares) >= 0.9 * rate * 10, seed
+    fairness = sum(shares) ** 2 / (2 * sum(share * share for share in shares))
+    return fairness, sorted(queues)[len(queues) // 2]
 
 
 def test_no_window_is_lowered_because_a_path_became_slow_to_answer() -> None:

@@ -127,13 +127,20 @@ class Path:
         """Choose the unit for a window of ``size`` bytes."""
         self.unit = max(self.ruled_unit(size), self.unit_floor)
 
+    def start_unit(self, size: int, rate: float) -> None:
+        """Choose it while a window of ``size`` bytes grows, from the rate that one reply shows:
+        what was in flight over its delay. The meter's comes too late for that. Only larger."""
+        self.unit = max(self.unit, self._bounded_unit(size, rate))
+
     def ruled_unit(self, size: int) -> int:
         """What the unit is by rule. A power of two, so that it does not change with every
         breath."""
         # Not of the window alone: where requests are what costs the time, it is never used
         # up, and larger ones are what it takes.
-        room = max(size, self.wanted(self.rate))
-        wanted = min(self.rate * UNIT_TIME, room / UNITS_LEAST, UNIT_MOST)
+        return self._bounded_unit(max(size, self.wanted(self.rate)), self.rate)
+
+    def _bounded_unit(self, room: float, rate: float) -> int:
+        wanted = min(rate * UNIT_TIME, room / UNITS_LEAST, UNIT_MOST)
         return max(self._unit_least, 1 << max(int(wanted), 1).bit_length() - 1)
 
 

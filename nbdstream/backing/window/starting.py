@@ -3,6 +3,7 @@
 
 from nbdstream.backing.window.course import Before, Course
 from nbdstream.backing.window.draining import Draining
+from nbdstream.backing.window.measures import Row
 from nbdstream.backing.window.path import WINDOW_MOST, bounded
 from nbdstream.backing.window.trial import Sent, Trial
 
@@ -26,7 +27,8 @@ class Starting:
 
     def __init__(self, course: Course, draining: Draining) -> None:
         self._course, self._draining = course, draining
-        self._late_replies, self._late_since = 0, 0.0
+        self._late_since = 0.0
+        self._be_in_time()
         self._flat_rate = 0.0
         self._spread = self._last_delay = 0.0
 
@@ -40,17 +42,25 @@ class Starting:
         self._last_delay = delay
         usual = max(2 * path.target, path.base_rtt / 8, SPREADS * self._spread)
         if delay - path.base_rtt <= usual:
-            self._late_replies, self._late_since = 0, now
-        self._late_replies += 1
+            self._late_since = now
+            self._be_in_time()
+        else:
+            self._late.add(delay)
+            self._late_load.add(request.in_flight)
         if START_GAIN * request.in_flight < course.size:
             return  # what is sent does not keep up with the window
         course.size = bounded(course.size + (START_GAIN - 1) * request.length)
+        path.start_unit(course.size, request.in_flight / max(delay, CLOCK_STEP))
         # Growth sends in bursts, and most replies wait behind the rest of their own: what
         # all of a round trip had to wait for is a queue that stands.
         late_for = now - self._late_since
-        if self._late_replies > START_REPLIES and late_for >= max(path.base_rtt, START_LEAST):
-            self._late_replies = 0
-            self._end(now, request.in_flight, course.trial.replies.mean or delay)
+        if self._late.count >= START_REPLIES and late_for >= max(path.base_rtt, START_LEAST):
+            self._end(now, self._late_load.mean, self._late.mean)
+            self._be_in_time()
+
+    def _be_in_time(self) -> None:
+        """No reply has been late since."""
+        self._late, self._late_load = Row(), Row()
 
     def judge(self, trial: Trial, now: float) -> None:
         """A trial is over: go on, unless the rate grows no more."""
