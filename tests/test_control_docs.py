@@ -21,6 +21,7 @@ from nbdstream.control.metrics import DiskCollector
 from nbdstream.control.process import ProcessCommands
 from nbdstream.control.report import statistics
 from nbdstream.control.table import CommandTable
+from nbdstream.server.traffic import Traffic
 from tests.control_room import DEVICE, Room, control_room
 
 PAGE = (Path(__file__).parent.parent / "docs" / "control.md").read_text()
@@ -106,7 +107,7 @@ async def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> 
 
 def scraped(room: Room) -> list[Metric]:
     registry = CollectorRegistry()
-    registry.register(DiskCollector(room.disk, room.job, DEVICE))
+    registry.register(DiskCollector(room.disk, room.job, Traffic(), DEVICE))
     return list(text_string_to_metric_families(generate_latest(registry).decode()))
 
 

@@ -18,6 +18,7 @@ from nbdstream.control import web
 from nbdstream.control.metrics import DiskCollector, metrics_page
 from nbdstream.control.web import listen_web, serve_web
 from nbdstream.errors import UsageError
+from nbdstream.server.traffic import Traffic
 from tests.control_room import DEVICE, Room, control_room
 from tests.small_disk import SIZE
 
@@ -48,7 +49,7 @@ async def scraped_room(
         listeners = listen_web("127.0.0.1:0")
         port = listeners[0].socket.getsockname()[1]
         async with trio.open_nursery() as nursery:
-            collector = DiskCollector(room.disk, room.job, DEVICE)
+            collector = DiskCollector(room.disk, room.job, Traffic(), DEVICE)
             nursery.start_soon(serve_web, listeners, {"/metrics": metrics_page(collector)})
             yield room, port
             nursery.cancel_scope.cancel()

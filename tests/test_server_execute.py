@@ -20,6 +20,7 @@ from nbdstream.server.handshake import Agreement
 from nbdstream.server.payloads import PayloadRoom, Share
 from nbdstream.server.replies import refusal_of
 from nbdstream.server.requests import Request
+from nbdstream.server.traffic import Traffic
 from nbdstream.server.transmission import (
     Transmission,
 )
@@ -33,10 +34,10 @@ async def perform(
 ) -> bytes:
     """The reply to one slow request."""
     agreement = Agreement(disk, structured, CONTEXTS[:contexts])
-    session_ = Transmission(agreement, Share(PayloadRoom()))
+    session_ = Transmission(agreement, Share(PayloadRoom()), Traffic())
     assert feed(session_, data) == b""
     [slow] = session_.slow
-    return b"".join(await execute(slow.request, slow.payload, agreement))
+    return b"".join(await execute(slow.request, slow.payload, agreement, Traffic()))
 
 
 @pytest.mark.parametrize(

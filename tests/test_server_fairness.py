@@ -17,6 +17,7 @@ from nbdstream.server.contexts import CONTEXTS, Descriptors
 from nbdstream.server.handshake import Agreement, Handshake
 from nbdstream.server.payloads import PayloadRoom, Share
 from nbdstream.server.replies import MAX_DESCRIPTORS
+from nbdstream.server.traffic import Traffic
 from nbdstream.server.transmission import BUDGET, COST_OF_OTHERS, Transmission
 from tests.memory_export import MemoryExport
 from tests.server_support import READ, WRITE, RawClient, info_data, option, request, serving
@@ -61,7 +62,7 @@ class CountingExport(MemoryExport):
 )
 def test_one_turn_takes_a_bounded_number_of_requests(message: bytes, hit: bool) -> None:
     export = CountingExport(SIZE)
-    session = Transmission(Agreement(export, True, ()), Share(PayloadRoom()))
+    session = Transmission(Agreement(export, True, ()), Share(PayloadRoom()), Traffic())
     flood = message * (8 * BUDGET)
     room = session.room()
     room[: len(flood)] = flood
@@ -76,7 +77,7 @@ def test_one_turn_takes_a_bounded_number_of_requests(message: bytes, hit: bool) 
 
 def test_hits_and_others_by_turns_share_the_budget() -> None:
     export = CountingExport(SIZE)
-    session = Transmission(Agreement(export, True, ()), Share(PayloadRoom()))
+    session = Transmission(Agreement(export, True, ()), Share(PayloadRoom()), Traffic())
     flood = (request(READ, 1, 1) + request(Command.FLUSH)) * BUDGET
     room = session.room()
     room[: len(flood)] = flood

@@ -12,6 +12,7 @@ from nbdstream.server.constants import Command
 from nbdstream.server.contexts import CONTEXTS
 from nbdstream.server.handshake import Agreement
 from nbdstream.server.payloads import RESERVE, PayloadRoom, Share
+from nbdstream.server.traffic import Traffic
 from nbdstream.server.transmission import Transmission
 from tests.memory_export import MemoryExport
 from tests.server_support import READ, WRITE, RawClient, clients_gone, request, serving
@@ -48,7 +49,7 @@ def test_a_request_that_finds_no_room_waits_until_there_is() -> None:
     room = PayloadRoom(SHARED)
     hog = Share(room)
     assert hog.take(SHARED + RESERVE)
-    session = Transmission(Agreement(disk, False, ()), Share(room))
+    session = Transmission(Agreement(disk, False, ()), Share(room), Traffic())
     # What is longer than a client's reserve waits; nothing behind it is looked at.
     feed(session, request(READ, 0, 2 * MIB) + request(READ, 0, 512))
     assert (session.slow, session.saturated, session.crowded_out) == ([], True, True)
@@ -61,7 +62,7 @@ def test_a_request_that_finds_no_room_waits_until_there_is() -> None:
 def test_replies_to_block_status_count() -> None:
     disk = MemoryExport(SIZE)
     share = Share(PayloadRoom(SHARED))
-    session = Transmission(Agreement(disk, True, CONTEXTS[:2]), share)
+    session = Transmission(Agreement(disk, True, CONTEXTS[:2]), share, Traffic())
     feed(session, request(Command.BLOCK_STATUS, 0, MIB))
     assert share.held == 2 * 4096 * 8
     session.finished(session.slow[0])

@@ -16,6 +16,7 @@ from nbdstream.server.constants import (
 from nbdstream.server.handshake import Agreement, ProtocolError
 from nbdstream.server.payloads import PayloadRoom, Share
 from nbdstream.server.requests import Request
+from nbdstream.server.traffic import Traffic
 from nbdstream.server.transmission import (
     MAX_INLINE,
     MAX_SLOW_BYTES,
@@ -118,7 +119,7 @@ def test_a_session_is_the_same_in_pieces_of_every_size(piece: int) -> None:
 def test_what_arrived_with_the_handshake_is_not_lost() -> None:
     disk = MemoryExport(SIZE)
     early = Transmission(
-        Agreement(disk, False, ()), Share(PayloadRoom()), request(READ, 0, 4) + b"\x25"
+        Agreement(disk, False, ()), Share(PayloadRoom()), Traffic(), request(READ, 0, 4) + b"\x25"
     )
     assert feed(early, b"") == simple() + disk.data[:4]
 

@@ -10,6 +10,7 @@ from nbdstream.server.constants import (
 from nbdstream.server.contexts import CONTEXTS
 from nbdstream.server.handshake import Agreement
 from nbdstream.server.payloads import PayloadRoom, Share
+from nbdstream.server.traffic import Traffic
 from nbdstream.server.transmission import (
     Transmission,
 )
@@ -22,7 +23,7 @@ def session(
     disk: MemoryExport | None = None, *, structured: bool = True, contexts: bool = False
 ) -> Transmission:
     agreement = Agreement(disk or MemoryExport(SIZE), structured, CONTEXTS if contexts else ())
-    return Transmission(agreement, Share(PayloadRoom()))
+    return Transmission(agreement, Share(PayloadRoom()), Traffic())
 
 
 def feed(transmission: Transmission, data: bytes) -> bytes:

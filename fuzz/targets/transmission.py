@@ -33,6 +33,7 @@ from nbdstream.server.contexts import CONTEXTS
 from nbdstream.server.execute import execute
 from nbdstream.server.handshake import Agreement, ProtocolError
 from nbdstream.server.payloads import PayloadRoom, Share
+from nbdstream.server.traffic import Traffic
 from nbdstream.server.transmission import Transmission
 
 INLINE = 2048
@@ -136,7 +137,7 @@ def _run(source: Source) -> object:
 def _serve(agreement: Agreement, stream: bytes, cuts: Source) -> tuple[bytes, str]:
     """Be the server's connection over a stream that ends; return all replies."""
     first = cuts.below(64)
-    codec = Transmission(agreement, Share(PayloadRoom()), stream[:first])
+    codec = Transmission(agreement, Share(PayloadRoom()), Traffic(), stream[:first])
     at = min(first, len(stream))
     output = bytearray()
     while True:
@@ -165,7 +166,7 @@ def _finish(codec: Transmission, agreement: Agreement, output: bytearray) -> Non
     """Take the replies, and carry out what had to wait."""
     output += codec.take_replies()
     for slow in codec.slow:
-        for part in finished(execute(slow.request, slow.payload, agreement)):
+        for part in finished(execute(slow.request, slow.payload, agreement, Traffic())):
             output += part
         codec.finished(slow)
     codec.slow.clear()

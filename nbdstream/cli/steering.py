@@ -87,7 +87,9 @@ def start_steering(
 
         assert seen is not None
         disk = service.opened.disk
-        collector = DiskCollector(disk, service.opened.job, device_name(disk))
+        collector = DiskCollector(
+            disk, service.opened.job, service.server.traffic, device_name(disk)
+        )
         pages = {"/metrics": metrics_page(collector), **live_pages(seen)}
         nursery.start_soon(serve_web, metrics, pages)
 
@@ -119,6 +121,7 @@ def _start_control(
     from nbdstream.control import control_server
     from nbdstream.control.exports import ExportCommands
     from nbdstream.control.parameters import Parameters
+    from nbdstream.control.traffic import TrafficCommands
     from nbdstream.handover.commands import hand_over_commands
     from nbdstream.rebase import RebaseCommand
 
@@ -142,6 +145,7 @@ def _start_control(
         )
         device = device_name(disk)
         server = control_server(disk, job, device=device, stop=service.stop, more=more)
+        server.table.add(TrafficCommands(service.server.traffic, device))
         server.table.add(ExportCommands(service.server, service.custody, device, server.emit))
         sinks.append(server.emit)
         nursery.start_soon(server.serve, control)

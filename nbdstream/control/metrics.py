@@ -21,6 +21,8 @@ from nbdstream.control.report import statistics
 from nbdstream.control.web import Page
 from nbdstream.disk import StreamedDisk
 from nbdstream.qmp.protocol import JSONObject
+from nbdstream.server.constants import Command
+from nbdstream.server.traffic import Traffic
 from nbdstream.streamer.job import JobStatus, StreamJob
 
 # Of the disk's and the backing's statistics, those that go up and down.
@@ -41,9 +43,12 @@ _BACKING_COUNTERS = {
 class DiskCollector(Collector):
     """Describes one disk, labelled with its device name, to a Prometheus registry."""
 
-    def __init__(self, disk: StreamedDisk, job: StreamJob | None, device: str) -> None:
+    def __init__(
+        self, disk: StreamedDisk, job: StreamJob | None, traffic: Traffic, device: str
+    ) -> None:
         self._disk = disk
         self._job = job
+        self._traffic = traffic
         self._device = device
 
     def collect(self) -> Iterator[Metric]:
@@ -56,6 +61,7 @@ class DiskCollector(Collector):
         for name, value in report["disk"].items():
             kind = self._gauge if name in _DISK_GAUGES else self._counter
             yield kind(f"disk_{_spell(name)}", f"The disk's {name.replace('-', ' ')}.", value)
+        yield from self._clients()
         yield self._gauge(
             "backing_attached", "Whether the disk still has a backing.", "backing" in report
         )
@@ -63,6 +69,21 @@ class DiskCollector(Collector):
             yield from self._backing(report["backing"])
         if "job" in report:
             yield from self._stream(report["job"])
+
+    def _clients(self) -> Iterator[Metric]:
+        """What clients asked for, by NBD's command."""
+        for name, text, counts in (
+            ("requests", "Requests of clients that were carried out.", self._traffic.done),
+            ("bytes", "Bytes of these requests.", self._traffic.bytes),
+            ("failures", "Requests of clients that failed.", self._traffic.failed),
+        ):
+            metric = CounterMetricFamily(
+                f"nbdstream_client_{name}", text, labels=("device", "command")
+            )
+            for command in Command:
+                if command is not Command.DISC:
+                    metric.add_metric((self._device, command.name.lower()), counts[command])
+            yield metric
 
     def _stream(self, job: JSONObject) -> Iterator[Metric]:
         yield self._gauge("stream_local_bytes", "Bytes of the disk that are local.", job["offset"])

@@ -30,6 +30,7 @@ from nbdstream.server.handshake import Agreement, Handshake, ProtocolError, Tls
 from nbdstream.server.payloads import PayloadRoom, Share
 from nbdstream.server.requests import is_change
 from nbdstream.server.tls import TlsWire
+from nbdstream.server.traffic import Traffic
 from nbdstream.server.transmission import SlowRequest, Transmission
 from nbdstream.server.wire import Wire
 
@@ -69,8 +70,8 @@ class Connection:
     connections: a step of a handshake is taken with it held. A trio lock is passed on once
     in each pass of the event loop, so a crowd of newcomers delays the clients that are
     served by one step at a time, not by all steps in a row. ``room`` is the memory that all
-    connections share for requests that wait. ``tls``: how TLS is offered, None
-    for not at all.
+    connections share for requests that wait; ``traffic`` counts for all of them. ``tls``: how
+    TLS is offered, None for not at all.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Connection:
         admit: Callable[[], str],
         turn: trio.Lock,
         room: PayloadRoom,
+        traffic: Traffic,
         tls: TlsOffer | None = None,
     ) -> None:
         self._socket = sock
@@ -91,6 +93,7 @@ class Connection:
         self._admit = admit
         self._turn = turn
         self._room = room
+        self._traffic = traffic
         self._stopping = False
         self._finished = trio.lowlevel.ParkingLot()  # unparked by every slow request's end
         self._changes = trio.CancelScope()
@@ -157,7 +160,7 @@ class Connection:
     async def _serve(self, agreement: Agreement, unconsumed: bytes) -> None:
         async with self._turn:
             share = Share(self._room)
-            transmission = Transmission(agreement, share, unconsumed)
+            transmission = Transmission(agreement, share, self._traffic, unconsumed)
         try:
             await self._serve_requests(transmission, agreement)
         finally:
@@ -244,7 +247,7 @@ class Connection:
     ) -> None:
         """Carry out one slow request, and send its reply."""
         try:
-            parts = await execute(slow.request, slow.payload, agreement)
+            parts = await execute(slow.request, slow.payload, agreement, self._traffic)
             await self._wire.send(*parts)
         except OSError:
             self._wire.hang_up()  # and the receiving task says why

@@ -22,6 +22,7 @@ from nbdstream.server.replies import (
     success,
 )
 from nbdstream.server.requests import Request
+from nbdstream.server.traffic import Traffic
 
 # Extents that are looked at before other tasks get their turn: about 0.5 ms.
 _EXTENTS_AT_ONCE = 256
@@ -30,21 +31,27 @@ _EXTENTS_AT_ONCE = 256
 _EXTENTS_FOR_ONE = 64
 
 
-async def execute(request: Request, payload: memoryview, agreement: Agreement) -> list[Buffer]:
-    """Serve a request that `refusal` let pass; return the parts of its reply.
+async def execute(
+    request: Request, payload: memoryview, agreement: Agreement, traffic: Traffic
+) -> list[Buffer]:
+    """Serve a request that `refusal` let pass, and count it; return the parts of its reply.
 
     A cancelled call leaves behind what a cancelled call of the export's method does.
     """
     try:
         if request.command == Command.READ:
-            return await _read(request, agreement)
-        if request.command == Command.BLOCK_STATUS:
-            return await _block_status(request, agreement)
-        await _change(request, payload, agreement)
-        return [success(request)]
+            parts = await _read(request, agreement)
+        elif request.command == Command.BLOCK_STATUS:
+            parts = await _block_status(request, agreement)
+        else:
+            await _change(request, payload, agreement)
+            parts = [success(request)]
     except Exception as error:
+        traffic.failed[request.command] += 1
         refused = refusal_of(error, request)
         return [failure(request, refused, structured=agreement.structured)]
+    traffic.add(request.command, request.length)
+    return parts
 
 
 async def _read(request: Request, agreement: Agreement) -> list[Buffer]:

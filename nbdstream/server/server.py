@@ -28,6 +28,7 @@ from nbdstream.net.listeners import Listener
 from nbdstream.server.certificates import Certificates
 from nbdstream.server.connection import Connection, TlsOffer
 from nbdstream.server.payloads import PayloadRoom
+from nbdstream.server.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Server:
 
     ``tls``: certificates for TLS, None to offer none. ``clients_changed`` is called with the number
     of connected clients whenever it changes; ``max_clients`` may be in the transmission phase at
-    any time. It may be changed; clients that are served stay.
+    any time. It may be changed; clients that are served stay. ``traffic`` counts what all
+    clients asked for.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Server:
         )
         self._handshake_turn = trio.Lock()
         self._room = PayloadRoom()
+        self.traffic = Traffic()
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
 
@@ -137,6 +140,7 @@ class Server:
             admit,
             self._handshake_turn,
             self._room,
+            self.traffic,
             self._tls,
         )
         self._connections.add(connection)

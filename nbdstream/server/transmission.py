@@ -39,6 +39,7 @@ from nbdstream.server.handshake import Agreement, ProtocolError
 from nbdstream.server.payloads import Share
 from nbdstream.server.replies import MAX_DESCRIPTORS, failure
 from nbdstream.server.requests import Request, describe, refusal
+from nbdstream.server.traffic import Traffic
 
 # The longest read or write that is tried at once: what the event loop may be kept busy
 # with by one plain call (a copy of 1 MiB takes about 0.2 ms).
@@ -96,9 +97,12 @@ class _Skipping:
 
 
 class Transmission:
-    """One connection after its handshake. The owner closes ``share`` at its end."""
+    """One connection after its handshake. The owner closes ``share`` at its end. ``traffic``
+    counts what it answers or refuses itself."""
 
-    def __init__(self, agreement: Agreement, share: Share, unconsumed: bytes = b"") -> None:
+    def __init__(
+        self, agreement: Agreement, share: Share, traffic: Traffic, unconsumed: bytes = b""
+    ) -> None:
         self.slow: list[SlowRequest] = []
         self.disconnected = False  # by NBD_CMD_DISC
         self._agreement = agreement
@@ -115,6 +119,7 @@ class Transmission:
         self._replies_end = 0
         self._slow_requests = 0
         self._share = share
+        self._traffic = traffic
         self._wanted = 0  # memory that the next request waits for
         self._payload: _Receiving | _Skipping | None = None
 
@@ -197,6 +202,7 @@ class Transmission:
         writable, structured, data_header = self._writable, self._structured, self._data_header
         unpack_request, header_size = REQUEST.unpack_from, REQUEST.size
         pack_data, pack_simple = DATA_CHUNK.pack_into, SIMPLE_REPLY.pack_into
+        writes = read_bytes = written_bytes = 0
         for left in range(budget, 0, -1):  # noqa: B007 - it is what is returned
             if used >= SEND_SOON or end - start < header_size:
                 break
@@ -226,6 +232,7 @@ class Transmission:
                     else:
                         used = self._pack_read(used, hit, cookie, offset, length)
                     start += header_size
+                    read_bytes += length
                 elif command == _WRITE and writable and end - start >= header_size + length:
                     payload = start + header_size
                     if write(received[payload : payload + length], offset) is _MISS:
@@ -233,6 +240,8 @@ class Transmission:
                     pack_simple(replies, used, SIMPLE_REPLY_MAGIC, 0, cookie)
                     used += SIMPLE_REPLY.size
                     start = payload + length
+                    writes += 1
+                    written_bytes += length
                 else:
                     break
             except (OSError, NbdstreamError):
@@ -240,6 +249,11 @@ class Transmission:
         else:
             left = 0
         self._start, self._replies_end = start, used
+        done, size_of = self._traffic.done, self._traffic.bytes
+        done[_READ] += budget - left - writes
+        done[_WRITE] += writes
+        size_of[_READ] += read_bytes
+        size_of[_WRITE] += written_bytes
         return left
 
     def _pack_read(self, used: int, hit: Hit, cookie: int, offset: int, length: int) -> int:
@@ -275,6 +289,7 @@ class Transmission:
         payload_length = request.length if request.command == Command.WRITE else 0
         refused = refusal(request, self._agreement)
         if refused:
+            self._traffic.refuse(request.command)
             if payload_length > MAX_SKIPPED_PAYLOAD:
                 raise ProtocolError(
                     f"{describe(request)}: no more than {MAX_SKIPPED_PAYLOAD} bytes are skipped"
