@@ -139,7 +139,17 @@ def completions(tree: Path, home: Path) -> None:
         environment["PYTHONPATH"] = str(home)
         command = [sys.executable, "-m", "nbdstream"]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-        _write(tree / path, done.stdout.decode())
+        text = done.stdout.decode()
+        _write(tree / path, _called_each_time(text) if shell == "zsh" else text)
+
+
+def _called_each_time(script: str) -> str:
+    """zsh runs the whole file as a function each time. click's script expects that for the first
+    time only, and completes nothing the second time."""
+    body, condition, _ = script.partition("\nif [[ $zsh_eval_context[-1] == loadautofunc ]]")
+    if not condition:
+        raise RuntimeError("click's script for zsh has changed: look at how it ends")
+    return f'{body}\n_nbdstream_completion "$@"\n'
 
 
 def documents(tree: Path, home: Path) -> None:

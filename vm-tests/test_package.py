@@ -14,6 +14,7 @@ from install import man, package
 from nbdstream import __version__
 from testbed.guests.debian_image import SUITE, mirror
 from testbed.peers import run, temporary_directory
+from testbed.terminal import Terminal
 from testbed.web import nginx
 
 # In the clean root: install the package as users do, and use it. A step that fails ends it.
@@ -262,12 +263,48 @@ def test_bash_completes_commands_and_options(built: Path) -> None:
         )
         return set(done.stdout.split())
 
-    assert completed("nbdstream", "s") == {"serve", "status", "speed", "stream"}
+    assert completed("nbdstream", "s") == {"serve", "set", "status", "speed", "stream"}
     assert {"--tls", "--tls-certificates"} <= completed("nbdstream", "serve", "--tl")
     assert completed("nbdstream", "serve", "--tls", "re") == {"require"}
 
 
-def test_completions_for_other_shells_are_there(built: Path) -> None:
-    for shell in ("zsh", "fish"):
-        text = (built / "tree" / package.COMPLETIONS[shell]).read_text()
-        assert f"_NBDSTREAM_COMPLETE={shell}_complete" in text
+def test_fish_completes_commands_and_options(built: Path) -> None:
+    script = built / "tree" / package.COMPLETIONS["fish"]
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def completed(line: str) -> set[str]:
+        code = f"source '{script}'; complete -C '{line}'"
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", code],
+            env={"PATH": programs, "HOME": "/nonexistent"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return {line.split("\t")[0] for line in done.stdout.splitlines()}
+
+    assert completed("nbdstream s") >= {"serve", "set", "status", "speed", "stream"}
+    assert {"--tls", "--tls-certificates"} <= completed("nbdstream serve --tl")
+    assert completed("nbdstream serve --tls re") == {"require"}
+
+
+def test_zsh_completes_commands_and_options(built: Path, tmp_path: Path) -> None:
+    """In a shell on a terminal, by the Tab key."""
+    functions = (built / "tree" / package.COMPLETIONS["zsh"]).parent
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    (tmp_path / ".zshrc").write_text(
+        f"fpath=({functions} $fpath); path=({programs.replace(':', ' ')})\n"
+        "autoload -Uz compinit; compinit -u; PS1='ready> '\n"
+    )
+    with temporary_directory() as directory:
+        terminal = Terminal(directory, ["env", f"ZDOTDIR={tmp_path}", "zsh", "-i"], 100, 24)
+        try:
+            terminal.wait_for(lambda text: "ready>" in text)
+            terminal.press("nbdstream s", "Tab")
+            terminal.wait_for(lambda text: all(word in text for word in ("serve", "speed", "stat")))
+            terminal.press("C-c")
+            terminal.wait_for(lambda text: text.rstrip().endswith("ready>"))
+            terminal.press("nbdstream serve --tls re", "Tab")
+            terminal.wait_for(lambda text: "nbdstream serve --tls require" in text)
+        finally:
+            terminal.close()

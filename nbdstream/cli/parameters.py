@@ -51,8 +51,9 @@ _KEYS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
 def set_(control: str, pairs: tuple[str, ...], as_json: bool) -> None:
     """Change limits of a running server, or show them.
 
-    KEY is backing-timeout, copy-on-read, max-clients or speed. They are changed together, or
-    none of them is. Without KEY=VALUE, all are shown.
+    KEY is backing-timeout (30s, 5m, none), copy-on-read (on, off), max-clients (a number) or
+    speed (bytes per second, 20M; 0: no limit). They are changed together, or none of them is.
+    Without KEY=VALUE, all are shown.
     """
     wanted = dict(_parsed(pair) for pair in pairs)
 
