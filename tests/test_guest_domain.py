@@ -13,6 +13,8 @@ from nbdstream.guest.accelerator import Accelerator
 from nbdstream.guest.domain import domain_xml
 from testbed.peers import binary, run
 
+OPTIONS = ("-f", "qcow2", "--store", "--thin", "--speed", "2M", "--no-pivot")
+
 
 @pytest.mark.parametrize("accelerator", get_args(Accelerator))
 def test_libvirts_schema_takes_it(tmp_path: Path, accelerator: Accelerator) -> None:
@@ -30,7 +32,10 @@ def test_the_command_starts_and_makes_nothing(tmp_path: Path) -> None:
     leaf = tmp_path / "my vm.qcow2"
     command = [binary("NBDSTREAM"), "boot", "--print-xml", "-m", "256M", "--leaf", str(leaf)]
     done = subprocess.run(
-        [*command, "nbd://nowhere.invalid/disk"], capture_output=True, text=True, check=True
+        [*command, *OPTIONS, "nbd://nowhere.invalid/disk"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     domain = ElementTree.fromstring(done.stdout)
     assert domain.findtext("name") == "my vm"
@@ -40,6 +45,7 @@ def test_the_command_starts_and_makes_nothing(tmp_path: Path) -> None:
     assert served == [
         *("nbdstream", "serve", str(leaf), "-U", socket),
         *("-b", "nbd://nowhere.invalid/disk"),
+        *("--format=qcow2", "--store", "--thin", "--speed=2097152"),
     ]
     assert socket in done.stdout
     assert not list(tmp_path.iterdir())
@@ -50,6 +56,7 @@ def test_the_command_starts_and_makes_nothing(tmp_path: Path) -> None:
     [
         (["nbd://host/disk"], "needs a leaf that stays: name it with --leaf"),
         (["--leaf", "x.qcow2", "nbd://host/disk", "--", "-vga", "std"], "add them to the XML"),
+        (["--leaf", "x.qcow2", "nbd://host/disk", "--pivot"], "libvirt has to know of it"),
     ],
 )
 def test_what_a_domain_cannot_have_is_refused(arguments: list[str], words: str) -> None:

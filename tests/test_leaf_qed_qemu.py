@@ -6,13 +6,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import nbd
 import pytest
 
 from nbdstream.extents import align_down, align_up
 from nbdstream.leaf import open_leaf
 from nbdstream.leaf.base import BackingReference, State
 from testbed.leaves import drive, flush
-from testbed.peers import run
+from testbed.peers import assert_same, nbdkit, nbdstream_serve, run
 from tests.leaf_support import (
     BACKING,
     extents,
@@ -23,6 +24,7 @@ from tests.leaf_support import (
     zero,
 )
 from tests.qed_image import CLUSTER, SIZE, SMALL, qemu_io, small_image
+from tests.serve_support import client
 
 path = pytest.fixture(small_image)
 
@@ -89,6 +91,32 @@ def test_taking_turns_with_qemu(tmp_path: Path, seed: int) -> None:
         reader = open_leaf(str(path), read_only=True)
         assert read(reader, 0, SIZE, backing) == model
         reader.close()
+
+
+def test_a_guests_zeroes_stay_zeroes_in_qemu(tmp_path: Path) -> None:
+    """A server's client zeroes; then QEMU goes on with the leaf over its backing."""
+    path, rng, cluster = tmp_path / "disk.qed", random.Random(1), 65536
+    model = bytearray(rng.randbytes(SIZE))
+    (tmp_path / "base.raw").write_bytes(model)
+    with nbdkit("file", tmp_path / "base.raw", readonly=True) as backing:
+        with (
+            nbdstream_serve(path, backing.uri, "--stream", "off") as server,
+            client(server.uri) as guest,
+        ):
+            for _ in range(20):
+                guest.pread(cluster, rng.randrange(SIZE - cluster))  # some are local before
+                offset = rng.randrange(SIZE - 8 * cluster)
+                length = rng.randrange(1, 8 * cluster)
+                flags = rng.choice((0, nbd.CMD_FLAG_NO_HOLE))
+                guest.zero(length, offset, flags)
+                model[offset : offset + length] = bytes(length)
+        writes = []
+        for offset in range(512, SIZE - cluster, cluster):
+            writes += ["-c", f"write -P 7 {offset} 512"]
+            model[offset : offset + 512] = b"\7" * 512
+        run(["qemu-io", *writes, path])
+        (tmp_path / "model.raw").write_bytes(model)
+        assert_same(path, tmp_path / "model.raw", "qed")
 
 
 def test_the_identity_survives_what_qemu_does(path: Path) -> None:

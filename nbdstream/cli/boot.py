@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import trio
+from click.core import ParameterSource
 
 from nbdstream.cli.options import (
     StoreCommand,
@@ -52,6 +53,8 @@ from nbdstream.tasks import open_background_nursery
 
 DEFAULT_MEMORY = 1 << 30
 TEMPORARY_LEAF = "temporary-leaf.qcow2"
+# Options that are those of 'serve', too.
+_OF_SERVE = ("image_format", "store", "thin", "stream", "speed", "prefetch")
 
 
 @click.command(cls=StoreCommand)
@@ -101,9 +104,7 @@ def boot(
     used if a test shows that it runs guests. The exit status is QEMU's.
     """
     if print_xml:
-        if qemu_arguments:
-            raise UsageError("--print-xml has no place for QEMU's arguments: add them to the XML")
-        _print_domain(image, leaf, image_format, memory)
+        _print_domain(click.get_current_context(), image, leaf, memory)
         return
     with _images(image, leaf) as (leaf_path, backing, socket), _terminal_restored():
         options = ServeOptions(
@@ -138,8 +139,18 @@ def boot(
     sys.exit(status)
 
 
-def _print_domain(image: str, leaf: str | None, image_format: str | None, memory: int) -> None:
-    """The domain on stdout, and on stderr the command that serves its disk."""
+def _print_domain(ctx: click.Context, image: str, leaf: str | None, memory: int) -> None:
+    """The domain on stdout, and on stderr the command that serves its disk, with the options that
+    were given."""
+    given = [
+        each
+        for each in ctx.command.params
+        if ctx.get_parameter_source(str(each.name)) is ParameterSource.COMMANDLINE
+    ]
+    if ctx.params["qemu_arguments"]:
+        raise UsageError("--print-xml has no place for QEMU's arguments: add them to the XML")
+    if ctx.params["pivot"] and "pivot" in [each.name for each in given]:
+        raise UsageError("--print-xml has no --pivot: libvirt has to know of it (docs/pivot.md)")
     with _images(image, leaf) as (path, backing, _):
         if Path(path).name == TEMPORARY_LEAF:
             raise UsageError("--print-xml needs a leaf that stays: name it with --leaf")
@@ -149,8 +160,10 @@ def _print_domain(image: str, leaf: str | None, image_format: str | None, memory
     serve = ["nbdstream", "serve", str(place), "-U", socket]
     if backing is not None:
         serve += ["-b", backing]
-    if image_format is not None:
-        serve += ["-f", image_format]
+    for each in given:
+        if each.name in _OF_SERVE:
+            name, value = each.opts[-1], ctx.params[each.name]
+            serve.append(name if value in (True, "") else f"{name}={value}")
     say(f"nbdstream: before the domain starts, serve its disk: {shlex.join(serve)}", err=True)
 
 

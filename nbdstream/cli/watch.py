@@ -18,7 +18,6 @@ from nbdstream.errors import NbdstreamError
 from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import Event, QMPConnectionError
 from nbdstream.tasks import open_background_nursery
-from nbdstream.text import shown
 
 
 @click.command()
@@ -83,6 +82,7 @@ async def _on_screen(qmp: QMPClient, job_id: str) -> Event:
     from nbdstream.cli.screen import show
 
     disk = Watched("")
+    await disk.look(qmp)
     async with open_background_nursery() as nursery:
         nursery.start_soon(show, [disk])
         return await disk.follow(qmp, job_id)
@@ -161,5 +161,5 @@ async def _print_lines(disks: list[Watched]) -> None:
     while True:
         for disk in disks:
             if disk.known and not disk.over:
-                print(shown(f"{disk.name}: {disk.snapshot}"), file=sys.stderr, flush=True)
+                say(f"{disk.name}: {disk.snapshot}", err=True)
         await trio.sleep(LINE_INTERVAL)

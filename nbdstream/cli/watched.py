@@ -72,11 +72,10 @@ class Watched:
         self.dashboard.look(report, trio.current_time())
 
     async def follow(self, qmp: QMPClient, job_id: str) -> Event:
-        """Keep the dashboard up to date until the event comes that ends the job; return that.
+        """After `look`: keep the dashboard up to date until the event that ends the job; return it.
 
         Raises QMPError if the server ends before.
         """
-        await self.look(qmp)
         self.qmp, self.job_id = qmp, job_id
         async with open_background_nursery() as nursery:
             for task in (self._look, self._map, self._listen):

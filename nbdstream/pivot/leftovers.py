@@ -35,8 +35,13 @@ async def remember_stop(qemu: QMPClient) -> None:
 
 async def forget_stop(qemu: QMPClient) -> None:
     """The guest goes on. Raises QMPConnectionError."""
-    with suppress(CommandError):  # it was paused before
-        await qemu.execute("blockdev-del", {"node-name": STOPPED})
+    await delete_node(qemu, STOPPED)  # which there is not, if the guest was paused before
+
+
+async def delete_node(qemu: QMPClient, node: str) -> None:
+    """Delete a node that QEMU may have deleted by itself. Raises QMPConnectionError."""
+    with suppress(CommandError):
+        await qemu.execute("blockdev-del", {"node-name": node})
 
 
 async def go_on(qemu: QMPClient, served: Sequence[tuple[str, list[str]]]) -> None:
@@ -97,7 +102,7 @@ async def clear_up(qemu: QMPClient, disks: Sequence[PivotDisk]) -> list[PivotDis
         await go_on(qemu, served)
         await forget_stop(qemu)
     for node in connected:  # else QEMU would wait for the server when it next flushes all nodes
-        await qemu.execute("blockdev-del", {"node-name": node})
+        await delete_node(qemu, node)
     for disk in pivoted:
         await disk.server.end()
     return rest

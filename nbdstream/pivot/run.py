@@ -10,7 +10,7 @@ on the leaves and which on the exports, and with that which way to go.
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 
 import trio
 
@@ -21,6 +21,7 @@ from nbdstream.pivot.leftovers import (
     LEAF,
     PivotDisk,
     clear_up,
+    delete_node,
     forget_stop,
     go_on,
     remember_stop,
@@ -28,7 +29,7 @@ from nbdstream.pivot.leftovers import (
 from nbdstream.pivot.nodes import Graph
 from nbdstream.pivot.servers import Monitor, PivotError
 from nbdstream.qmp.client import QMPClient
-from nbdstream.qmp.protocol import CommandError, QMPError
+from nbdstream.qmp.protocol import QMPError
 
 log = logging.getLogger(__name__)
 
@@ -194,8 +195,7 @@ async def _leave(qemu: QMPClient, disks: Sequence[PivotLeaf]) -> None:
     """These disks are on their leaves: end what they were on before."""
     await forget_stop(qemu)
     for disk in disks:
-        with suppress(CommandError):  # where QEMU made the node by itself, it is gone
-            await qemu.execute("blockdev-del", {"node-name": disk.attached.nbd})
+        await delete_node(qemu, disk.attached.nbd)
     for disk in disks:
         await disk.server.end()
 

@@ -19,15 +19,17 @@ from pathlib import Path
 
 import trio
 
-from nbdstream.guest.accelerator import qemu_binary
+from nbdstream.guest import domain
 from nbdstream.guest.console import Console
-from nbdstream.guest.qemu import MiB
 from nbdstream.tasks import open_background_nursery
 from testbed.guests import systems
 from testbed.guests.systems import System
 from testbed.migrations.arrangement import WRITER, Ends
 
 DOMAIN = "vm"
+# The same domain at both hosts.
+_UUID = "6f1c1c0e-7a55-4a52-9c1c-0d9e4f0d1a11"
+_MAC = "52:54:00:0d:1a:11"
 START_TIMEOUT = 60.0
 COMMAND_TIMEOUT = 60.0
 
@@ -188,32 +190,17 @@ def domain_xml(end: str, directory: Path, system: System) -> str:
     ``<end>.heartbeat``.
     """
     place = directory / end
-    return f"""<domain type='qemu'>
-  <name>{DOMAIN}</name>
-  <uuid>6f1c1c0e-7a55-4a52-9c1c-0d9e4f0d1a11</uuid>
-  <memory unit='MiB'>{system.memory // MiB}</memory>
-  <vcpu>1</vcpu>
-  <os>
-    <type arch='x86_64' machine='pc'>hvm</type>
-    <boot dev='hd'/>
-    <bios useserial='yes'/>
-  </os>
-  <on_reboot>destroy</on_reboot>
-  <devices>
-    <emulator>{shutil.which(qemu_binary())}</emulator>
-    <disk type='network' device='disk'>
-      <driver name='qemu' type='raw' discard='unmap' error_policy='stop' rerror_policy='stop'/>
-      <source protocol='nbd'><host transport='unix' socket='{place}.nbd'/></source>
-      <target dev='vda' bus='virtio'/>
-    </disk>
-    <controller type='usb' model='none'/>
-    <memballoon model='none'/>
-    <serial type='unix'>
+    described = domain.domain_xml(DOMAIN, f"{place}.nbd", system.memory, "tcg")
+    ports = f"""<serial type='unix'>
       <source mode='bind' path='{place}.serial'/>
       <log file='{place}.console'/>
       <target port='0'/>
     </serial>
-    <serial type='unix'><source mode='bind' path='{place}.heartbeat'/><target port='1'/></serial>
-  </devices>
-</domain>
-"""
+    <serial type='unix'><source mode='bind' path='{place}.heartbeat'/><target port='1'/></serial>"""
+    for general, ours in (
+        ("</name>", f"</name>\n  <uuid>{_UUID}</uuid>\n  <on_reboot>destroy</on_reboot>"),
+        ("<interface type='user'>", f"<interface type='user'><mac address='{_MAC}'/>"),
+        ("<serial type='pty'/>", ports),
+    ):
+        described = described.replace(general, ours)
+    return described
