@@ -315,6 +315,28 @@ def test_several_disks_without_a_terminal(guests: tuple[Path, list[Peer]]) -> No
     assert said.endswith("nbdstream: error: 1 of 3 disks are not wholly local\n")
 
 
+def test_servers_that_start_later_are_shown(
+    guests: tuple[Path, list[Peer]], tmp_path: Path
+) -> None:
+    """In a directory: one that starts, and one that starts again after it was killed."""
+    place, servers = guests
+    for number in (1, 2):
+        (place / f"vm{number}.qmp").unlink()
+    with on_terminal(100, 24, str(place)) as terminal, ExitStack() as stack:
+        terminal.wait_for(lambda text: "disk0: vm0.qcow2" in text)
+        (place / "vm1.qmp").symlink_to(str(servers[1].control))
+        terminal.wait_for(lambda text: "2 disks" in text and "vm1.qcow2" in text)
+        servers[0].kill()
+        terminal.wait_for(lambda text: "1 failed" in text)
+        again = stack.enter_context(nbdstream_serve(tmp_path / "vm0.qcow2", "", "--speed", "0"))
+        (place / "vm0.qmp").unlink()
+        (place / "vm0.qmp").symlink_to(str(again.control))
+        terminal.wait_for(lambda text: "2 disks" in text and "1 complete" in text)
+        run(["nbdstream", "resume", place / "vm1.qmp"])
+        text = terminal.wait_for(lambda text: "status 0" in text)
+        assert text.count(": complete: the whole disk is local") == 2
+
+
 def test_a_directory_without_servers_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(
         [binary("NBDSTREAM"), "watch", str(tmp_path)], capture_output=True, text=True, check=False

@@ -68,11 +68,11 @@ def control_sockets(directory: str) -> list[str]:
     are left out. Raises NbdstreamError if there is none; OSError."""
     import trio
 
-    sockets = sorted(str(path) for path in Path(directory).iterdir() if path.is_socket())
+    sockets = sockets_in(directory)
     found: list[str] = []
 
     async def look(path: str) -> None:
-        if await _is_ours(path):
+        if await is_ours(path):
             found.append(path)
 
     async def look_at_all() -> None:
@@ -88,7 +88,12 @@ def control_sockets(directory: str) -> list[str]:
     return sorted(found)
 
 
-async def _is_ours(path: str) -> bool:
+def sockets_in(directory: str) -> list[str]:
+    """The Unix sockets in a directory, by name. Raises OSError."""
+    return sorted(str(path) for path in Path(directory).iterdir() if path.is_socket())
+
+
+async def is_ours(path: str) -> bool:
     """Whether a server of ours has this control socket."""
     import trio
 

@@ -42,12 +42,16 @@ class Overview:
         self._disks = disks
         self._keys = keys
         self._number = 0
-        self._alone = len(disks) == 1
+        self._wants_alone = False
 
     @property
     def chosen(self) -> Watched:
         """The disk that keys steer."""
         return self._disks[self._number]
+
+    @property
+    def _alone(self) -> bool:
+        return self._wants_alone or len(self._disks) == 1
 
     def move(self, key: Key) -> None:
         """Choose another disk, or show the chosen one alone, or all."""
@@ -55,7 +59,7 @@ class Overview:
             step = 1 if key is Key.DOWN else -1
             self._number = min(max(self._number + step, 0), len(self._disks) - 1)
         else:
-            self._alone = key is Key.ENTER or len(self._disks) == 1
+            self._wants_alone = key is Key.ENTER
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         height = options.height or console.size.height

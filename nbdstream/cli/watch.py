@@ -3,13 +3,16 @@
 
 import signal
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import trio
 
-from nbdstream.cli.find import control_socket, control_sockets
+from nbdstream.cli.find import control_socket, control_sockets, is_ours, sockets_in
 from nbdstream.cli.output import say
 from nbdstream.cli.progress import LINE_INTERVAL, ProgressLine, Snapshot
 from nbdstream.cli.steer import name_of, report_of, run_on, work_on
@@ -19,13 +22,19 @@ from nbdstream.qmp.client import QMPClient
 from nbdstream.qmp.protocol import Event, QMPConnectionError
 from nbdstream.tasks import open_background_nursery
 
+# Seconds between two looks for new servers. A socket that is not ours is looked at so many times:
+# it may be one that is being made.
+LOOK_INTERVAL = 1.0
+LOOKS = 3
+
 
 @click.command()
 @click.argument("controls", nargs=-1, required=True, metavar="CONTROL|DIRECTORY...")
 def watch(controls: tuple[str, ...]) -> None:
     """Show progress until the stream job ends; of several disks, until all jobs end.
 
-    A directory stands for all control sockets in it. On a terminal it fills the screen. Keys:
+    A directory stands for all control sockets in it, also for those of servers that start later.
+    On a terminal it fills the screen. Keys:
     space pauses and resumes the job, + and - double and halve its limit, 0 lifts the limit, q
     leaves; the jobs continue then. Of several disks, the arrows choose one, Enter shows it
     alone, and Esc all of them again.
@@ -38,7 +47,8 @@ def watch(controls: tuple[str, ...]) -> None:
         if len(controls) == 1 and not Path(controls[0]).is_dir():
             run_on(control_socket(controls[0]), watch_job)
         else:
-            watch_all([socket for name in controls for socket in _sockets(name)])
+            directories = [name for name in controls if Path(name).is_dir()]
+            watch_all([socket for name in controls for socket in _sockets(name)], directories)
     except* KeyboardInterrupt:
         interrupted = True  # an exit from here would end up in a group
     if interrupted:
@@ -109,15 +119,16 @@ async def _follow(qmp: QMPClient, job_id: str, line: ProgressLine) -> Event:
 # -- any number -------------------------------------------------------------------------------
 
 
-def watch_all(controls: list[str]) -> None:
-    """Show the progress of these disks until all jobs have ended, then how each ended.
+def watch_all(controls: list[str], directories: Sequence[str] = ()) -> None:
+    """Show the progress of these disks until all jobs have ended, then how each ended. Servers that
+    start meanwhile in one of the directories are shown, too.
 
     Raises:
         NbdstreamError: not all of them are wholly local.
     """
     disks = [Watched(control) for control in controls]
     try:
-        trio.run(_watch_all, disks)
+        trio.run(_watch_all, disks, directories)
     finally:
         for disk in disks:
             if disk.over:
@@ -126,7 +137,7 @@ def watch_all(controls: list[str]) -> None:
         raise NbdstreamError(f"{len(failed)} of {len(disks)} disks are not wholly local")
 
 
-async def _watch_all(disks: list[Watched]) -> None:
+async def _watch_all(disks: list[Watched], directories: Sequence[str]) -> None:
     async with open_background_nursery() as nursery:
         if sys.stderr.isatty():
             from nbdstream.cli.screen import show
@@ -137,6 +148,42 @@ async def _watch_all(disks: list[Watched]) -> None:
         async with trio.open_nursery() as following:
             for disk in disks:
                 following.start_soon(_watch_one, disk)
+            if directories:
+                nursery.start_soon(_look_for_more, disks, directories, following)
+
+
+async def _look_for_more(
+    disks: list[Watched], directories: Sequence[str], following: trio.Nursery
+) -> None:
+    """A task: follow servers that start in these directories, and those that start again."""
+    looks = Counter(_version(disk.control) for disk in disks for _ in range(LOOKS))
+    while True:
+        await trio.sleep(LOOK_INTERVAL)
+        for path in _sockets_now(directories):
+            version = _version(path)
+            looks[version] += 1
+            if looks[version] > LOOKS or not await is_ours(path):
+                continue
+            looks[version] = LOOKS
+            if all(disk.over for disk in disks):
+                return  # the end has come
+            number = next((i for i, disk in enumerate(disks) if disk.control == path), len(disks))
+            disks[number:] = [Watched(path), *disks[number + 1 :]]
+            following.start_soon(_watch_one, disks[number])
+
+
+def _sockets_now(directories: Sequence[str]) -> list[str]:
+    with suppress(OSError):  # a directory may be gone
+        return [path for directory in directories for path in sockets_in(directory)]
+    return []
+
+
+def _version(path: str) -> tuple[str, int, int]:
+    """What tells a socket from the next one at the same path."""
+    with suppress(OSError):
+        found = Path(path).stat()
+        return path, found.st_ino, found.st_mtime_ns
+    return path, 0, 0
 
 
 async def _watch_one(disk: Watched) -> None:
