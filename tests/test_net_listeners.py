@@ -97,6 +97,24 @@ def test_a_socket_that_another_server_took_over_is_not_removed(directory: Path) 
     second.close()
 
 
+@pytest.mark.parametrize("call", ["stat", "unlink"])
+@pytest.mark.parametrize("failure", [FileNotFoundError, PermissionError, NotADirectoryError])
+def test_a_file_that_cannot_be_removed_is_no_trouble(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, call: str, failure: type[OSError]
+) -> None:
+    """Somebody who stops a server removes its socket at the same time."""
+
+    def fail(path: Path) -> None:
+        raise failure(path)
+
+    listener = listen_unix(directory / "nbd")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, call, fail)
+        listener.close()
+    listen_unix(directory / "nbd").close()
+    assert not (directory / "nbd").exists()
+
+
 def test_unix_uri(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listener = listen_unix(directory / "a b")
     assert listener.uri("x/y z") == f"nbd+unix:///x%2Fy%20z?socket={directory}/a%20b"

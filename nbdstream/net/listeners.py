@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Iterable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from nbdstream.errors import UsageError
@@ -73,10 +74,15 @@ class Listener:
         return client, f"{address[0]}:{address[1]}"
 
     def close(self) -> None:
-        """Stop listening, and remove the socket's file if it is still the one we made."""
+        """Stop listening, and remove the socket's file if it is still the one we made.
+
+        A file that cannot be removed, or that is removed at the same time, is no trouble: the
+        next server replaces it.
+        """
         self.socket.close()
-        if self._path and _identity(self._path) == self._identity:
-            self._path.unlink()
+        with suppress(OSError):
+            if self._path and _identity(self._path) == self._identity:
+                self._path.unlink()
         self._path = None
 
 
@@ -167,8 +173,8 @@ def _remove_stale(path: Path) -> None:
         probe.setblocking(False)
         try:
             probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink()
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
             return
         except BlockingIOError:
             pass  # its backlog is full: it lives

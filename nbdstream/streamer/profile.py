@@ -231,7 +231,7 @@ def write_profile(path: str, profile: Profile) -> None:
             os.fsync(fd)
         Path(name).replace(path)
     except BaseException:
-        Path(name).unlink()
+        Path(name).unlink(missing_ok=True)
         raise
 
 
