@@ -9,6 +9,7 @@ from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
 from nbdstream.leaf import format_from_suffix
 from nbdstream.server.certificates import Certificates, TlsPolicy
+from nbdstream.server.cursor import string_fault
 from nbdstream.server.server import MAX_CLIENTS
 from nbdstream.streamer.profile import read_profile
 from nbdstream.streamer.profile_store import ProfileStore
@@ -37,6 +38,7 @@ class ServeOptions:
     backing: str | None = None
     format: str | None = None
     export: str = ""
+    description: str = ""
     read_only: bool = False
     copy_on_read: bool = True
     stream: str = "on"
@@ -57,6 +59,12 @@ class ServeOptions:
 
 def check_combination(options: ServeOptions) -> None:
     """Check that options can be used together. Raises UsageError, which names them."""
+    for option, text in (
+        ("--export", options.export),
+        ("--description", options.description),
+    ):
+        if fault := string_fault(text):
+            raise UsageError(f"{option} {fault}")
     if options.prefetch is not None and options.read_only:
         raise UsageError("--prefetch keeps what it fetches: it does not go with --read-only")
     if options.finish_in is not None and options.stream == "off":

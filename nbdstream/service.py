@@ -137,7 +137,7 @@ async def open_stream(options: ServeOptions) -> AsyncIterator[Opened]:
             detect_zeroes=options.detect_zeroes,
             health=health,
         ) as disk:
-            disk.name = options.export
+            disk.name, disk.description = options.export, options.description
             if options.standby:
                 disk.stand_by()
             if seal is not None:

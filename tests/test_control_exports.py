@@ -110,6 +110,17 @@ def test_exports_live_and_die_as_those_of_qemu(tmp_path: Path, server: Peer) -> 
     assert ours == theirs
 
 
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 4097])
+def test_what_nbd_cannot_carry_is_no_name_and_no_description(server: Peer, text: str) -> None:
+    assert server.control is not None
+    with Qmp(server.control) as qmp:
+        added = {"type": "nbd", "id": "more", "node_name": "disk0"}
+        for member in ("name", "description"):
+            with pytest.raises(PeerError, match=f"the export's {member} "):
+                qmp.execute("block-export-add", **added, **{member: text})
+        assert len(qmp.execute("query-block-exports")) == 1
+
+
 def test_a_writable_export_writes_the_disk(server: Peer) -> None:
     assert server.control is not None
     with Qmp(server.control) as qmp:

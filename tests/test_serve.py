@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``nbdstream serve`` as its users meet it: real backings and real clients."""
 
+import json
 import random
 import re
 import subprocess
@@ -265,6 +266,17 @@ def test_socket_activation_serves_the_tools_that_use_it(tmp_path: Path, image: P
         assert f"export-size: {SIZE}" in run([binary("NBDINFO"), *command])
         run([binary("NBDCOPY"), *command, copy])
     assert_same(copy, image)
+
+
+def test_lists_of_exports_show_name_and_description(tmp_path: Path) -> None:
+    words = ("--description", "of my web server")
+    run([binary("NBDSTREAM"), "create", tmp_path / "leaf.raw", "--size", "1M"])
+    with nbdstream_serve(tmp_path / "leaf.raw", None, *words, export="disk0") as server:
+        socket = f"nbd+unix:///?socket={server.socket}"
+        listed = json.loads(run(["nbdinfo", "--json", "--list", socket]))["exports"]
+        assert [(each["export-name"], each["description"]) for each in listed] == [
+            ("disk0", "of my web server")
+        ]
 
 
 def test_a_command_is_run_and_its_status_is_ours(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ def shaking(tls: Tls) -> Handshake:
     return handshake
 
 
-def test_without_tls_the_option_is_unsupported() -> None:
+def test_without_tls_the_option_is_refused_by_policy() -> None:
     handshake = shaking(Tls.OFF)
-    assert answer(handshake, option(Option.STARTTLS)) == OptionReply.ERR_UNSUP
+    assert answer(handshake, option(Option.STARTTLS)) == OptionReply.ERR_POLICY
     assert not handshake.starting_tls
 
 

@@ -82,6 +82,9 @@ from nbdstream.service import Service, open_service
     help="Demand client certificates that DIR's ca-cert.pem has signed.",
 )
 @click.option("-e", "--export", default="", metavar="NAME", help="The export's name.")
+@click.option(
+    "--description", default="", metavar="TEXT", help="What lists of exports say of the export."
+)
 @store_option
 @thin_option
 @click.option("--read-only", is_flag=True, help="Refuse writes and do not change the leaf.")
@@ -168,6 +171,7 @@ def serve(
     tls: str | None,
     tls_verify_peer: bool,
     export: str,
+    description: str,
     store: str | None,
     thin: bool,
     read_only: bool,
@@ -204,6 +208,7 @@ def serve(
         backing=backing,
         format=image_format,
         export=export,
+        description=description,
         read_only=read_only,
         copy_on_read=copy_on_read == "on",
         stream=stream,

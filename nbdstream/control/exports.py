@@ -12,10 +12,8 @@ from nbdstream.control.table import command
 from nbdstream.disk.readonly import ReadOnlyExport
 from nbdstream.export import Export
 from nbdstream.qmp.protocol import DeviceNotFound, GenericError, JSONObject
+from nbdstream.server.cursor import string_fault
 from nbdstream.server.server import Server
-
-# NBD's doc/proto.md: no string is longer.
-NAME_MOST = 4096
 
 
 class Alias:
@@ -89,10 +87,9 @@ class ExportCommands:
             raise GenericError("Parameter 'writethrough' does not accept value 'true'")
         if not id or id in (self._device, *self._added):
             raise GenericError(f"Block export id '{id}' is already in use")
-        if len(name.encode()) > NAME_MOST:
-            raise GenericError(f"export name '{name}' too long")
-        if len(description.encode()) > NAME_MOST:
-            raise GenericError(f"description '{description}' too long")
+        for what, text in (("name", name), ("description", description)):
+            if fault := string_fault(text):
+                raise GenericError(f"the export's {what} {fault}")
         if name in (self._disk.name, *(each.name for each in self._added.values())):
             raise GenericError(f"NBD server already has export named '{name}'")
         if writable and self._disk.read_only:

@@ -77,3 +77,15 @@ class Cursor:
         """Check that everything has been read. Raises MalformedError if not."""
         if self.remaining:
             raise MalformedError(f"{self.remaining} bytes too many")
+
+
+def string_fault(text: str) -> str:
+    """What keeps a text from being a string of NBD ("Conventions"), as the end of a sentence that
+    begins with its name; "" if nothing does."""
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    if "\0" in text:
+        return "has a NUL in it"
+    return f"has {length} bytes: NBD allows {MAX_STRING}" if length > MAX_STRING else ""

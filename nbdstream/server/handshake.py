@@ -204,7 +204,10 @@ class Handshake:
             # "a server SHOULD ignore any data sent by the client"
             self._reply(option, OptionReply.ACK)
             return Goodbye()
-        answer = self._answer_to(option)
+        if option == Option.STARTTLS and self._tls is Tls.OFF:
+            self._reply(option, OptionReply.ERR_POLICY, "TLS is not configured")
+            return None
+        answer = self._ANSWERS.get(option)
         if answer is None:
             self._reply(option, OptionReply.ERR_UNSUP, f"option {option} is not supported")
             return None
@@ -294,11 +297,6 @@ class Handshake:
         self._reply(option, OptionReply.ACK)
         self.starting_tls = True
 
-    def _answer_to(self, option: int) -> _Answer | None:
-        if option == Option.STARTTLS and self._tls is Tls.OFF:
-            return None
-        return self._ANSWERS.get(option)
-
     _ANSWERS: ClassVar[dict[int, _Answer]] = {
         Option.LIST: _list,
         Option.INFO: _info,
@@ -331,7 +329,7 @@ class Handshake:
         """Answer an option whose data was too long to be kept."""
         if option == Option.EXPORT_NAME:
             raise ProtocolError(f"an export name of {length} bytes")
-        if self._answer_to(option) is None or self._wants_tls_before(option):
+        if self._ANSWERS.get(option) is None or self._wants_tls_before(option):
             return self._answer(option, b"")
         if option == Option.SET_META_CONTEXT:
             self._contexts, self._contexts_export = (), None
