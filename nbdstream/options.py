@@ -9,6 +9,7 @@ from nbdstream.disk import DetectZeroes
 from nbdstream.errors import UsageError
 from nbdstream.leaf import format_from_suffix
 from nbdstream.server.certificates import Certificates, TlsPolicy
+from nbdstream.server.constants import MAX_STRING
 from nbdstream.server.cursor import string_fault
 from nbdstream.server.server import MAX_CLIENTS
 from nbdstream.streamer.profile import read_profile
@@ -64,7 +65,7 @@ def check_combination(options: ServeOptions) -> None:
         ("--description", options.description),
     ):
         if fault := string_fault(text):
-            raise UsageError(f"{option} {fault}")
+            raise UsageError(f"{option} is {fault}: NBD takes up to {MAX_STRING} bytes of UTF-8")
     if options.prefetch is not None and options.read_only:
         raise UsageError("--prefetch keeps what it fetches: it does not go with --read-only")
     if options.finish_in is not None and options.stream == "off":

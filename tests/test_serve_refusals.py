@@ -48,8 +48,12 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         (["info", "missing.raw"], 1, "missing.raw: No such file"),
         (["serve", "missing.raw", "-U", "a", "--listen", "b:1"], 2, "one of"),
         (["serve", "missing.raw", "--listen", "nonsense"], 2, "HOST:PORT"),
-        (["serve", "missing.raw", "-e", "x" * 4097], 2, "--export has 4097 bytes: NBD allows"),
-        (["serve", "missing.raw", "--description", "\udcff"], 2, "--description is not UTF-8"),
+        (
+            ["serve", "missing.raw", "-e", "x" * 4097],
+            2,
+            "--export is too long: NBD takes up to 4096",
+        ),
+        (["serve", "missing.raw", "--description", "\udcff"], 2, "--description is not UTF-8: NBD"),
         (["serve", "missing.raw", "--tls", "require"], 2, "--tls-certificates"),
         (["serve", "missing.raw", "--tls-verify-peer"], 2, "--tls-certificates"),
         (

@@ -87,9 +87,9 @@ class ExportCommands:
             raise GenericError("Parameter 'writethrough' does not accept value 'true'")
         if not id or id in (self._device, *self._added):
             raise GenericError(f"Block export id '{id}' is already in use")
-        for what, text in (("name", name), ("description", description)):
+        for what, text in (("export name", name), ("description", description)):
             if fault := string_fault(text):
-                raise GenericError(f"the export's {what} {fault}")
+                raise GenericError(f"{what} '{text}' {fault}")
         if name in (self._disk.name, *(each.name for each in self._added.values())):
             raise GenericError(f"NBD server already has export named '{name}'")
         if writable and self._disk.read_only:

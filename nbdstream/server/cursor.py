@@ -80,12 +80,12 @@ class Cursor:
 
 
 def string_fault(text: str) -> str:
-    """What keeps a text from being a string of NBD ("Conventions"), as the end of a sentence that
-    begins with its name; "" if nothing does."""
+    """What keeps a text from being a string of NBD ("Conventions"): it is "too long", say. "" if
+    nothing does."""
     try:
         length = len(text.encode())
     except UnicodeEncodeError:
-        return "is not UTF-8"
+        return "not UTF-8"
     if "\0" in text:
-        return "has a NUL in it"
-    return f"has {length} bytes: NBD allows {MAX_STRING}" if length > MAX_STRING else ""
+        return "not free of NUL"
+    return "too long" if length > MAX_STRING else ""
