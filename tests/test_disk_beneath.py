@@ -12,7 +12,8 @@ import pytest
 import trio
 import trio.testing
 
-from nbdstream.backing.base import Priority
+from nbdstream.backing.base import Backing, Priority
+from nbdstream.backing.padded import PaddedBacking
 from nbdstream.disk import StreamedDisk, open_disk
 from nbdstream.export import Hit
 from nbdstream.leaf.base import FlushNeeded, State
@@ -78,10 +79,13 @@ class StoreBacking(GatedBacking):
 
 @asynccontextmanager
 async def opened(
-    outcome: Outcome = Outcome.BROUGHT, *, thin: bool = False
+    outcome: Outcome = Outcome.BROUGHT, *, thin: bool = False, longer: int = 0
 ) -> AsyncIterator[tuple[StreamedDisk, MemoryLeaf, StoreBacking]]:
-    leaf, backing = MemoryLeaf(SIZE, block_size=BLOCK, cluster_size=CLUSTER), StoreBacking(outcome)
-    async with open_disk(leaf, backing, thin=thin) as disk:
+    """With ``longer``, the leaf has so many bytes more than the backing."""
+    size, backing = SIZE + longer, StoreBacking(outcome)
+    leaf = MemoryLeaf(size, block_size=BLOCK, cluster_size=CLUSTER)
+    fitted = PaddedBacking(backing, size) if longer else backing
+    async with open_disk(leaf, fitted, thin=thin) as disk:
         yield disk, leaf, backing
     leaf.close()
     os.close(backing.copy.fd)
@@ -164,3 +168,22 @@ async def test_only_what_the_leaf_lacks_is_brought() -> None:
         await disk.write(memoryview(b"w" * CLUSTER), 0, fua=False)
         await read(disk, CLUSTER - BLOCK, 2 * BLOCK)
         assert backing.brought == [(CLUSTER, CLUSTER)]
+
+
+@pytest.mark.parametrize("thin", [False, True])
+async def test_a_leaf_that_is_longer_than_the_image_has_the_image_brought_as_well(
+    thin: bool,
+) -> None:
+    async with opened(thin=thin, longer=CLUSTER) as (disk, _leaf, backing):
+        last = SIZE - BLOCK
+        assert await read(disk, last, BLOCK) == CONTENT[last:]
+        assert await read(disk, last, 2 * BLOCK) == CONTENT[last:] + bytes(BLOCK)
+        assert await read(disk, SIZE, CLUSTER) == bytes(CLUSTER)
+        assert backing.brought[0] == (SIZE - CLUSTER, CLUSTER)
+        assert all(offset + length <= SIZE for offset, length in backing.brought)
+
+
+def test_a_wrapped_backing_passes_each_call_on() -> None:
+    calls = {name for name, what in vars(Backing).items() if callable(what)}
+    assert "bring" in calls
+    assert calls <= set(vars(PaddedBacking))

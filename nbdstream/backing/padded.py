@@ -11,6 +11,7 @@ class PaddedBacking(Backing):
     def __init__(self, backing: Backing, size: int) -> None:
         self.uri = backing.uri
         self.size = size
+        self.known_identity = backing.known_identity
         self.timeout = backing.timeout
         self.local = backing.local
         self._backing = backing
@@ -25,6 +26,11 @@ class PaddedBacking(Backing):
         elif grant is not None:
             grant.give_back()
         view[inside:] = bytes(len(view) - inside)
+
+    async def bring(self, offset: int, length: int) -> bool:
+        """See `Backing.bring`."""
+        inside = self._inside(offset, length)
+        return inside > 0 and await self._backing.bring(offset, inside)
 
     def promote(self, offset: int, length: int) -> None:
         """See `Backing.promote`."""
