@@ -12,6 +12,7 @@
     │   └── LeafInUseError        another process has it open
     └── BackingError          the remote image
         ├── BackingMismatchError  not the image that the leaf belongs to: never retried
+        ├── VerificationError     what was read does not fit the root hash: never used
         ├── BackingReadError      the server answered this request with an error
         └── BackingGoneError      the link is down, for longer than we are willing to wait
 
@@ -63,6 +64,10 @@ class BackingError(NbdstreamError):
 
 class BackingMismatchError(BackingError):
     """The backing is not the image that the leaf belongs to."""
+
+
+class VerificationError(BackingError):
+    """A block, or the hash tree that proves it, does not fit the root hash."""
 
 
 class BackingReadError(BackingError):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real peers for tests and benchmarks: nbdkit, qemu-nbd, qemu-img, QEMU's storage
-daemon and nbdstream itself, each started as a process of its own.
+"""Real peers for tests and benchmarks: nbdkit, QEMU's tools, nbdstream; each runs as a process.
 
 Every starter is a context manager that
 
@@ -44,6 +43,7 @@ BINARIES = {
     "SSH_KEYGEN": "ssh-keygen",
     "NGINX": "/usr/sbin/nginx",
     "CERTTOOL": "certtool",
+    "VERITYSETUP": "/usr/sbin/veritysetup",
     # Scripts that belong to the interpreter running the tests.
     "NBDSTREAM": str(Path(sys.executable).with_name("nbdstream")),
     "QMP_SHELL": str(Path(sys.executable).with_name("qmp-shell")),

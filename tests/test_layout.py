@@ -23,7 +23,7 @@ ALIKE_MOST = 5  # lines in a row that may stand in two places
 # top level. Rooms of one floor do not import each other.
 FLOORS = (
     {"errors", "extents", "text", "web"},
-    {"tasks", "health"},
+    {"tasks", "health", "verity"},
     {"units", "export", "qmp"},
     {"net"},
     {"leaf", "backing", "server", "guest"},
