@@ -14,6 +14,7 @@ import trio.testing
 
 from nbdstream.backing.base import Backing, Priority
 from nbdstream.backing.padded import PaddedBacking
+from nbdstream.backing.wrapped import WrappedBacking
 from nbdstream.disk import StreamedDisk, open_disk
 from nbdstream.export import Hit
 from nbdstream.leaf.base import FlushNeeded, State
@@ -186,4 +187,4 @@ async def test_a_leaf_that_is_longer_than_the_image_has_the_image_brought_as_wel
 def test_a_wrapped_backing_passes_each_call_on() -> None:
     calls = {name for name, what in vars(Backing).items() if callable(what)}
     assert "bring" in calls
-    assert calls <= set(vars(PaddedBacking))
+    assert calls <= set(vars(WrappedBacking))
