@@ -12,7 +12,7 @@
     │   └── LeafInUseError        another process has it open
     └── BackingError          the remote image
         ├── BackingMismatchError  not the image that the leaf belongs to: never retried
-        ├── VerificationError     what was read does not fit the root hash: never used
+        │   └── VerificationError     a block does not fit the root hash
         ├── BackingReadError      the server answered this request with an error
         └── BackingGoneError      the link is down, for longer than we are willing to wait
 
@@ -66,8 +66,9 @@ class BackingMismatchError(BackingError):
     """The backing is not the image that the leaf belongs to."""
 
 
-class VerificationError(BackingError):
-    """A block, or the hash tree that proves it, does not fit the root hash."""
+class VerificationError(BackingMismatchError):
+    """A block, or the hash tree that proves it, does not fit the root hash, at the second attempt
+    as well: background work stops and says so."""
 
 
 class BackingReadError(BackingError):

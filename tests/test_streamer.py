@@ -16,6 +16,7 @@ from nbdstream.errors import (
     BackingReadError,
     LeafError,
     LeafFormatError,
+    VerificationError,
 )
 from nbdstream.leaf.base import State
 from nbdstream.streamer.job import JobStatus, StreamJob
@@ -202,9 +203,14 @@ async def test_a_lost_backing_is_waited_for(
     assert caplog.text.count("retrying") == 1  # not for each unit, nor each attempt
 
 
-async def test_another_backing_stops_the_job(autojump_clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize(
+    "error", [BackingMismatchError("another image"), VerificationError("a changed block")]
+)
+async def test_another_backing_stops_the_job(
+    error: BackingMismatchError, autojump_clock: trio.testing.MockClock
+) -> None:
     async with running_job() as run:
-        run.backing.error = BackingMismatchError("another image")  # type: ignore[assignment]
+        run.backing.error = error  # type: ignore[assignment]
         run.job.start()
         await trio.sleep(30)
         assert run.job.status is JobStatus.PAUSED
