@@ -65,10 +65,11 @@ class Iotests:
         work = self._directory / server.parent.parent.name
         log = work / "stand-in.log"
         scratch = work / "scratch"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        # A path that is short enough for sockets.
-        sockets = scratch / "s"
+        # Short enough for sockets. Not inside scratch: the suite replaces that path first.
+        sockets = work / "s"
+        for place in (scratch, sockets):
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
         environ = environment(log) | {
             "QEMU_PROG": str(self._qemu),
             "QEMU_NBD_PROG": str(server),
