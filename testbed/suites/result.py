@@ -44,7 +44,8 @@ def environment(log: Path) -> dict[str, str]:
         "QEMU_NBD_REAL": shutil.which("qemu-nbd") or "",
         "NBDSTREAM_STAND_IN_LOG": str(log),
         "XDG_STATE_HOME": str(log.parent / "state"),
-        "PATH": os.environ["PATH"],
+        # libnbd's nbdsh wants the Python that Debian's libnbd is built for.
+        "PATH": f"/usr/bin:{os.environ['PATH']}",
     }
 
 
