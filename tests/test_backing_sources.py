@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import pytest
 import trio
+from trio._core import _thread_cache
 
 from nbdstream.backing import Priority, fingerprint, open_backing
 from nbdstream.backing.plugins import PLUGINS
@@ -49,6 +50,17 @@ async def test_a_file_by_its_path_and_by_its_uri(image: Path, content: bytes) ->
     await assert_serves(str(image), content)
     await assert_serves(image.as_uri(), content)
     await assert_serves(os.path.relpath(image), content)  # noqa: ASYNC240
+
+
+async def test_a_look_at_an_image_may_take_longer_than_a_thread_lives(
+    image: Path, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a slow link. The sandbox ends a program together with the thread that started it."""
+    monkeypatch.setattr(_thread_cache, "IDLE_TIMEOUT", 0.05)
+    path = tmp_path / "converted"
+    peers.run(["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", image, path])
+    with peers.nbdkit("file", path, "rdelay=200ms", filters=["delay"], readonly=True) as peer:
+        await assert_serves(f"qcow2+{peer.uri}", content)
 
 
 @pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "qed", "vdi", "vhdx"])
@@ -208,6 +220,15 @@ def web_server(content: bytes, *, broken: list[int], password: str | None = None
         yield f"http://127.0.0.1:{server.server_port}/image"
         server.shutdown()
         thread.join()
+
+
+async def test_a_web_server_in_an_activated_virtual_environment(
+    content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nbdkit's Python looked for itself on the path, and found what it may not read."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    with web_server(content, broken=[]) as uri:
+        await assert_serves(uri, content)
 
 
 async def test_a_web_server(content: bytes) -> None:

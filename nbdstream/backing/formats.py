@@ -16,11 +16,12 @@ extents. QEMU opens them by itself. Three things keep it from that:
 import json
 import os
 import stat
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import trio
 
@@ -193,28 +194,28 @@ async def _look(command: list[str], node: Node) -> tuple[int, bytes, str]:
     policy = node.policy
     descriptors = [policy.image] if policy.image >= 0 else []
     with tempfile.TemporaryDirectory(prefix="nbdstream-") as directory:
-        process = await trio.lowlevel.open_process(
+        # From this thread and not from a worker, as trio's open_process does it: the sandbox ends
+        # the program with the thread that started it, and an idle worker ends after ten seconds.
+        with subprocess.Popen(  # noqa: ASYNC220
             policy.command(command, directory, image_fd=policy.image),
-            stdin=None,
-            stdout=-1,
-            stderr=-1,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=policy.variables(),
             pass_fds=descriptors,
-        )
-        assert process.stdout is not None and process.stderr is not None
-        output, words = bytearray(), bytearray()
-        try:
-            with trio.fail_after(LOOK_TIMEOUT):
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_take, process.stdout, output)
-                    nursery.start_soon(_take, process.stderr, words)
-                status = await process.wait()
-        except trio.TooSlowError as error:
-            raise BackingError(f"qemu-img did not answer in {LOOK_TIMEOUT:g} s") from error
-        finally:
-            process.kill()
-            with trio.CancelScope(shield=True):
-                await process.wait()
+        ) as process:
+            output, words = bytearray(), bytearray()
+            try:
+                with trio.fail_after(LOOK_TIMEOUT):
+                    async with trio.open_nursery() as nursery:
+                        for pipe, into in ((process.stdout, output), (process.stderr, words)):
+                            assert pipe is not None
+                            nursery.start_soon(_take, pipe, into)
+                    await _wait_ended(process.pid)
+            except trio.TooSlowError as error:
+                raise BackingError(f"qemu-img did not answer in {LOOK_TIMEOUT:g} s") from error
+            finally:
+                process.kill()
+                status = process.wait()
     text = words.decode(errors="replace")
     return (
         status,
@@ -223,8 +224,20 @@ async def _look(command: list[str], node: Node) -> tuple[int, bytes, str]:
     )
 
 
-async def _take(stream: trio.abc.ReceiveStream, into: bytearray) -> None:
+async def _wait_ended(pid: int) -> None:
+    """Wait until a child has ended. Raises OSError."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+async def _take(pipe: IO[bytes], into: bytearray) -> None:
     """Keep what a program says, up to a limit; beyond that it is not listened to."""
-    async for data in stream:
-        if len(into) < LOOK_MOST:
-            into += data
+    fd = os.dup(pipe.fileno())
+    pipe.close()
+    async with trio.lowlevel.FdStream(fd) as stream:
+        async for data in stream:
+            if len(into) < LOOK_MOST:
+                into += data

@@ -28,7 +28,7 @@ LIBRARY_FILES = ("/etc/ld.so.cache", "/etc/ld.so.conf")
 # What a program needs besides to find hosts and to verify who they are.
 SYSTEM = ("/usr", "/etc", "/run/systemd/resolve", "/run/resolvconf", "/var/lib/ca-certificates")
 # Of the environment, what any program gets; others are named with the policy.
-ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "QEMU_MODULE_DIR")
+ENVIRONMENT = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "QEMU_MODULE_DIR")
 
 GIB = 1 << 30
 # DATA bounds what hostile tables and compressed clusters can make a program allocate; FSIZE 0
@@ -100,7 +100,7 @@ class Policy:
             for name, value in os.environ.items()
             if name in names or any(name.startswith(n[:-1]) for n in names if n.endswith("*"))
         }
-        return given | TUNING
+        return given | {"PATH": _path()} | TUNING
 
 
 def source_policy(
@@ -147,6 +147,15 @@ def _needs_root(path: str) -> bool:
         return False
     needed = stat.S_IROTH | stat.S_IWOTH if stat.S_ISSOCK(status.st_mode) else stat.S_IROTH
     return status.st_uid != os.geteuid() and status.st_mode & needed != needed
+
+
+def _path() -> str:
+    """The search path, without virtual environments: nbdkit's Python would take an activated one
+    for its own, and may not read it."""
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join(
+        place for place in places if not os.access(f"{place}/../pyvenv.cfg", os.F_OK)
+    )
 
 
 def _python() -> str:
