@@ -120,3 +120,22 @@ async def open_background_nursery() -> AsyncIterator[trio.Nursery]:
         lone = group.exceptions[0]
     if lone is not None:
         raise lone
+
+
+async def together(*calls: Callable[[], Awaitable[object]]) -> None:
+    """Run calls at the same time. Raises what the first to fail raises; the others are cancelled
+    then."""
+    failures: list[Exception] = []
+
+    async def run(call: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await call()
+        except Exception as error:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for call in calls:
+            nursery.start_soon(run, call)
+    if failures:
+        raise failures[0]

@@ -187,6 +187,13 @@ def room_of(name: str) -> str:
     return name.split(".")[1] if "." in name else ""
 
 
+def test_no_worker_starts_what_is_sandboxed() -> None:
+    """The sandbox ends a program with the thread that started it. trio starts processes in
+    workers, which end when they have been idle for a while."""
+    for path in (TOP / "nbdstream" / "backing").rglob("*.py"):
+        assert ".open_process(" not in path.read_text(), path
+
+
 def test_every_room_has_a_floor() -> None:
     rooms = {room_of(name) for name in in_tree("nbdstream")} - {""}
     assert rooms == set().union(*FLOORS), "give each new room its place in FLOORS"

@@ -13,11 +13,11 @@ an attacker who makes two images that agree in every sampled block.
 
 import hashlib
 from collections.abc import Awaitable, Callable
-
-import trio
+from functools import partial
 
 from nbdstream.backing.base import Backing, Priority
 from nbdstream.extents import align_down
+from nbdstream.tasks import together
 
 # Names what is sampled and how it is hashed: any change of either needs a new one.
 VERSION = "s1"
@@ -56,20 +56,7 @@ async def fingerprint_of(size: int, read: Read) -> str:
     Raises what ``read`` raises; the other samples are cancelled then.
     """
     samples = [(offset, bytearray(length)) for offset, length in sample_ranges(size)]
-    failures: list[Exception] = []
-
-    async def take(offset: int, data: bytearray) -> None:
-        try:
-            await read(memoryview(data), offset)
-        except Exception as error:
-            failures.append(error)
-            nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for offset, data in samples:
-            nursery.start_soon(take, offset, data)
-    if failures:
-        raise failures[0]
+    await together(*(partial(read, memoryview(data), offset) for offset, data in samples))
     digest = hashlib.sha256(f"{VERSION} {size}\n".encode())
     for _, data in samples:
         digest.update(data)

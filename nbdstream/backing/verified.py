@@ -8,16 +8,12 @@ Nothing that the image's server says of holes is believed or asked for: the tree
 are zeroes.
 """
 
-from collections.abc import Awaitable, Callable
-
-import trio
-
 from nbdstream.backing.base import Backing, Grant, Priority
 from nbdstream.backing.extentmap import ExtentMap
 from nbdstream.backing.wrapped import WrappedBacking
 from nbdstream.errors import BackingMismatchError, VerificationError
 from nbdstream.extents import BackingExtent, align_down, align_up, clip
-from nbdstream.tasks import in_worker
+from nbdstream.tasks import in_worker, together
 from nbdstream.verity import BLOCK, HashTree
 
 # Up to so many blocks are hashed at once, which takes less time than to start a worker.
@@ -97,7 +93,7 @@ class VerifiedBacking(WrappedBacking):
         async def prove() -> None:
             digests.extend(await self._digests(offset // BLOCK, len(view) // BLOCK))
 
-        await _together(lambda: self._backing.read(view, offset, priority, grant), prove)
+        await together(lambda: self._backing.read(view, offset, priority, grant), prove)
         for index in await self._unlike(view, digests):
             start = index * BLOCK
             block = view[start : start + BLOCK]
@@ -140,24 +136,5 @@ class VerifiedBacking(WrappedBacking):
             for index, position in enumerate(run):
                 read[position] = bytes(data[index * BLOCK : (index + 1) * BLOCK])
 
-        await _together(*(lambda run=run: take(run) for run in runs))
+        await together(*(lambda run=run: take(run) for run in runs))
         return read
-
-
-async def _together(*calls: Callable[[], Awaitable[None]]) -> None:
-    """Run calls at the same time. Raises what the first to fail raises; the others are cancelled
-    then."""
-    failures: list[Exception] = []
-
-    async def run(call: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await call()
-        except Exception as error:
-            failures.append(error)
-            nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for call in calls:
-            nursery.start_soon(run, call)
-    if failures:
-        raise failures[0]
